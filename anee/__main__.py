@@ -1,0 +1,5 @@
+"""``python -m anee``."""
+
+from anee.cli import main
+
+main()

@@ -1,0 +1,135 @@
+"""What executed operations cost: matrix-product FLOPs and weight bytes, counted from the modules that ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs per token (2 per multiply-add) and bytes of weights read per call."""
+
+    flops: int = 0
+    weight_bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.weight_bytes + other.weight_bytes)
+
+
+def module_work(module: nn.Module) -> Work:
+    """Return the work of one leaf module: its matrix product, if it has one, and its stored bytes."""
+    stored = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
+    size = sum(stored_bytes(p) for p in stored)
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return Work(2 * int(module.in_features) * int(module.out_features), size)
+    if type(module).__name__ == "Conv1D":  # transformers' transposed linear of GPT-2
+        rows, columns = module.weight.shape
+        return Work(2 * rows * columns, size)
+    return Work(0, size)
+
+
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """Return the modules inside ``module`` that contain no others."""
+    return [m for m in module.modules() if not m._modules]
+
+
+def total_work(module: nn.Module) -> Work:
+    """Return the work of every leaf inside ``module``, each run once."""
+    return sum((module_work(leaf) for leaf in leaves(module)), Work())
+
+
+def executed_work(module: nn.Module, run: Callable[[], Any]) -> Work:
+    """Return the work of the leaves of ``module`` that ``run()`` really calls."""
+    called: dict[int, nn.Module] = {}
+
+    def note(leaf: nn.Module, *_: Any) -> None:
+        called[id(leaf)] = leaf
+
+    handles = [leaf.register_forward_hook(note) for leaf in leaves(module)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum((module_work(leaf) for leaf in called.values()), Work())
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Return the bytes a tensor holds, looking inside wrapper tensors such as quantised weights."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What each part of one model costs.
+
+    ``run`` and ``propagate`` hold one `Work` per layer: the layer's linears, and what gives a skipped token its keys
+    and values. Attention adds ``pair_flops`` for each (query, slot) pair. Head and embedding stand apart.
+    """
+
+    run: tuple[Work, ...]
+    propagate: tuple[Work, ...]
+    pair_flops: int
+    head: Work
+    embedding: Work
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.run)
+
+    @property
+    def run_shares(self) -> tuple[float, ...]:
+        """Share of a dense token's decoder-layer FLOPs that running each layer takes, attention left out.
+
+        Attention makes a run layer dearer and a skipped one no dearer, so a plan that meets a budget by these shares
+        meets it at every context length.
+        """
+        dense = sum(work.flops for work in self.run)
+        return tuple(work.flops / dense for work in self.run)
+
+    @property
+    def skip_shares(self) -> tuple[float, ...]:
+        """Share of a dense token's decoder-layer FLOPs that skipping each layer still takes."""
+        dense = sum(work.flops for work in self.run)
+        return tuple(work.flops / dense for work in self.propagate)
+
+    def least_share(self, protected: Sequence[int]) -> float:
+        """Return the smallest share a token can spend when ``protected`` layers always run."""
+        keep = set(protected)
+        return sum(r if i in keep else s for i, (r, s) in enumerate(zip(self.run_shares, self.skip_shares, strict=True)))
+
+
+@dataclass
+class Spent:
+    """Work executed by a number of forwards, against the dense model's for the same tokens."""
+
+    layer_flops: int = 0
+    propagation_flops: int = 0
+    dense_layer_flops: int = 0
+    head_flops: int = 0
+    embedding_flops: int = 0
+    layer_bytes: int = 0
+    propagation_bytes: int = 0
+    dense_layer_bytes: int = 0
+    head_bytes: int = 0
+    embedding_bytes: int = 0
+
+    def add(self, other: Spent) -> None:
+        """Add another record's counts to this one."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def share(self) -> float:
+        """Share of the dense decoder-layer FLOPs that was executed, propagation included."""
+        if not self.dense_layer_flops:
+            return 0.0
+        return (self.layer_flops + self.propagation_flops) / self.dense_layer_flops

@@ -1,0 +1,281 @@
+"""What ANEE has to know about a model family: a table of names, and defaults that need nothing more.
+
+Shapes in this package: B batch, T new tokens, S slots, D width, H heads, Dh head width, L layers, F features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anee_core.accounting import Work, executed_work
+from anee_core.errors import AdapterError
+from anee_core.rotary import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the parts of a model family are, as dotted paths, and how its decoder layer is called.
+
+    The first group of paths starts at the causal LM, the second at one decoder layer.
+    ``None`` means that the family has no such part.
+    """
+
+    layers: str
+    final_norm: str
+    rotary: str | None = None
+    """Module that maps (hidden states, position ids) to the (cos, sin) every layer receives."""
+    learned_positions: str | None = None
+    """Embedding that is added to the token embedding."""
+
+    attention: str
+    mlp: str
+    input_norm: str
+    """Norm in front of the key and value projections."""
+    key: str | None = None
+    value: str | None = None
+    """Separate key and value projections. With them a skipped layer computes no queries."""
+    key_norm: str | None = None
+    """Norm over each head's keys, before rotary."""
+
+    cache_argument: str = "past_key_values"
+    returns_tuple: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.key is None) != (self.value is None):
+            raise AdapterError("a Layout names both key and value projections, or neither")
+        for item in fields(self):
+            path = getattr(self, item.name)
+            if isinstance(path, str) and not path:
+                raise AdapterError(f"Layout.{item.name} is an empty path")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one model that the engine calls, found by a `Layout`."""
+
+    model: nn.Module
+    embedding: nn.Module
+    layers: tuple[nn.Module, ...]
+    final_norm: nn.Module
+    head: nn.Module
+    rotary: nn.Module | None
+    learned_positions: nn.Module | None
+
+    @property
+    def config(self) -> Any:
+        """The model's transformers config."""
+        return self.model.config
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a decoder layer receives beside the hidden states.
+
+    ``position_ids`` is [B, T]; ``position_embeddings`` a pair of [B, T, Dh]; ``attention_mask`` is additive
+    [B, 1, T, S] in the model's dtype, or None where every held slot is visible.
+    """
+
+    position_ids: Tensor
+    position_embeddings: tuple[Tensor, Tensor] | None = None
+    attention_mask: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def select(self, rows: Tensor, columns: Tensor) -> LayerCall:
+        """Return the call for the tokens at ``rows`` x ``columns``, two index tensors that broadcast together."""
+        embeddings = self.position_embeddings
+        if embeddings is not None:
+            embeddings = (embeddings[0][rows, columns], embeddings[1][rows, columns])
+        return replace(
+            self, position_ids=self.position_ids[rows, columns], position_embeddings=embeddings, attention_mask=None
+        )
+
+    def with_mask(self, attention_mask: Tensor | None) -> LayerCall:
+        """Return the same call with another mask."""
+        return replace(self, attention_mask=attention_mask)
+
+    def to(self, device: torch.device) -> LayerCall:
+        """Return the call with its tensors on ``device``."""
+        embeddings = self.position_embeddings
+        mask = self.attention_mask
+        return replace(
+            self,
+            position_ids=self.position_ids.to(device),
+            position_embeddings=None if embeddings is None else (embeddings[0].to(device), embeddings[1].to(device)),
+            attention_mask=None if mask is None else mask.to(device),
+        )
+
+
+class ModelAdapter(ABC):
+    """One model family. Stateless: one instance serves many models.
+
+    A subclass states ``layout``; every method below is a default that can be overridden where a family differs.
+    """
+
+    layout: ClassVar[Layout]
+
+    def refuse(self, config: Any) -> str | None:
+        """Return why a config of this family cannot be run exactly, or None if it can."""
+        return None
+
+    def parts(self, model: nn.Module) -> Parts:
+        """Find the modules named by the layout.
+
+        Raises:
+            AdapterError: a path does not exist; the message names it and what exists there.
+        """
+        layout = self.layout
+        layers = find(model, layout.layers)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            raise AdapterError(f"{type(self).__name__}: '{layout.layers}' is no list of decoder layers")
+        for path in (layout.attention, layout.mlp, layout.input_norm, layout.key, layout.value, layout.key_norm):
+            if path is not None:
+                find(layers[0], path)
+        # Families of the LLaMA kind run config.num_hidden_layers layers, however many are stored.
+        count = min(len(layers), getattr(model.config, "num_hidden_layers", len(layers)))
+        return Parts(
+            model=model,
+            embedding=model.get_input_embeddings(),
+            layers=tuple(layers)[:count],
+            final_norm=find(model, layout.final_norm),
+            head=model.get_output_embeddings(),
+            rotary=None if layout.rotary is None else find(model, layout.rotary),
+            learned_positions=None if layout.learned_positions is None else find(model, layout.learned_positions),
+        )
+
+    def embed(self, parts: Parts, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:
+        """Turn token embeddings [B, T, D] into the first layer's input [B, T, D]."""
+        if parts.learned_positions is None:
+            return token_embeddings
+        return token_embeddings + parts.learned_positions(position_ids).to(token_embeddings.device)
+
+    def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> LayerCall:
+        """Build what all layers share for these tokens ([B, T, D] and [B, T])."""
+        embeddings = None if parts.rotary is None else parts.rotary(hidden_states, position_ids=position_ids)
+        return LayerCall(position_ids=position_ids, position_embeddings=embeddings)
+
+    def layer_arguments(self, call: LayerCall, cache_view: Any) -> dict[str, Any]:
+        """Return the keyword arguments of one layer call."""
+        arguments = {
+            "attention_mask": call.attention_mask,
+            "position_ids": call.position_ids,
+            "use_cache": True,
+            self.layout.cache_argument: cache_view,
+            **call.extra,
+        }
+        if call.position_embeddings is not None:
+            arguments["position_embeddings"] = call.position_embeddings
+        return arguments
+
+    def run(self, layer: nn.Module, hidden_states: Tensor, call: LayerCall, cache_view: Any) -> Tensor:
+        """Run one decoder layer, unchanged. [B, T, D] to [B, T, D]."""
+        output = layer(hidden_states, **self.layer_arguments(call, cache_view))
+        return output[0] if self.layout.returns_tuple else output
+
+    def project_kv(self, layer: nn.Module, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [B, H, T, Dh] that ``layer`` would cache for these hidden states.
+
+        With separate projections in the layout only those run; otherwise `capture_kv`, which needs no knowledge of
+        the layer. An override must return what `capture_kv` returns.
+        """
+        layout = self.layout
+        if layout.key is None or layout.value is None:
+            return self.capture_kv(layer, hidden_states, call)
+        attention = find(layer, layout.attention)
+        normed = find(layer, layout.input_norm)(hidden_states)
+        shape = (*normed.shape[:-1], -1, attention.head_dim)
+        keys = find(layer, layout.key)(normed).view(shape)
+        values = find(layer, layout.value)(normed).view(shape).transpose(1, 2)
+        if layout.key_norm is not None:
+            keys = find(layer, layout.key_norm)(keys)
+        keys = keys.transpose(1, 2)
+        if call.position_embeddings is not None:
+            keys = rotate(keys, *call.position_embeddings)
+        return keys, values
+
+    def capture_kv(self, layer: nn.Module, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Call ``layer`` with a stand-in cache that takes the keys and values [B, H, T, Dh] and ends the call.
+
+        Right for any QKV layout, rotary style and head broadcast; the oracle of every faster way.
+        """
+        capture = _Capture()
+        try:
+            self.run(layer, hidden_states, call, capture)
+        except _Captured:
+            return capture.keys, capture.values
+        raise AdapterError(
+            f"{type(self).__name__}: {type(layer).__name__} never updated its cache through "
+            f"'{self.layout.cache_argument}'; name the argument that carries the cache in Layout.cache_argument"
+        )
+
+    def kv_work(self, parts: Parts, layer_idx: int) -> Work:
+        """Return what `project_kv` executes per token, found by running it once on one token."""
+        layer = parts.layers[layer_idx]
+        hidden_states, call = self.probe(parts, layer_idx)
+        return executed_work(layer, lambda: self.project_kv(layer, hidden_states, call))
+
+    def probe(self, parts: Parts, layer_idx: int) -> tuple[Tensor, LayerCall]:
+        """Return one token of zeros [1, 1, D] and its call, on the device and in the dtype of a layer."""
+        weight = next(p for p in parts.layers[layer_idx].parameters() if p.is_floating_point())
+        hidden_states = weight.new_zeros(1, 1, parts.embedding.weight.shape[-1], dtype=parts.model.dtype)
+        position_ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
+        return hidden_states, self.begin(parts, hidden_states, position_ids).to(weight.device)
+
+    def attention_width(self, config: Any) -> int:
+        """Return heads x head width: one query-key pair costs 4 times this in FLOPs."""
+        heads: int = config.num_attention_heads
+        return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+    def window(self, config: Any, layer_idx: int) -> int | None:
+        """Return how many positions back layer ``layer_idx`` sees, or None for all."""
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None and kinds[layer_idx] == "sliding_attention":
+            width: int = config.sliding_window
+            return width
+        return None
+
+    def max_positions(self, config: Any) -> int | None:
+        """Return the longest sequence the model can place, or None if it has no limit."""
+        limit: int | None = getattr(config, "max_position_embeddings", None)
+        return limit
+
+    def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:
+        """Map final, normed hidden states [B, T, D] to logits [B, T, V]."""
+        logits: Tensor = parts.head(hidden_states)
+        return logits
+
+
+def find(module: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at a dotted path.
+
+    Raises:
+        AdapterError: it does not exist; the message names the part that failed and what exists there.
+    """
+    found = module
+    for name in path.split("."):
+        children = found._modules
+        if children.get(name) is None:
+            raise AdapterError(
+                f"no '{name}' (of path '{path}') in {type(found).__name__}; it has: {', '.join(children) or 'no parts'}"
+            )
+        found = children[name]  # type: ignore[assignment]
+    return found
+
+
+class _Captured(Exception):
+    """Ends a layer call once its keys and values are known."""
+
+
+class _Capture:
+    """A cache that takes one update and stops the layer."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+        self.keys, self.values = keys, values
+        raise _Captured

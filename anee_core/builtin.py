@@ -1,0 +1,27 @@
+"""The built-in profiler and policies, entered through the same hooks as everyone else's."""
+
+from __future__ import annotations
+
+from anee_core.cache_policies import FullCachePolicy, WindowCachePolicy
+from anee_core.controllers import DenseController, HeuristicController, RandomController, StaticController
+from anee_core.hookspecs import hookimpl
+from anee_core.interfaces import CachePolicy, Controller, Profiler
+from anee_core.profiler import SignalProfiler
+
+
+@hookimpl
+def anee_profilers() -> dict[str, type[Profiler]]:
+    """Return the standard profiler."""
+    return {"signals": SignalProfiler}
+
+
+@hookimpl
+def anee_controllers() -> dict[str, type[Controller]]:
+    """Return the layer policies that need no training."""
+    return {c.name: c for c in (DenseController, StaticController, RandomController, HeuristicController)}
+
+
+@hookimpl
+def anee_cache_policies() -> dict[str, type[CachePolicy]]:
+    """Return the token policies."""
+    return {p.name: p for p in (FullCachePolicy, WindowCachePolicy)}

@@ -1,0 +1,311 @@
+"""The key/value cache: one object that owns lengths, positions, validity, dropping and rollback."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from anee_core.errors import CacheError
+from anee_core.feedback import FeedbackLog
+from anee_core.slots import Slots
+
+_FIRST_CAPACITY = 64
+_LOAD_FACTOR = 0.9
+"""Compact a layer whose fullest row holds less than this share of the used slots."""
+_SLACK = 16
+"""Free slots beyond those that fill up until the next compaction."""
+
+
+class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships without types
+    """Preallocated keys and values [B, H, capacity, Dh] of one layer, in the dtype they arrive in."""
+
+    is_compileable = False
+
+    def __init__(self, cache: AdaptiveCache, layer_idx: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._layer_idx = layer_idx
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate storage shaped like the first keys [B, H, T, Dh] and values."""
+        self.keys = self._allocate(key_states, self._cache.capacity)
+        self.values = self._allocate(value_states, self._cache.capacity)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def _allocate(self, like: Tensor, capacity: int) -> Tensor:
+        _, heads, _, width = like.shape
+        # Zeros: a masked slot that was never written must not put a NaN into attention.
+        return like.new_zeros(self._cache.batch, heads, capacity, width)
+
+    def room(self, slots: Slots) -> None:
+        """Grow the storage to the capacity of ``slots``."""
+        if self.keys is None or self.values is None or self.keys.shape[2] >= slots.capacity:
+            return
+        for name in ("keys", "values"):
+            old = cast(Tensor, getattr(self, name))
+            new = self._allocate(old, slots.capacity)
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def held(self, used: int) -> tuple[Tensor, Tensor]:
+        """Return views of the used slots' keys and values, [B, H, used, Dh]."""
+        return cast(Tensor, self.keys)[:, :, :used], cast(Tensor, self.values)[:, :, :used]
+
+    def take(self, source: Tensor, capacity: int) -> None:
+        """Keep the slots ``source`` [B, S] of each row, in that order, in storage of ``capacity`` slots."""
+        if self.keys is None or self.values is None:
+            return
+        for name in ("keys", "values"):
+            old = cast(Tensor, getattr(self, name))
+            index = source.to(old.device)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+            new = self._allocate(old, capacity)
+            new[:, :, : source.shape[1]] = old.gather(2, index)
+            setattr(self, name, new)
+
+    # What transformers asks of a cache layer.
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse: slots are handed out by the cache, see `AdaptiveCache.begin`."""
+        raise CacheError("this cache is driven by ANEE's engine: pass it to an AdaptiveModel, not to a plain model")
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen."""
+        return self._cache.seen
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (slots after ``query_length`` more tokens, index of the first): exact while nothing was dropped."""
+        used = self._cache.slots[self._layer_idx].used if self._cache.slots else 0
+        return used + query_length, self._cache.seen - used
+
+
+class CacheWriter:
+    """What a decoder layer gets as its cache: puts its keys and values into slots already handed out.
+
+    The layer computes some tokens of the block: all of them, or those at ``rows`` [R, 1] x ``columns`` [R, C].
+    """
+
+    def __init__(
+        self, cache: AdaptiveCache, layer_idx: int, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> None:
+        self._cache, self._layer_idx, self._rows, self._columns = cache, layer_idx, rows, columns
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store [R, H, C, Dh] and return all the slots' keys and values for these rows, [R, H, S, Dh]."""
+        cache, rows = self._cache, self._rows
+        cache.write(self._layer_idx, keys, values, rows, self._columns)
+        held = cache.held(self._layer_idx)
+        return held if rows is None else (held[0][rows[:, 0]], held[1][rows[:, 0]])
+
+
+class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without types
+    """Keys and values of all layers, with per-slot positions and validity.
+
+    ``seen`` is the logical length: tokens processed, what `get_seq_length` reports. The slots held are another
+    number, per layer and row. A forward is `begin` (hand out slots), `write` for each layer, `commit`.
+    """
+
+    def __init__(self, num_layers: int, capacity: int | None = None) -> None:
+        super().__init__(layers=[LayerStore(self, i) for i in range(num_layers)])
+        self.seen = 0
+        self.batch = 0
+        self.capacity = capacity or 0
+        self.slots: list[Slots] = []
+        self.feedback: FeedbackLog | None = None
+        self.recording = False
+        self._first = 0
+        self._pending = 0
+        self._horizon = 0
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` is exact (transformers asks)."""
+        return True
+
+    # One forward.
+
+    def begin(self, position_ids: Tensor, real: Tensor | None) -> None:
+        """Hand out slots for tokens [B, T] in every layer; ``real`` [B, T] is False for padding.
+
+        Raises:
+            CacheError: the batch size is not that of the cache.
+        """
+        batch, count = position_ids.shape
+        if not self.slots:
+            self.batch = batch
+            self.capacity = max(self.capacity, count)
+            shared = Slots(batch, position_ids.device, self.capacity)
+            self.slots = [shared] * len(self.layers)
+        if batch != self.batch:
+            raise CacheError(
+                f"the cache holds {self.batch} rows and got {batch}: start a new cache, or reorder this one"
+            )
+        self.abort()
+        starts = {}
+        for slots in self._distinct():
+            needed = slots.used + count
+            capacity = slots.capacity if needed <= slots.capacity else max(2 * slots.capacity, needed, _FIRST_CAPACITY)
+            starts[id(slots)] = slots.extend(position_ids, real, self.seen, capacity)
+        self.capacity = max(s.capacity for s in self.slots)
+        for layer, slots in zip(self.layers, self.slots, strict=True):
+            layer.room(slots)
+        self._starts = [starts[id(s)] for s in self.slots]
+        self._pending = count
+
+    def write(
+        self, layer_idx: int, keys: Tensor, values: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> None:
+        """Store keys and values [R, H, C, Dh] of the current block's tokens: all, or those at rows x columns."""
+        store = self.layers[layer_idx]
+        if store.keys is None:
+            store.lazy_initialization(keys, values)
+        start = self._starts[layer_idx]
+        for target, new in ((store.keys, keys), (store.values, values)):
+            if rows is None:
+                target[:, :, start : start + new.shape[2]] = new
+            else:
+                target[rows, :, start + columns] = new.transpose(1, 2)
+
+    def held(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Return one layer's keys and values, [B, H, S, Dh]."""
+        held: tuple[Tensor, Tensor] = self.layers[layer_idx].held(self.slots[layer_idx].used)
+        return held
+
+    def evict(self, layer_idx: int, keep: Tensor) -> None:
+        """Drop the slots of one layer where ``keep`` [B, S] is False. Memory is freed by `commit`."""
+        slots = self.slots[layer_idx]
+        if any(other is slots for i, other in enumerate(self.slots) if i != layer_idx):
+            slots = self.slots[layer_idx] = slots.clone()
+        slots.evict(keep, self.seen + self._pending)
+
+    def commit(self) -> None:
+        """End the forward: its tokens count as seen; dropped slots are freed unless `recording`."""
+        self.seen += self._pending
+        self._pending = 0
+        for layer in self.layers:
+            if layer.keys is not None and layer.keys.requires_grad:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        if not self.recording:
+            self._free()
+
+    def abort(self) -> None:
+        """Take back the slots of a forward that did not reach `commit`."""
+        if self._pending:
+            for slots in self._distinct():
+                slots.rollback(self.seen, self.seen + self._pending)
+            self._pending = 0
+
+    def _distinct(self) -> list[Slots]:
+        """Return each set of slots once, however many layers share it."""
+        return list({id(slots): slots for slots in self.slots}.values())
+
+    def _free(self) -> None:
+        evicting = [i for i, slots in enumerate(self.slots) if slots.evicting]
+        if not evicting:
+            return
+        self._horizon = self.seen
+        # The one host read of a forward that drops: the fullest row of each such layer.
+        longest = torch.stack([self.slots[i].held().max() for i in evicting]).tolist()
+        for layer_idx, most in zip(evicting, longest, strict=True):
+            slots = self.slots[layer_idx]
+            slots.bury()
+            if most < _LOAD_FACTOR * slots.used:
+                source = slots.compact(max(most, 1), int(most / _LOAD_FACTOR) + _SLACK)
+                self.layers[layer_idx].take(source, slots.capacity)
+
+    # Between forwards.
+
+    def rollback(self, count: int) -> None:
+        """Forget the last ``count`` tokens, and bring back what was dropped because of them.
+
+        Raises:
+            CacheError: fewer tokens were seen, or slots dropped since then are already freed.
+        """
+        self.abort()
+        to = self.seen - count
+        if count < 0 or to < 0:
+            raise CacheError(f"cannot roll back {count} tokens: {self.seen} were seen")
+        if count and to < self._horizon:
+            raise CacheError(
+                f"cannot roll back to token {to}: slots dropped up to token {self._horizon} are freed; "
+                "call activate_past_recording() before the tokens that may be taken back"
+            )
+        for slots in self._distinct():
+            slots.rollback(to, self.seen)
+        self.seen = to
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i a copy of row ``rows[i]`` everywhere; ``rows`` may be shorter or longer than the batch."""
+        if self.slots:
+            for slots in self._distinct():
+                slots.reorder(rows.to(slots.born.device))
+            self.batch = rows.shape[0]
+        if self.feedback is not None:
+            self.feedback.reorder(rows)
+        for layer in self.layers:
+            if layer.keys is not None:
+                index = rows.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+
+    def next_positions(self) -> Tensor:
+        """Return the position after the last held token of each row, [B, 1]. The newest token is never dropped."""
+        slots = self.slots[0]
+        return torch.where(slots.valid(), slots.positions(), -1).amax(1, keepdim=True) + 1
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated for keys and values."""
+        stores = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        return sum(t.untyped_storage().nbytes() for t in stores)
+
+    def kept(self) -> Tensor:
+        """Return the number of valid slots of each layer and row, [L, B]."""
+        counts = {id(s): s.held() for s in self.slots}
+        return torch.stack([counts[id(s)].cpu() for s in self.slots]) if self.slots else torch.zeros(0, 0)
+
+    # The names by which transformers calls these.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen, dropped ones included."""
+        return self.seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen."""
+        return self.seen
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (transformers counts them as a negative number)."""
+        if tokens_to_remove > 0:
+            raise CacheError("crop takes a number of tokens to remove, as zero or a negative number")
+        self.rollback(-tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Keep dropped slots until the next `commit` without recording, so that they can be brought back."""
+        self.recording = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow a beam search's choice of rows."""
+        self.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times."""
+        self.reorder(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows at ``indices``."""
+        self.reorder(indices)
+
+    def reset(self) -> None:
+        """Forget everything and free the storage."""
+        self.seen = self.batch = self.capacity = self._pending = self._horizon = 0
+        self.slots, self.feedback = [], None
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False

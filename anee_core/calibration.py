@@ -1,0 +1,225 @@
+"""Measures once per model how much each layer matters and how sure the model usually is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from anee_core.controllers.static import StaticController
+from anee_core.engine import Engine
+from anee_core.errors import InputError
+from anee_core.interfaces import Calibration
+from anee_core.plan import Block
+from anee_core.policy import Policy
+from anee_core.trace import Trace
+
+if TYPE_CHECKING:
+    from anee_core.model import AdaptiveModel
+
+logger = logging.getLogger(__name__)
+
+_SCHEMA = 1
+_QUANTILES = 101
+_WARM_UP = 4
+"""Positions left out of every average: their hidden states are outliers in norm."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    ``text`` is a file to read instead of the model's own samples. ``sequences`` of ``length`` tokens are used;
+    ``seed`` draws the samples. ``folder`` is where results are kept (default: the user's cache folder), and
+    ``progress`` shows a bar.
+    """
+
+    text: str | Path | None = None
+    sequences: int = 4
+    length: int = 96
+    seed: int = 0
+    folder: str | Path | None = None
+    progress: bool = True
+
+
+def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -> Calibration:
+    """Return the model's calibration: from disk if it was done before, else measured now.
+
+    The importance of a layer is the mean KL(dense || that layer skipped) over the calibration tokens, in nats. What
+    has been measured is saved layer by layer, so an interrupted calibration goes on where it stopped.
+
+    Raises:
+        InputError: the text file is missing or too short, or the sizes do not fit the model.
+    """
+    options = options or CalibrationOptions()
+    limit = model.adapter.max_positions(model.config)
+    if options.sequences < 1 or options.length <= _WARM_UP or (limit is not None and options.length > limit):
+        raise InputError(
+            f"calibration needs at least 1 sequence of more than {_WARM_UP} tokens that fit the model's context "
+            f"({limit}); got {options.sequences} of {options.length}"
+        )
+    model_print = fingerprint(model)
+    store = _Store(options, model_print)
+    engine = Engine(model.adapter, model.parts, Policy())
+    layers = engine.costs.num_layers
+    with torch.no_grad(), _progress(options.progress, layers + 1 - len(store.importance)) as advance:
+        tokens = store.tokens
+        if tokens is None:
+            tokens = _own_samples(model, engine, options) if options.text is None else _from_file(model, options)
+            store.keep_tokens(tokens)
+        dense = _log_probabilities(model, engine, tokens)
+        advance()
+        for layer_idx in range(len(store.importance), layers):
+            skipping = Engine(model.adapter, model.parts, Policy(StaticController(skip=(layer_idx,))))
+            other = _log_probabilities(model, skipping, tokens)
+            divergence = (dense.exp() * (dense - other)).sum(-1)[:, _WARM_UP:].mean()
+            store.add(float(divergence))
+            advance()
+    confidence = dense.exp().amax(-1)[:, _WARM_UP:].flatten()
+    quantiles = torch.quantile(confidence, torch.linspace(0, 1, _QUANTILES, device=confidence.device)).cpu()
+    return Calibration(torch.tensor(store.importance), quantiles, model_print, store.source)
+
+
+def _log_probabilities(model: AdaptiveModel, engine: Engine, tokens: Tensor) -> Tensor:
+    """Return next-token log-probabilities [B, T, V] in fp32."""
+    trace, cache = Trace(), model.new_cache(tokens.shape[1])
+    output = engine.run(_block(model, tokens, 0), cache, trace)
+    return engine.logits(output.hidden_states, trace).float().log_softmax(-1)
+
+
+def _block(model: AdaptiveModel, tokens: Tensor, seen: int) -> Block:
+    positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+    return Block(model.parts.embedding(tokens), positions, tokens, None, "prefill")
+
+
+def _own_samples(model: AdaptiveModel, engine: Engine, options: CalibrationOptions) -> Tensor:
+    """Let the dense model write [sequences, length] tokens, each from its own first token."""
+    generator = torch.Generator(model.device).manual_seed(options.seed)
+    vocabulary = int(model.config.vocab_size)
+    start = getattr(model.config, "bos_token_id", None)
+    shape = (options.sequences, 1)
+    tokens = torch.randint(vocabulary, shape, device=model.device, generator=generator)
+    if isinstance(start, int) and 0 <= start < vocabulary:
+        tokens = torch.full(shape, start, device=model.device)
+    cache, trace = model.new_cache(options.length), Trace()
+    while tokens.shape[1] < options.length:
+        output = engine.run(_block(model, tokens[:, -1:], tokens.shape[1] - 1), cache, trace)
+        logits = engine.logits(output.hidden_states, trace)[:, -1].float()
+        tokens = torch.cat((tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)), dim=1)
+    return tokens
+
+
+def _from_file(model: AdaptiveModel, options: CalibrationOptions) -> Tensor:
+    """Read [sequences, length] tokens, spread evenly over a text file."""
+    path = Path(str(options.text))
+    if model.tokenizer is None:
+        raise InputError("calibrating on a text file needs a tokenizer: pass one to anee.load")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the calibration text {path}: {error}") from error
+    need = options.sequences * options.length
+    stride = max(len(text) // options.sequences, 1)
+    rows = []
+    for i in range(options.sequences):
+        # A token is seldom longer than 16 characters; that bounds what has to be tokenised.
+        ids = model.tokenizer(text[i * stride : (i + 1) * stride][: 16 * options.length])["input_ids"]
+        rows.append(ids[: options.length])
+    if any(len(row) < options.length for row in rows):
+        raise InputError(f"{path} is too short: {need} tokens are needed; give a longer text or calibrate on fewer")
+    return torch.tensor(rows, device=model.device)
+
+
+def fingerprint(model: AdaptiveModel) -> str:
+    """Return a short hash that tells models apart: of the config's sizes, and of a few numbers of every weight."""
+    digest = hashlib.sha256()
+    config = model.config
+    digest.update(f"{config.model_type} {len(model.parts.layers)} {model.dtype}".encode())
+    for name, parameter in model.parts.model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if parameter.is_floating_point():
+            few = parameter.detach().flatten()[:: max(parameter.numel() // 4, 1)][:4]
+            digest.update(json.dumps(few.double().tolist()).encode())
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Return where ANEE keeps what it measured: $ANEE_CACHE, or anee/ in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anee"
+    return Path(os.environ.get("ANEE_CACHE") or default)
+
+
+class _Store:
+    """A calibration on disk, complete or in progress."""
+
+    def __init__(self, options: CalibrationOptions, model_print: str) -> None:
+        self.source = "own samples" if options.text is None else f"text {_hash_file(Path(str(options.text)))}"
+        wanted = {
+            "schema": _SCHEMA, "model": model_print, "source": self.source,
+            "sequences": options.sequences, "length": options.length, "seed": options.seed,
+        }  # fmt: skip
+        key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+        self._path = Path(options.folder or cache_folder()) / f"calibration-{key}.json"
+        self._data: dict[str, Any] = {**wanted, "tokens": None, "importance": []}
+        try:
+            found = json.loads(self._path.read_text())
+            if {k: found[k] for k in wanted} == wanted and isinstance(found["importance"], list):
+                self._data = found
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError):
+            logger.warning("%s is unreadable; calibrating again", self._path)
+
+    @property
+    def importance(self) -> list[float]:
+        return list(self._data["importance"])
+
+    @property
+    def tokens(self) -> Tensor | None:
+        return None if self._data["tokens"] is None else torch.tensor(self._data["tokens"])
+
+    def keep_tokens(self, tokens: Tensor) -> None:
+        self._data["tokens"] = tokens.tolist()
+        self._write()
+
+    def add(self, importance: float) -> None:
+        self._data["importance"].append(importance)
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Written beside and renamed, so that an interruption never leaves half a file.
+            draft = self._path.with_suffix(f".{os.getpid()}.tmp")
+            draft.write_text(json.dumps(self._data))
+            draft.replace(self._path)
+        except OSError as error:
+            logger.warning("cannot keep the calibration in %s (%s); set ANEE_CACHE", self._path.parent, error.strerror)
+
+
+def _hash_file(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"cannot read the calibration text {path}: {error.strerror}") from error
+
+
+@contextmanager
+def _progress(show: bool, steps: int) -> Iterator[Any]:
+    """Show a bar on stderr where someone can see it; yield what advances it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not show or steps <= 1, transient=True) as bar:
+        task = bar.add_task("calibrating layer importance", total=steps)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,86 @@
+"""Skip layers at random: the control that every other policy has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from anee_core.errors import PolicyError
+from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
+
+
+@dataclass(frozen=True)
+class RandomController(Controller):
+    """Skip each (layer, token) pair with the same probability.
+
+    The draw is a hash of seed, layer, position and token id, so a token gets the same layers however it is batched.
+
+    Options:
+        p: probability of a skip. None: what meets the budget on average.
+        exit: probability of leaving at a layer that is not protected.
+        protect: how many first and last layers always run.
+        seed: selects another draw.
+    """
+
+    name: ClassVar[str] = "random"
+
+    p: float | None = None
+    exit: float = 0.0
+    protect: tuple[int, ...] = (2, 2)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("p", "exit"):
+            value = getattr(self, option)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise PolicyError(f"random: {option} is a probability and lies in [0, 1]; got {value:g}")
+
+    def protected(self, num_layers: int) -> frozenset[int]:
+        """Return the protected first and last layers."""
+        return protect_ends(self.protect, num_layers)
+
+    def bind(self, setting: Setting) -> RandomController:
+        """Fix the probability for one model.
+
+        Raises:
+            PolicyError: there is neither a probability nor a budget.
+        """
+        if self.p is not None:
+            return self
+        if setting.budget is None:
+            raise PolicyError("random: say how often to skip ('random:p=0.3') or give a budget")
+        least = setting.costs.least_share(sorted(self.protected(setting.num_layers)))
+        # least + (1 - p) (1 - least) = budget
+        probability = (1.0 - setting.budget) / (1.0 - least) if least < 1.0 else 0.0
+        return replace(self, p=min(probability, 1.0))
+
+    def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
+        """Return actions for all layers at once."""
+        layers = torch.arange(context.layer_idx, context.num_layers, device=signals.device)[:, None, None]
+        tokens = torch.zeros_like(context.position_ids) if context.input_ids is None else context.input_ids
+        skip = _uniform(layers, context.position_ids, tokens, 2 * self.seed) < (self.p or 0.0)
+        actions = skip.to(torch.uint8) * int(Action.SKIP)
+        if self.exit:
+            leave = _uniform(layers, context.position_ids, tokens, 2 * self.seed + 1) < self.exit
+            first, last = self.protect
+            inner = (layers >= first) & (layers < context.num_layers - last)
+            actions = torch.where(leave & inner, int(Action.EXIT), actions)
+        return actions
+
+
+def _uniform(layer: Tensor, position: Tensor, token: Tensor, salt: int) -> Tensor:
+    """Return pseudo-random numbers in [0, 1) that depend on the arguments only, broadcast over layer, row, column.
+
+    Each argument is mixed in by a multiply and a xor-shift over 31 bits, which int64 holds without overflow.
+    """
+    state = torch.full_like(layer, (0x2545F491 + 0x9E3779B * salt) & 0x7FFFFFFF)
+    for value in (layer, position, token):
+        state = (state ^ (value * 0x1B873593 + 0x165667B1)) & 0x7FFFFFFF
+        state = (state * 0x45D9F3B) & 0x7FFFFFFF
+        state = (state ^ (state >> 15)) & 0x7FFFFFFF
+        state = (state * 0x2C1B3C6D) & 0x7FFFFFFF
+        state = state ^ (state >> 13)
+    return state.double() / 0x80000000

@@ -1,0 +1,36 @@
+"""Layers in order of importance, and what running the first k of them spends."""
+
+from __future__ import annotations
+
+from anee_core.accounting import CostModel
+from anee_core.errors import PolicyError
+from anee_core.interfaces import Setting
+
+
+def rank_layers(setting: Setting, protected: frozenset[int], policy: str) -> list[int]:
+    """Return all layer indices, protected ones first, then by falling calibrated importance.
+
+    Raises:
+        PolicyError: the setting carries no calibration, or one of another model.
+    """
+    if setting.calibration is None:
+        raise PolicyError(
+            f"{policy}: this policy needs a calibration; load the model with anee.load, or pass "
+            "calibration=anee_core.calibration.calibrate(model)"
+        )
+    importance = setting.calibration.importance.tolist()
+    if len(importance) != setting.num_layers:
+        raise PolicyError(
+            f"{policy}: the calibration is of a model with {len(importance)} layers, this one has {setting.num_layers}; "
+            "calibrate this model"
+        )
+    return sorted(range(setting.num_layers), key=lambda i: (i not in protected, -importance[i]))
+
+
+def spend_by_count(costs: CostModel, order: list[int]) -> list[float]:
+    """Return the share of dense FLOPs a token spends when the first k layers of ``order`` run, for k = 0 to L."""
+    run, skip = costs.run_shares, costs.skip_shares
+    spends = [sum(skip)]
+    for layer in order:
+        spends.append(spends[-1] + run[layer] - skip[layer])
+    return spends

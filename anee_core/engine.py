@@ -1,0 +1,204 @@
+"""The loop over layers: embed, then for each layer observe, decide, run or propagate; then final norm and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anee_core.accounting import CostModel, Spent, Work, module_work, stored_bytes, total_work
+from anee_core.adapter import LayerCall, ModelAdapter, Parts
+from anee_core.cache import AdaptiveCache, CacheWriter
+from anee_core.feedback import FeedbackLog
+from anee_core.interfaces import CacheView, Calibration, Setting
+from anee_core.layer_step import LayerStep, ReferenceStep, devices_of, skip_some
+from anee_core.ledger import Budget, check_budget
+from anee_core.masks import MaskMaker
+from anee_core.plan import Block, Plan, Selection
+from anee_core.policy import Policy
+from anee_core.profiler import distribution_signals
+from anee_core.trace import Trace
+
+
+@dataclass(frozen=True)
+class Output:
+    """Final, normed hidden states [B, T, D]; what each token spent, [B, T], as a share of a dense token's layer FLOPs;
+    and, if asked for, the input of each layer followed by the final states."""
+
+    hidden_states: Tensor
+    spent: Tensor
+    all_hidden_states: tuple[Tensor, ...] | None = None
+
+
+class Engine:
+    """Runs blocks of tokens through one model under one policy.
+
+    Args:
+        adapter: knows the model's family.
+        parts: the model's modules.
+        policy: what decides; the engine binds its controller to the model.
+        budget: share of the dense decoder-layer FLOPs that may be spent, in (0, 1]; None for the policy's default.
+        hard: whether no token may exceed the budget; otherwise it holds on average.
+        calibration: what the controller needs to know of the model, if anything.
+        step: how layers are run; None for the model's own modules.
+
+    Raises:
+        PolicyError, BudgetError: policy, budget and model do not fit together.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        parts: Parts,
+        policy: Policy,
+        budget: float | None = None,
+        hard: bool = False,
+        calibration: Calibration | None = None,
+        step: LayerStep | None = None,
+    ) -> None:
+        self.adapter, self.parts = adapter, parts
+        self.costs = cost_model(adapter, parts)
+        limit = budget if budget is not None else policy.controller.default_budget
+        if limit is not None:
+            check_budget(limit)
+        protected = policy.controller.protected(self.costs.num_layers)
+        setting = Setting(self.costs, limit, hard, calibration or policy.calibration)
+        controller = policy.controller.bind(setting)
+        self.budget = Budget(self.costs, protected, limit, hard)
+        self.policy = Policy(controller, policy.cache_policy, policy.profiler, setting.calibration)
+        self._step = step or ReferenceStep(adapter, parts)
+        self._devices = devices_of(parts)
+        self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
+        self._implicit_causal = parts.config._attn_implementation == "sdpa"
+
+    def run(
+        self, block: Block, cache: AdaptiveCache, trace: Trace, dense: bool = False, keep_states: bool = False
+    ) -> Output:
+        """Run one block; ``dense`` runs every layer and asks no policy.
+
+        The cache is as before if anything fails.
+        """
+        adapter, parts = self.adapter, self.parts
+        hidden_states = adapter.embed(parts, block.embeddings, block.position_ids)
+        call = adapter.begin(parts, hidden_states, block.position_ids)
+        masks = MaskMaker(block.position_ids, hidden_states.dtype, self._implicit_causal)
+        feedback = self._feedback(cache, block, cache.seen).at(cache.seen) if self.policy.feeds_back and not dense else None
+        plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, dense)
+        spent = Spent()
+        states = [hidden_states]
+        previous = hidden_states
+        cache.begin(block.position_ids, block.real)
+        try:
+            for layer_idx in range(self.costs.num_layers):
+                hidden_states = hidden_states.to(self._devices[layer_idx])
+                selection = plan.at(layer_idx, hidden_states, previous)
+                previous = hidden_states
+                hidden_states = self._layer(layer_idx, hidden_states, call, masks, cache, selection)
+                self._charge(spent, layer_idx, selection, block, cache)
+                if not dense and not self.policy.cache_policy.keeps_all:
+                    self._drop(layer_idx, previous, block, cache)
+                if keep_states:
+                    states.append(hidden_states)
+            hidden_states = parts.final_norm(hidden_states.to(self._devices[-1]))
+            cache.commit()
+        except BaseException:
+            cache.abort()
+            raise
+        real = torch.ones(block.position_ids.shape, dtype=torch.bool) if block.real is None else block.real.cpu()
+        trace.add(plan.ran(), real, spent, block.phase, dense)
+        return Output(hidden_states, plan.spent, (*states[:-1], hidden_states) if keep_states else None)
+
+    def _layer(
+        self,
+        layer_idx: int,
+        hidden_states: Tensor,
+        call: LayerCall,
+        masks: MaskMaker,
+        cache: AdaptiveCache,
+        selection: Selection,
+    ) -> Tensor:
+        slots, window, device = cache.slots[layer_idx], self._windows[layer_idx], self._devices[layer_idx]
+        if device != call.position_ids.device:
+            call = call.to(device)
+        if selection.kind == "none":
+            keys, values = self._step.project(layer_idx, hidden_states, call)
+            cache.write(layer_idx, keys, values)
+            return hidden_states
+        subset = selection.kind == "some"
+        mask = masks.mask(slots, window).to(device) if masks.needed(slots, window, subset) else None
+        if subset:
+            return skip_some(self._step, layer_idx, hidden_states, call, cache, selection, mask)
+        return self._step.run(layer_idx, hidden_states, call.with_mask(mask), CacheWriter(cache, layer_idx))
+
+    def _drop(self, layer_idx: int, layer_input: Tensor, block: Block, cache: AdaptiveCache) -> None:
+        slots = cache.slots[layer_idx]
+        view = CacheView(
+            hidden_states=layer_input,
+            keys=cache.held(layer_idx)[0],
+            position_ids=slots.positions(),
+            valid=slots.valid(),
+            query_position=block.position_ids[:, -1],
+            layer_idx=layer_idx,
+        )
+        keep = self.policy.cache_policy.keep(view).to(slots.died.device)
+        newest = torch.arange(slots.used, device=keep.device) == slots.used - 1
+        cache.evict(layer_idx, keep | newest)
+
+    def _charge(self, spent: Spent, layer_idx: int, selection: Selection, block: Block, cache: AdaptiveCache) -> None:
+        """Count what one layer executed, and what the dense model would have."""
+        costs, slots = self.costs, cache.slots[layer_idx].used
+        run, propagate = costs.run[layer_idx], costs.propagate[layer_idx]
+        batch, tokens = block.position_ids.shape
+        everyone = batch * tokens
+        running, skipping = (everyone, 0) if selection.kind == "all" else (0, everyone)
+        if selection.run is not None and selection.skip is not None:
+            running, skipping = selection.run[1].numel(), selection.skip[1].numel()
+        spent.layer_flops += running * (run.flops + slots * costs.pair_flops)
+        spent.propagation_flops += skipping * propagate.flops
+        spent.dense_layer_flops += everyone * (run.flops + (cache.seen + tokens) * costs.pair_flops)
+        spent.layer_bytes += run.weight_bytes if running else 0
+        spent.propagation_bytes += propagate.weight_bytes if skipping else 0
+        spent.dense_layer_bytes += run.weight_bytes
+        if layer_idx == 0:
+            spent.embedding_bytes += everyone * costs.embedding.weight_bytes
+
+    def logits(self, hidden_states: Tensor, trace: Trace) -> Tensor:
+        """Apply the head to normed hidden states [B, T, D] and charge it to the last step."""
+        batch, tokens = hidden_states.shape[:2]
+        spent = trace.steps[-1].spent
+        spent.head_flops += batch * tokens * self.costs.head.flops
+        spent.head_bytes += self.costs.head.weight_bytes
+        return self.adapter.logits(self.parts, hidden_states)
+
+    def feed_back(self, block: Block, cache: AdaptiveCache, spent: Tensor | None, logits: Tensor) -> None:
+        """Record the outcome of a block for the policy's next decision.
+
+        ``spent`` is [B, T], None for a prompt read densely, which counts as having cost just the budget; ``logits``
+        [B, V] come from each row's last real token.
+        """
+        if spent is None:
+            spent = torch.full(block.position_ids.shape, self.budget.limit or 1.0, device=logits.device)
+        index = cache.seen - spent.shape[1]
+        self._feedback(cache, block, index).note(index, spent, distribution_signals(logits), block.real)
+
+    def _feedback(self, cache: AdaptiveCache, block: Block, start: int) -> FeedbackLog:
+        if cache.feedback is None:
+            batch, device = block.position_ids.shape[0], block.position_ids.device
+            cache.feedback = FeedbackLog(batch, device, start, self.budget.limit or 1.0)
+        return cache.feedback
+
+
+def cost_model(adapter: ModelAdapter, parts: Parts) -> CostModel:
+    """Return what each part of a model costs."""
+    tables = [parts.embedding] + ([] if parts.learned_positions is None else [parts.learned_positions])
+    row_bytes = sum(stored_bytes(table.weight) // table.weight.shape[0] for table in tables)
+    with torch.no_grad():
+        propagate = tuple(adapter.kv_work(parts, i) for i in range(len(parts.layers)))
+    return CostModel(
+        run=tuple(total_work(layer) for layer in parts.layers),
+        propagate=propagate,
+        pair_flops=4 * adapter.attention_width(parts.config),
+        head=module_work(parts.head),
+        embedding=Work(0, row_bytes),
+    )

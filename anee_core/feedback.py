@@ -1,0 +1,47 @@
+"""What a policy may know of a sequence's own output: recorded per token, so that a rollback needs no undoing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNKNOWN = (1.0, 0.0)
+"""Entropy and largest probability of a token that was drawn from no known distribution."""
+
+
+class FeedbackLog:
+    """For each token index: entropy and largest probability of the distribution it was drawn from, and the share of
+    dense FLOPs its sequence had spent before it. Entries are `Observation.feedback`.
+
+    ``start`` tokens have been seen already, at a cost of ``budget`` each.
+    """
+
+    def __init__(self, batch: int, device: torch.device, start: int, budget: float) -> None:
+        self._entries = torch.tensor([*UNKNOWN, budget * start], device=device).repeat(batch, start + 1, 1)
+
+    def at(self, index: int) -> Tensor:
+        """Return the entry of a token, [B, 1, 3]."""
+        return self._entries[:, index : index + 1]
+
+    def note(self, index: int, spent: Tensor, distribution: Tensor, real: Tensor | None) -> None:
+        """Record a block of tokens from ``index`` on.
+
+        ``spent`` [B, T] is what each cost, ``distribution`` [B, 2] entropy and largest probability after each row's
+        last real token; ``real`` [B, T] is False for padding. A row without a real token keeps what it had.
+        """
+        tokens = spent.shape[1]
+        before = self._entries[:, index]
+        costs = spent if real is None else spent * real
+        some = torch.ones_like(before[:, :1], dtype=torch.bool) if real is None else real.any(1, keepdim=True)
+        block = self._entries.new_tensor([*UNKNOWN, 0.0]).repeat(spent.shape[0], tokens, 1)
+        block[..., 2] = before[:, 2:] + costs.cumsum(1)
+        block[:, -1, :2] = torch.where(some, distribution, before[:, :2])
+        end = index + 1 + tokens
+        if end > self._entries.shape[1]:
+            extra = max(self._entries.shape[1], end - self._entries.shape[1], 64)
+            self._entries = torch.nn.functional.pad(self._entries, (0, 0, 0, extra))
+        self._entries[:, index + 1 : end] = block
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make row i a copy of row ``rows[i]``."""
+        self._entries = self._entries.index_select(0, rows.to(self._entries.device))

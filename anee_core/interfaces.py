@@ -1,0 +1,209 @@
+"""The four interfaces of ANEE: ModelAdapter, Profiler, Controller and CachePolicy.
+
+Policies see tensors, never modules, so none of them can depend on a model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from anee_core.accounting import CostModel
+from anee_core.adapter import Layout, LayerCall, ModelAdapter, Parts
+from anee_core.errors import PolicyError
+
+__all__ = [
+    "Action",
+    "CachePolicy",
+    "CacheView",
+    "Calibration",
+    "Controller",
+    "DecisionContext",
+    "LayerCall",
+    "Layout",
+    "ModelAdapter",
+    "Observation",
+    "Parts",
+    "Profiler",
+    "Setting",
+]
+
+
+class Action(IntEnum):
+    """What happens to one token at one layer."""
+
+    PROCESS = 0
+    """Run the layer."""
+    SKIP = 1
+    """Leave the hidden state as it is; the layer's cache still gets the token's keys and values."""
+    EXIT = 2
+    """SKIP this layer and all later ones, but for the protected ones."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured once on a model, for controllers to use.
+
+    ``importance`` [L] is the rise in KL(dense || skipped), in nats per token, when one layer is skipped;
+    ``confidence`` [Q] holds evenly spaced quantiles of the largest next-token probability.
+    """
+
+    importance: Tensor
+    confidence: Tensor
+    fingerprint: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model that a controller is about to serve: sizes, costs, budget and what calibration found."""
+
+    costs: CostModel
+    budget: float | None = None
+    hard: bool = False
+    calibration: Calibration | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.costs.num_layers
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a profiler may look at in front of one layer.
+
+    ``hidden_states`` and ``previous`` are [B, T, D]: the layer's input and the input of the layer before (the same
+    tensor in front of the first). ``feedback`` [B, T, 3] holds entropy and largest probability of the distribution
+    that each token was drawn from, and the share of dense FLOPs that its sequence has spent before it.
+    ``seen`` [B, T] counts the tokens before it, ``spent`` [B, T] what the token itself has spent.
+    """
+
+    hidden_states: Tensor
+    previous: Tensor
+    layer_idx: int
+    num_layers: int
+    spent: Tensor
+    seen: Tensor
+    budget: float
+    feedback: Tensor | None = None
+
+
+class Profiler(ABC):
+    """Measures the state of tokens."""
+
+    names: ClassVar[tuple[str, ...]]
+    """Signals this profiler knows."""
+    feedback: ClassVar[frozenset[str]] = frozenset()
+    """Signals that depend on the model's own output for earlier tokens."""
+
+    @abstractmethod
+    def observe(self, observation: Observation, names: tuple[str, ...]) -> Tensor:
+        """Return the named signals [B, T, F], in that order, on the device of the hidden states."""
+
+
+@dataclass(frozen=True)
+class DecisionContext:
+    """Where a decision is taken. ``position_ids`` and ``input_ids`` are [B, T]."""
+
+    layer_idx: int
+    num_layers: int
+    position_ids: Tensor
+    input_ids: Tensor | None
+    phase: Literal["prefill", "decode"]
+    budget: float | None
+
+
+class Configurable:
+    """A dataclass whose fields are the options that a policy string can set."""
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """Return the options a policy string may set."""
+        return tuple(f.name for f in fields(cls) if f.init and not f.name.startswith("_"))  # type: ignore[arg-type]
+
+    def options(self) -> dict[str, Any]:
+        """Return the options and their values."""
+        return {name: getattr(self, name) for name in self.option_names()}
+
+
+class Controller(Configurable, ABC):
+    """Decides when a layer is worth running."""
+
+    name: ClassVar[str]
+    signals: ClassVar[tuple[str, ...]] = ()
+    """Signals it wants, in the order in which it gets them."""
+    default_budget: ClassVar[float | None] = None
+    """Budget if the caller names none; None for no budget."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `bind` needs a `Calibration` of the model."""
+        return False
+
+    def bind(self, setting: Setting) -> Controller:
+        """Return a controller for one model; this one stays as it is and can serve others.
+
+        Raises:
+            PolicyError, BudgetError: the options or the budget do not fit the model.
+        """
+        return self
+
+    def protected(self, num_layers: int) -> frozenset[int]:
+        """Return the layers that always run, whatever `decide` says."""
+        return frozenset()
+
+    @abstractmethod
+    def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
+        """Return actions [N, B, T] (uint8) for the N >= 1 layers from ``context.layer_idx`` on.
+
+        ``signals`` is [B, T, F]. N is the controller's choice: one that needs nothing from inside the pass decides all
+        layers at once. A decision may use only the token's own path and earlier tokens.
+        """
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """One layer's cache as a `CachePolicy` sees it, after attention for the newest token.
+
+    ``hidden_states`` [B, 1, D] is the layer's input, ``keys`` [B, H, S, Dh], ``position_ids`` and ``valid`` [B, S],
+    ``query_position`` [B].
+    """
+
+    hidden_states: Tensor
+    keys: Tensor
+    position_ids: Tensor
+    valid: Tensor
+    query_position: Tensor
+    layer_idx: int
+
+
+class CachePolicy(Configurable, ABC):
+    """Decides which cached tokens a layer keeps."""
+
+    name: ClassVar[str]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is ever dropped, so that the engine need not ask."""
+        return False
+
+    @abstractmethod
+    def keep(self, view: CacheView) -> Tensor:
+        """Return a bool tensor [B, S]: True for the slots to keep. The newest token's slot is kept in any case."""
+
+
+def protect_ends(protect: tuple[int, ...], num_layers: int) -> frozenset[int]:
+    """Return the first ``protect[0]`` and the last ``protect[1]`` of ``num_layers`` layers."""
+    if len(protect) != 2 or min(protect) < 0:
+        raise PolicyError(f"protect takes two counts, first and last layers, like 'protect=2 2'; got {protect}")
+    first, last = protect
+    return frozenset(i for i in range(num_layers) if i < first or i >= num_layers - last)
+
+
+Registry = Mapping[str, Any]

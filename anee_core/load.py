@@ -1,0 +1,164 @@
+"""`load`: from a name, a folder or a model to an `AdaptiveModel` under a policy."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from anee_core.calibration import CalibrationOptions, calibrate
+from anee_core.errors import InputError, ModelError, suggestion
+from anee_core.hookspecs import SourceRequest
+from anee_core.interfaces import CachePolicy, Calibration, Controller
+from anee_core.ledger import check_budget
+from anee_core.model import AdaptiveModel, Prefill, causal_lm
+from anee_core.plugins import Plugins
+from anee_core.policy import Policy, make_policy
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    model: str | Path | nn.Module,
+    policy: str | Policy | Controller | CachePolicy | None = None,
+    budget: float | None = None,
+    *,
+    hard: bool = False,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    prefill: Prefill = "auto",
+    tokenizer: Any = None,
+    calibration: Calibration | CalibrationOptions | None = None,
+    plugins: Plugins | None = None,
+    **model_options: Any,
+) -> AdaptiveModel:
+    """Load a causal LM and run it under a policy.
+
+    Args:
+        model: the name of an installed model source (``anee plugins`` lists them), a hub id, a local folder, or a
+            loaded transformers model, plain, quantised or wrapped by PEFT.
+        policy: a policy string such as ``"static:skip=5 14"`` or ``"heuristic+window:recent=256"``, a folder with a
+            saved policy, or a policy object. Default: dense.
+        budget: share of the dense decoder-layer FLOPs that may be spent, in (0, 1], keys and values of skipped layers
+            included. Default: the policy's own.
+        hard: whether no token may exceed the budget; otherwise it holds on average.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. Default: as stored.
+        device: where to run, like ``"cpu"`` or ``"cuda:0"``. Default: where the model is.
+        prefill: how ``generate`` reads prompts; see `AdaptiveModel`.
+        tokenizer: for a loaded model, or instead of the model's own.
+        calibration: of this model, or how to calibrate it if the policy needs that.
+        plugins: what is installed. Default: discovered now.
+        model_options: passed to transformers' ``from_pretrained``.
+
+    Raises:
+        ModelError: the model cannot be found, loaded or run.
+        PolicyError, BudgetError: the policy is unknown or does not fit the model.
+    """
+    plugins = plugins or Plugins.discover()
+    # What needs no model is checked before a model is loaded.
+    parsed = make_policy(policy, plugins)
+    if budget is not None:
+        check_budget(budget)
+    wanted_dtype = _dtype(dtype)
+    wanted_device = _device(device)
+    if isinstance(model, nn.Module):
+        network = model
+    else:
+        network, found_tokenizer = _open(str(model), wanted_dtype, wanted_device, plugins, model_options)
+        tokenizer = tokenizer if tokenizer is not None else found_tokenizer
+    if isinstance(model, nn.Module) and (wanted_dtype or wanted_device):
+        network = network.to(device=wanted_device, dtype=wanted_dtype)
+
+    inner = causal_lm(network)
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
+    kind = inner.config.model_type
+    if kind not in plugins.adapters:
+        raise ModelError(f"no adapter for the model family '{kind}'; {suggestion(kind, plugins.adapters)}")
+    _check_weights(inner)
+    adaptive = AdaptiveModel(network, plugins.adapters[kind], tokenizer, prefill)
+    if not isinstance(model, nn.Module):
+        adaptive.eval()
+    ready = calibration if isinstance(calibration, Calibration) else parsed.calibration
+    if ready is None and parsed.controller.needs_calibration:
+        # A budget that cannot be met shows before the minutes that calibration may take.
+        adaptive.check_budget(parsed, budget)
+        logger.info("policy '%s' calibrates the model on first use", parsed)
+        ready = calibrate(adaptive, calibration if isinstance(calibration, CalibrationOptions) else None)
+    return adaptive.set_policy(parsed, budget, hard, ready)
+
+
+def _open(
+    name: str, dtype: torch.dtype | None, device: torch.device | None, plugins: Plugins, options: dict[str, Any]
+) -> tuple[nn.Module, Any]:
+    """Return model and tokenizer of a source, a folder or a hub id."""
+    if name in plugins.model_sources:
+        if options:
+            raise InputError(f"the model source '{name}' takes no option '{min(options)}'")
+        network, tokenizer = plugins.model_sources[name](SourceRequest(dtype, device))
+        return network, tokenizer
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"'{name}' is no model folder: it has no config.json")
+    known = f"model sources: {', '.join(sorted(plugins.model_sources)) or 'none installed'}"
+    missing = ModelError(
+        f"cannot find the model '{name}': it is no local folder, no installed model source, and the hub did not "
+        f"give it; {known}"
+    )
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise ModelError(f"the model in '{name}' cannot be read: {_first_line(error)}") from error
+        raise missing from error
+    if config.model_type not in plugins.adapters:
+        raise ModelError(
+            f"no adapter for the model family '{config.model_type}'; {suggestion(config.model_type, plugins.adapters)}"
+        )
+    try:
+        network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
+    except Exception as error:  # safetensors, transformers and the hub each raise their own kinds
+        raise ModelError(f"the model '{name}' cannot be loaded: {_first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        logger.warning("no tokenizer for '%s' (%s): generate from token ids, or pass one", name, _first_line(error))
+        tokenizer = None
+    return network if device is None else network.to(device), tokenizer
+
+
+def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    if given is None or isinstance(given, torch.dtype):
+        return given
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if given not in known:
+        raise InputError(f"unknown dtype '{given}'; {suggestion(given, known)}")
+    return known[given]
+
+
+def _device(given: str | torch.device | None) -> torch.device | None:
+    if given is None:
+        return None
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{given}' cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise `ModelError` if a weight is not a number: everything downstream would be silently wrong."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta" or not parameter.is_floating_point() or type(parameter) is not nn.Parameter:
+            continue
+        # The sum is one pass without a temporary; only a suspicious one is looked at closely.
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
+            raise ModelError(f"weight '{name}' holds NaN or infinity; the checkpoint is corrupt, fetch it again")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

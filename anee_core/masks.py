@@ -1,0 +1,53 @@
+"""The one expression that says which slots a query sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anee_core.slots import Slots
+
+
+def visible(slots: Slots, query_position: Tensor, window: int | None) -> Tensor:
+    """Return which slots each query sees, [B, 1, T, S] bool; ``query_position`` is [B, T].
+
+    A slot is visible if it is valid and its position is not after the query's, nor before the query's window.
+    """
+    position = slots.positions()[:, None, None, :]
+    query = query_position[:, None, :, None]
+    seen = slots.valid()[:, None, None, :] & (position <= query)
+    if window is not None:
+        seen = seen & (position > query - window)
+    return seen
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a visibility mask into what every attention backend adds to its scores."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+class MaskMaker:
+    """Builds the masks of one forward, once for each set of slots and window.
+
+    ``query_position`` is [B, T]; ``implicit_causal`` says whether the attention backend is causal by itself when it
+    gets no mask for a first block (sdpa is, eager is not).
+    """
+
+    def __init__(self, query_position: Tensor, dtype: torch.dtype, implicit_causal: bool) -> None:
+        self._query_position, self._dtype, self._implicit_causal = query_position, dtype, implicit_causal
+        self._made: dict[tuple[int, int | None], Tensor] = {}
+
+    def needed(self, slots: Slots, window: int | None, subset: bool) -> bool:
+        """Return whether a layer needs a mask; ``subset`` if it runs only some tokens of the block."""
+        if not slots.full or (window is not None and slots.used > window):
+            return True
+        tokens = self._query_position.shape[1]
+        first_block = slots.used == tokens
+        return tokens > 1 and (subset or not (first_block and self._implicit_causal))
+
+    def mask(self, slots: Slots, window: int | None) -> Tensor:
+        """Return the additive mask [B, 1, T, S]."""
+        key = (id(slots), window)
+        if key not in self._made:
+            self._made[key] = additive(visible(slots, self._query_position, window), self._dtype)
+        return self._made[key]

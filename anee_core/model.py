@@ -1,0 +1,307 @@
+"""`AdaptiveModel`: a causal LM like transformers' own, whose layers run only where the policy says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from anee_core.adapter import ModelAdapter, Parts
+from anee_core.cache import AdaptiveCache
+from anee_core.engine import Engine, Output
+from anee_core.errors import InputError, ModelError
+from anee_core.generation import Generation, decode, generate_text
+from anee_core.inputs import read_block
+from anee_core.interfaces import Calibration
+from anee_core.ledger import Budget
+from anee_core.plan import Block
+from anee_core.policy import Policy
+from anee_core.trace import Trace
+
+Prefill = Literal["auto", "adaptive", "dense"]
+
+
+class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transformers ships without types
+    """Runs a pretrained causal LM under a policy.
+
+    It is called and generates like the model it holds; attributes it lacks are looked up there. The model's modules
+    are called as they are, never copied or patched.
+
+    Args:
+        model: a transformers causal LM, plain, quantised, or wrapped by PEFT.
+        adapter: the adapter of its family.
+        tokenizer: for `generate` with text; may be None.
+        prefill: how `generate` reads the prompt. ``"adaptive"``: under the policy. ``"dense"``: with all layers.
+            ``"auto"``: under the policy, unless that would have to go token by token.
+
+    Raises:
+        ModelError: the adapter refuses the model's config, or the model cannot be run.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+
+    def __init__(
+        self, model: nn.Module, adapter: ModelAdapter, tokenizer: Any = None, prefill: Prefill = "auto"
+    ) -> None:
+        super().__init__()
+        if prefill not in ("auto", "adaptive", "dense"):
+            raise InputError(f"prefill is 'auto', 'adaptive' or 'dense'; got '{prefill}'")
+        self.model = model
+        self.adapter = adapter
+        self.tokenizer = tokenizer
+        self.prefill = prefill
+        self.parts: Parts = adapter.parts(causal_lm(model))
+        self.config = self.parts.config
+        self.generation_config = self.parts.model.generation_config
+        _check_runnable(self.parts, adapter)
+        self.last_trace: Trace | None = None
+        self.engine = Engine(adapter, self.parts, Policy())
+        self.train(model.training)
+
+    def set_policy(
+        self, policy: Policy, budget: float | None = None, hard: bool = False, calibration: Calibration | None = None
+    ) -> AdaptiveModel:
+        """Run under another policy from now on, and return the model.
+
+        Args:
+            policy: what decides.
+            budget: share of the dense decoder-layer FLOPs that may be spent, in (0, 1]; None for the policy's default.
+            hard: whether no token may exceed the budget; otherwise it holds on average.
+            calibration: of this model, for policies that need one.
+
+        Raises:
+            PolicyError, BudgetError: policy, budget and model do not fit together.
+        """
+        self.engine = Engine(self.adapter, self.parts, policy, budget, hard, calibration)
+        return self
+
+    def check_budget(self, policy: Policy, budget: float | None) -> None:
+        """Raise `BudgetError` if a budget cannot be met under a policy, whatever calibration finds."""
+        limit = budget if budget is not None else policy.controller.default_budget
+        Budget(self.engine.costs, policy.controller.protected(self.engine.costs.num_layers), limit, hard=False)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force, bound to the model."""
+        return self.engine.policy
+
+    @property
+    def budget(self) -> float | None:
+        """The budget in force."""
+        return self.engine.budget.limit
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's first weights, where inputs go."""
+        return cast(torch.device, self.parts.embedding.weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the model."""
+        return cast(torch.dtype, self.parts.model.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up what this class lacks in the wrapped model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("model", "parts") or name.startswith("__"):
+                raise
+            return getattr(self.parts.model, name)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Return True (transformers asks)."""
+        return True
+
+    def new_cache(self, capacity: int | None = None) -> AdaptiveCache:
+        """Return an empty cache with room for ``capacity`` tokens; it grows if that is not enough."""
+        return AdaptiveCache(self.engine.costs.num_layers, capacity)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        prefill: Prefill = "adaptive",
+        trace: Trace | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run tokens through the model under the policy.
+
+        Args:
+            input_ids: [B, T] new tokens.
+            attention_mask: [B, S + T] for S tokens seen before, 0 for padding on either side; [B, T] is taken as the
+                new tokens' part.
+            position_ids: [B, T]; default: counted over the real tokens of each row.
+            past_key_values: an `AdaptiveCache`; default: a new one.
+            inputs_embeds: [B, T, D] instead of ``input_ids``.
+            labels: [B, T] for a loss, as in transformers.
+            use_cache: whether to return the cache; default as the model's config says.
+            logits_to_keep: how many last positions to compute logits for; 0 for all. With 1, each row's last real
+                token.
+            output_hidden_states: whether to return the input of every layer and the final states.
+            return_dict: False for a plain tuple.
+            prefill: ``"dense"`` to run all layers if this is the first block of a sequence.
+            trace: a record to add to; default: a new one. It becomes ``last_trace``.
+
+        Raises:
+            InputError: the arguments do not fit together or the model.
+        """
+        block, cache = self._read(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
+        if not isinstance(logits_to_keep, int):
+            raise InputError("logits_to_keep takes a number of last positions")
+        mine = trace is None
+        trace = Trace() if trace is None else trace
+        self.last_trace = trace
+        logits, outputs = self._run(block, cache, logits_to_keep, prefill, trace, bool(output_hidden_states))
+        if mine:
+            trace.close(cache)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        keep_cache = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if keep_cache else None,
+            hidden_states=_join_states(outputs) if output_hidden_states else None,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Block, AdaptiveCache]:
+        unknown = [name for name, value in kwargs.items() if value not in (None, False)]
+        if unknown:
+            raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
+        cache = past_key_values if isinstance(past_key_values, AdaptiveCache) else self.new_cache()
+        if past_key_values is not None and cache is not past_key_values and past_key_values.get_seq_length() > 0:
+            raise InputError(
+                f"a filled {type(past_key_values).__name__} cannot be used: start from model.new_cache() and feed the tokens"
+            )
+        limit = self.adapter.max_positions(self.config)
+        return read_block(self.parts, input_ids, attention_mask, position_ids, inputs_embeds, cache, limit), cache
+
+    def _run(
+        self, block: Block, cache: AdaptiveCache, keep: int, prefill: Prefill, trace: Trace, states: bool
+    ) -> tuple[Tensor, list[Output]]:
+        """Run a block whole, or token by token where the policy needs that, and return logits and outputs."""
+        engine = self.engine
+        tokens = block.position_ids.shape[1]
+        dense = prefill == "dense" and cache.seen == 0
+        blocks = [block]
+        if engine.policy.stepwise and not dense and tokens > 1:
+            blocks = [block.column(t) for t in range(tokens)]
+        outputs: list[Output] = []
+        logits: list[Tensor] = []
+        for part in blocks:
+            output = engine.run(part, cache, trace, dense, states)
+            outputs.append(output)
+            if engine.policy.feeds_back:
+                last = engine.logits(_last_real(output.hidden_states, part.real), trace)
+                engine.feed_back(part, cache, None if dense else output.spent, last[:, -1])
+                logits.append(last)
+        hidden_states = torch.cat([output.hidden_states for output in outputs], dim=1)
+        if keep == 1:
+            return engine.logits(_last_real(hidden_states, block.real), trace), outputs
+        if len(logits) == tokens:
+            return torch.cat(logits, dim=1)[:, -keep:], outputs
+        return engine.logits(hidden_states[:, -keep:], trace), outputs
+
+    @torch.no_grad()
+    def generate(self, inputs: Any = None, **kwargs: Any) -> Any:
+        """Generate from text or from token ids.
+
+        With text (a string or a list of strings) it returns a `Generation`, with ``text`` and ``trace``; options are
+        those of `decode`, or any of transformers' ``generate``. With token ids it is transformers' own ``generate``
+        and returns what that returns.
+
+        Raises:
+            InputError: an empty prompt, one longer than the model's context, or an option that does not exist.
+        """
+        if isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str)):
+            return generate_text(self, inputs, **kwargs)
+        if kwargs.get("cache_implementation") is not None:
+            raise InputError("cache_implementation cannot be chosen: ANEE brings its own cache")
+        trace = Trace()
+        if kwargs.get("use_cache") is not False and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = self.new_cache()
+        cache = kwargs.get("past_key_values")
+        result = super().generate(inputs, trace=trace, prefill=self.prefill_mode, **kwargs)
+        if isinstance(cache, AdaptiveCache):
+            trace.close(cache)
+        return result
+
+    def decode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
+        """Generate with the lean loop; see `anee_core.generation.decode`."""
+        return decode(self, input_ids, attention_mask, **options)
+
+    @property
+    def prefill_mode(self) -> Prefill:
+        """How a prompt is read by `generate`: ``"adaptive"`` or ``"dense"``."""
+        if self.prefill == "auto":
+            return "dense" if self.policy.stepwise else "adaptive"
+        return self.prefill
+
+    def save_pretrained(self, folder: str, **kwargs: Any) -> None:
+        """Save the wrapped model, as transformers does. A policy is saved by ``model.policy.save(folder)``."""
+        cast(Any, self.model).save_pretrained(folder, **kwargs)
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside ``model``: itself, or what PEFT wraps."""
+    unwrap = getattr(model, "get_base_model", None)
+    inner: nn.Module = unwrap() if unwrap is not None else model
+    return inner
+
+
+def _check_runnable(parts: Parts, adapter: ModelAdapter) -> None:
+    config = parts.config
+    reason = adapter.refuse(config)
+    if reason is not None:
+        raise ModelError(f"{type(parts.model).__name__} with this config is not supported: {reason}")
+    if config._attn_implementation not in ("eager", "sdpa"):
+        raise ModelError(
+            f"attention backend '{config._attn_implementation}' cannot express per-token masks; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    if parts.head is None:
+        raise ModelError(f"{type(parts.model).__name__} has no language-model head; load it with AutoModelForCausalLM")
+    for name, parameter in parts.model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ModelError(f"weight '{name}' is not in memory (offloaded or never loaded); load the whole model")
+
+
+def _last_real(hidden_states: Tensor, real: Tensor | None) -> Tensor:
+    """Return each row's last real position, [B, 1, D]; the last one where a row has none."""
+    if real is None or hidden_states.shape[1] == 1:
+        return hidden_states[:, -1:]
+    columns = torch.arange(1, real.shape[1] + 1, device=real.device) * real
+    last = torch.where(columns.amax(1) > 0, columns.amax(1) - 1, real.shape[1] - 1)
+    return hidden_states.gather(1, last[:, None, None].expand(-1, 1, hidden_states.shape[-1]))
+
+
+def _join_states(outputs: list[Output]) -> tuple[Tensor, ...]:
+    stacks = [cast(tuple[Tensor, ...], output.all_hidden_states) for output in outputs]
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*stacks, strict=True))
+

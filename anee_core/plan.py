@@ -1,0 +1,150 @@
+"""Which tokens run which layer: asks the controller, settles with the ledger, reads the outcome once per run of layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from anee_core.interfaces import DecisionContext, Observation
+from anee_core.ledger import Budget, Ledger
+from anee_core.policy import Policy
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of one forward.
+
+    ``embeddings`` is [B, T, D]; ``input_ids`` (None if embeddings were given) and ``position_ids`` are [B, T];
+    ``real`` [B, T] is False for padding, None if there is none.
+    """
+
+    embeddings: Tensor
+    position_ids: Tensor
+    input_ids: Tensor | None = None
+    real: Tensor | None = None
+    phase: Literal["prefill", "decode"] = "decode"
+
+    def column(self, t: int) -> Block:
+        """Return the block of token ``t`` of every row."""
+        at = slice(t, t + 1)
+        return Block(
+            self.embeddings[:, at],
+            self.position_ids[:, at],
+            None if self.input_ids is None else self.input_ids[:, at],
+            None if self.real is None else self.real[:, at],
+            self.phase,
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens of a block that run one layer: ``all`` of them, ``none``, or ``some``.
+
+    Of some, ``run`` holds rows [R, 1] and columns [R, C] of those that run; a row with fewer than C repeats its last
+    one, which computes the same twice and so changes nothing. ``skip`` holds rows [1, N] and columns [1, N].
+    """
+
+    kind: Literal["all", "none", "some"]
+    run: tuple[Tensor, Tensor] | None = None
+    skip: tuple[Tensor, Tensor] | None = None
+
+
+_ALL, _NONE = Selection("all"), Selection("none")
+_PADDING, _SKIPPED, _RUNS = range(3)
+
+
+class Plan:
+    """The decisions of one forward, taken as far ahead as the controller allows.
+
+    ``dense`` runs every layer without asking.
+    """
+
+    def __init__(
+        self, policy: Policy, budget: Budget, num_layers: int, block: Block, feedback: Tensor | None, dense: bool
+    ) -> None:
+        self._policy, self._budget, self._num_layers, self._block = policy, budget, num_layers, block
+        self._feedback = feedback
+        self._ledger = Ledger(budget, *block.position_ids.shape, block.position_ids.device)
+        self._selections = [_ALL] * num_layers if dense else []
+        self._states: list[Tensor] = []
+        self.dense = dense
+
+    @property
+    def spent(self) -> Tensor:
+        """Share of a dense token's layer FLOPs that each token has spent, [B, T]; not kept where all is dense."""
+        return self._ledger.spent
+
+    def at(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> Selection:
+        """Return who runs a layer, given its input and the input of the layer before, both [B, T, D]."""
+        if layer_idx == len(self._selections):
+            self._decide(layer_idx, hidden_states, previous)
+        return self._selections[layer_idx]
+
+    def ran(self) -> Tensor:
+        """Return which tokens ran each layer, [L, B, T] bool on the host. Padding counts as not run."""
+        batch, tokens = self._block.position_ids.shape
+        if self.dense:
+            real = self._block.real
+            alike = torch.ones(batch, tokens, dtype=torch.bool) if real is None else real.cpu()
+            return alike.expand(self._num_layers, -1, -1)
+        return torch.cat(self._states) == _RUNS
+
+    def _decide(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> None:
+        block, policy = self._block, self._policy
+        observation = Observation(
+            hidden_states=hidden_states,
+            previous=previous,
+            layer_idx=layer_idx,
+            num_layers=self._num_layers,
+            spent=self._ledger.spent,
+            seen=block.position_ids,
+            budget=self._budget.limit or 1.0,
+            feedback=self._feedback,
+        )
+        signals = policy.profiler.observe(observation, policy.controller.signals)
+        context = DecisionContext(
+            layer_idx, self._num_layers, block.position_ids, block.input_ids, block.phase, self._budget.limit
+        )
+        run = self._ledger.settle(policy.controller.decide(signals, context), layer_idx)
+        states = run.to(torch.uint8) + _SKIPPED
+        if block.real is not None:
+            states = states * block.real
+        # The one host read for these layers.
+        host = states.cpu()
+        self._states.append(host)
+        self._selections.extend(_select(host, hidden_states.device))
+
+
+def _select(states: Tensor, device: torch.device) -> list[Selection]:
+    """Turn states [N, B, T] on the host into one selection per layer."""
+    layers = states.flatten(1)
+    running = (layers == _RUNS).any(1).tolist()
+    skipping = (layers == _SKIPPED).any(1).tolist()
+    selections = []
+    for i, (some_run, some_skip) in enumerate(zip(running, skipping, strict=True)):
+        if not some_skip:
+            selections.append(_ALL)
+        elif not some_run:
+            selections.append(_NONE)
+        else:
+            selections.append(_split(states[i], device))
+    return selections
+
+
+def _split(states: Tensor, device: torch.device) -> Selection:
+    runs = states == _RUNS
+    counts = runs.sum(1)
+    rows = counts.nonzero()  # [R, 1]
+    most = int(counts.max())
+    order = torch.argsort(~runs[rows[:, 0]], dim=1, stable=True)[:, :most]
+    last = (counts[rows[:, 0]] - 1)[:, None]
+    columns = order.gather(1, torch.minimum(torch.arange(most), last))
+    skip_rows, skip_columns = (states == _SKIPPED).nonzero(as_tuple=True)
+    return Selection(
+        "some",
+        run=(rows.to(device), columns.to(device)),
+        skip=(skip_rows[None].to(device), skip_columns[None].to(device)),
+    )

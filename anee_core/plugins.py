@@ -1,0 +1,169 @@
+"""Finds plugins, keeps broken ones from doing harm, and says who provides what."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import Distribution, EntryPoint, distributions
+from typing import Any
+
+import pluggy
+
+from anee_core.errors import PluginError, suggestion
+from anee_core.hookspecs import PROJECT, Hooks
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("adapters", "profilers", "controllers", "cache_policies", "policies", "model_sources")
+_BUILT_IN = "anee"
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One plugin: where it comes from, what it provides by kind, and what is wrong with it, if anything."""
+
+    name: str
+    distribution: str
+    version: str
+    provides: Mapping[str, tuple[str, ...]]
+    problem: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """Return the entry point and the distribution it is from."""
+        return f"'{self.name}' of {self.distribution} {self.version}"
+
+
+class Registry(Mapping[str, Any]):
+    """The providers of one kind by name. A name that two plugins claim cannot be looked up."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._providers: dict[str, list[tuple[PluginInfo, Any]]] = {}
+
+    def add(self, name: str, provider: Any, plugin: PluginInfo) -> None:
+        """Enter a provider."""
+        self._providers.setdefault(name, []).append((plugin, provider))
+
+    def clashes(self) -> dict[str, list[PluginInfo]]:
+        """Return the names that several plugins claim, with the claimants."""
+        return {n: [plugin for plugin, _ in found] for n, found in self._providers.items() if len(found) > 1}
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the provider of a name.
+
+        Raises:
+            PluginError: several plugins provide it.
+        """
+        found = self._providers[name]
+        built_in = [provider for plugin, provider in found if plugin.distribution == _BUILT_IN]
+        if built_in:
+            return built_in[0]
+        if len(found) > 1:
+            raise PluginError(
+                f"{self.kind} '{name}' is provided by {' and by '.join(p.origin for p, _ in found)}; uninstall all but one"
+            )
+        return found[0][1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._providers)
+
+    def __len__(self) -> int:
+        return len(self._providers)
+
+    def require(self, name: str, error: type[Exception], what: str) -> Any:
+        """Return the provider of a name, or raise ``error`` saying which names there are."""
+        if name not in self._providers:
+            raise error(f"unknown {what} '{name}'; {suggestion(name, self)}")
+        return self[name]
+
+
+class Plugins:
+    """Everything installed that implements an ``anee`` hook.
+
+    A plugin that fails to import or to answer is left out with a warning that names its distribution. Built-in names
+    cannot be taken over; a name that two other plugins claim is an error when it is used.
+    """
+
+    def __init__(self) -> None:
+        self.infos: list[PluginInfo] = []
+        registries = {kind: Registry(kind.removesuffix("s").replace("_", " ")) for kind in KINDS}
+        registries["cache_policies"].kind, registries["policies"].kind = "token policy", "policy"
+        self.adapters = registries["adapters"]
+        self.profilers = registries["profilers"]
+        self.controllers = registries["controllers"]
+        self.cache_policies = registries["cache_policies"]
+        self.policies = registries["policies"]
+        self.model_sources = registries["model_sources"]
+        self._registries = registries
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(Hooks)
+
+    @classmethod
+    def discover(cls) -> Plugins:
+        """Load the plugins of all installed distributions, built-in ones first."""
+        plugins = cls()
+        found = list(_entry_points())
+        found.sort(key=lambda pair: pair[1].metadata["Name"] != _BUILT_IN)
+        for entry_point, distribution in found:
+            plugins.load(entry_point, distribution)
+        for kind, registry in plugins._registries.items():
+            for name, claimants in registry.clashes().items():
+                origins = " and ".join(c.origin for c in claimants)
+                logger.warning("%s '%s' is claimed by %s", kind, name, origins)
+        return plugins
+
+    def load(self, entry_point: EntryPoint, distribution: Distribution) -> None:
+        """Import one entry point and register what it provides."""
+        name, version = distribution.metadata["Name"], distribution.version
+        try:
+            self.register(entry_point.load(), entry_point.name, name, version)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            logger.warning(
+                "plugin '%s' of %s %s is broken and left out (%s); update or uninstall %s",
+                entry_point.name, name, version, problem, name,
+            )  # fmt: skip
+            self.infos.append(PluginInfo(entry_point.name, name, version, {}, problem))
+
+    def register(self, plugin: Any, name: str, distribution: str, version: str) -> None:
+        """Register an object with hooks under the name of an entry point."""
+        self._manager.register(plugin, name=f"{distribution}:{name}")
+        provided: dict[str, Mapping[str, Any]] = {}
+        try:
+            self._manager.check_pending()
+            for kind in KINDS:
+                caller = self._manager.subset_hook_caller(
+                    f"anee_{kind}", [p for p in self._manager.get_plugins() if p is not plugin]
+                )
+                provided[kind] = {n: provider for answer in caller() for n, provider in answer.items()}
+        except Exception:
+            self._manager.unregister(plugin)
+            raise
+        info = PluginInfo(name, distribution, version, {k: tuple(v) for k, v in provided.items() if v})
+        self.infos.append(info)
+        for kind, providers in provided.items():
+            for provider_name, provider in providers.items():
+                self._registries[kind].add(provider_name, provider, info)
+
+    def problems(self) -> list[str]:
+        """Return one line for each broken plugin and each clash of names."""
+        lines = [f"{info.origin} is broken: {info.problem}" for info in self.infos if info.problem]
+        for registry in self._registries.values():
+            for name, claimants in registry.clashes().items():
+                lines.append(f"{registry.kind} '{name}' is claimed by {' and by '.join(c.origin for c in claimants)}")
+        return lines
+
+
+def _entry_points() -> Iterator[tuple[EntryPoint, Distribution]]:
+    """Yield the entry points of the group, one distribution at a time, each distribution once."""
+    seen = set()
+    for distribution in distributions():
+        name = distribution.metadata["Name"]
+        if name is None or name in seen:
+            continue
+        seen.add(name)
+        for entry_point in distribution.entry_points:
+            if entry_point.group == PROJECT:
+                yield entry_point, distribution

@@ -1,0 +1,218 @@
+"""The bundle of a layer policy and a token policy: from a string, to a folder and back."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from anee_core.cache_policies.full import FullCachePolicy
+from anee_core.controllers.dense import DenseController
+from anee_core.errors import CheckpointError, PolicyError, suggestion
+from anee_core.interfaces import CachePolicy, Calibration, Configurable, Controller, Profiler
+from anee_core.plugins import Plugins
+from anee_core.profiler import SignalProfiler
+
+_SCHEMA = 1
+_HEADER, _TENSORS = "policy.json", "policy.safetensors"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What decides: a controller for layers, a cache policy for tokens, and the profiler that serves them.
+
+    ``calibration`` is what the controller was bound with, if it came with the policy.
+    """
+
+    controller: Controller = field(default_factory=DenseController)
+    cache_policy: CachePolicy = field(default_factory=FullCachePolicy)
+    profiler: Profiler = field(default_factory=SignalProfiler)
+    calibration: Calibration | None = None
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether a token's decisions depend on the model's output for earlier tokens."""
+        return any(name in self.profiler.feedback for name in self.controller.signals)
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether whole sequences have to run token by token."""
+        return self.feeds_back or not self.cache_policy.keeps_all
+
+    def __str__(self) -> str:
+        """Return the policy string that makes this policy."""
+        return "+".join(
+            _spell(part) for part in (self.controller, self.cache_policy) if not isinstance(part, FullCachePolicy)
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the policy as JSON plus safetensors.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        path = Path(folder)
+        header: dict[str, Any] = {"schema": _SCHEMA, "layers": _spell(self.controller)}
+        header["tokens"] = _spell(self.cache_policy)
+        tensors = {}
+        if self.calibration is not None:
+            header["calibration"] = {"fingerprint": self.calibration.fingerprint, "source": self.calibration.source}
+            tensors = {"importance": self.calibration.importance, "confidence": self.calibration.confidence}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, path / _TENSORS)
+            (path / _HEADER).write_text(json.dumps(header, indent=2) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"cannot write the policy to {path}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, folder: str | Path, plugins: Plugins) -> Policy:
+        """Read what `save` wrote; nothing missing, nothing extra.
+
+        Raises:
+            CheckpointError: a file is missing, corrupt or of another schema.
+        """
+        path = Path(folder)
+        try:
+            header = json.loads((path / _HEADER).read_text())
+            tensors = load_file(path / _TENSORS)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{error.filename} is missing; a policy folder has {_HEADER} and {_TENSORS}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+            raise CheckpointError(f"the policy in {path} is corrupt ({error}); save it again") from error
+        if not isinstance(header, dict) or header.get("schema") != _SCHEMA:
+            raise CheckpointError(f"{path / _HEADER} is not of schema {_SCHEMA}; save the policy with this version")
+        wanted = {"importance", "confidence"} if "calibration" in header else set()
+        expected = {"schema", "layers", "tokens"} | ({"calibration"} if wanted else set())
+        if set(tensors) != wanted or set(header) != expected:
+            raise CheckpointError(
+                f"the policy in {path} has keys {sorted(header)} and tensors {sorted(tensors)}, "
+                f"expected {sorted(expected)} and {sorted(wanted)}"
+            )
+        policy = parse_policy(f"{header['layers']}+{header['tokens']}", plugins)
+        if not wanted:
+            return policy
+        calibration = Calibration(tensors["importance"], tensors["confidence"], **header["calibration"])
+        return Policy(policy.controller, policy.cache_policy, policy.profiler, calibration)
+
+
+def make_policy(given: str | Policy | Controller | CachePolicy | None, plugins: Plugins) -> Policy:
+    """Return a policy from whatever a user may pass: a string, a folder, a policy or one of its parts."""
+    match given:
+        case None:
+            return Policy()
+        case Policy():
+            return given
+        case Controller():
+            return Policy(controller=given)
+        case CachePolicy():
+            return Policy(cache_policy=given)
+        case str():
+            return parse_policy(given, plugins)
+    raise PolicyError(f"a policy is a string, a Policy, a Controller or a CachePolicy; got {type(given).__name__}")
+
+
+def parse_policy(text: str, plugins: Plugins) -> Policy:
+    """Read a policy string: ``name[:option=value,...]``, a layer policy and a token policy joined by ``+``.
+
+    A string that names a folder with a saved policy loads it.
+
+    Raises:
+        PolicyError: unknown name or option, wrong value, or two policies of one kind.
+    """
+    if (Path(text) / _HEADER).is_file():
+        return Policy.load(text, plugins)
+    controller: Controller | None = None
+    cache_policy: CachePolicy | None = None
+    parts = text.split("+")
+    for part in parts:
+        name, _, options = part.strip().partition(":")
+        if not name:
+            raise PolicyError(f"'{text}' has an empty part; a policy string is like 'heuristic' or 'static:skip=5 14'")
+        if name in plugins.policies:
+            bundle = plugins.policies[name](**_raw_options(name, options))
+            if len(parts) == 1:
+                return typing.cast(Policy, bundle)
+            layer = None if isinstance(bundle.controller, DenseController) else bundle.controller
+            token = None if bundle.cache_policy.keeps_all else bundle.cache_policy
+        elif name in plugins.controllers:
+            layer, token = _configure(plugins.controllers[name], name, options), None
+        elif name in plugins.cache_policies:
+            layer, token = None, _configure(plugins.cache_policies[name], name, options)
+        else:
+            known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies]
+            raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")
+        if layer is not None and controller is not None:
+            raise PolicyError(f"'{text}' names two layer policies; join one layer policy and one token policy")
+        if token is not None and cache_policy is not None:
+            raise PolicyError(f"'{text}' names two token policies; join one layer policy and one token policy")
+        controller, cache_policy = layer or controller, token or cache_policy
+    return Policy(controller or DenseController(), cache_policy or FullCachePolicy())
+
+
+def _raw_options(name: str, text: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for item in filter(None, (piece.strip() for piece in text.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise PolicyError(f"{name}: '{item}' is no option; write option=value, separated by commas")
+        if key.strip() in options:
+            raise PolicyError(f"{name}: option '{key.strip()}' is given twice")
+        options[key.strip()] = value.strip()
+    return options
+
+
+def _configure(factory: type[Configurable], name: str, text: str) -> Any:
+    hints = typing.get_type_hints(factory)
+    known = factory.option_names()
+    values = {}
+    for key, value in _raw_options(name, text).items():
+        if key not in known:
+            raise PolicyError(f"{name}: unknown option '{key}'; {suggestion(key, known)}")
+        values[key] = _convert(value, hints[key], f"{name}: {key}")
+    try:
+        return factory(**values)
+    except TypeError as error:
+        raise PolicyError(f"{name}: {error}; its options are: {', '.join(known) or 'none'}") from error
+
+
+def _convert(text: str, hint: Any, what: str) -> Any:
+    """Read ``text`` as the annotated type of an option: int, float, bool, str, tuple[int, ...], or None if allowed."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    readers: Mapping[Any, tuple[Any, str]] = {
+        int: (int, "a whole number"),
+        float: (float, "a number"),
+        str: (str, "text"),
+        bool: (lambda t: {"true": True, "false": False}[t.lower()], "true or false"),
+        tuple[int, ...]: (lambda t: tuple(int(i) for i in t.split()), "whole numbers separated by spaces"),
+    }
+    read, wanted = readers[kind]
+    try:
+        value = read(text)
+    except (ValueError, KeyError) as error:
+        raise PolicyError(f"{what} takes {wanted}; got '{text}'") from error
+    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+        raise PolicyError(f"{what} takes a finite number; got '{text}'")
+    return value
+
+
+def _spell(part: Configurable) -> str:
+    """Return the string that makes one policy part."""
+    options = []
+    defaults = type(part)().options()
+    for key, value in part.options().items():
+        if value != defaults[key]:
+            options.append(f"{key}={' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+    name: str = part.name  # type: ignore[attr-defined]
+    return name + (":" + ",".join(options) if options else "")

