@@ -5,14 +5,35 @@
 >>> print(model.generate("The future of AI", max_new_tokens=30).text)
 """
 
-from importlib.metadata import version as _version
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from anee.config import ANEEConfig
 from anee_core.errors import AneeError
-from anee_core.load import load
-from anee_core.model import AdaptiveModel
-from anee_core.policy import Policy
-from anee_core.trace import Trace
 
-__version__ = _version("anee")
+if TYPE_CHECKING:
+    from anee_core.load import load
+    from anee_core.model import AdaptiveModel
+    from anee_core.policy import Policy
+    from anee_core.trace import Trace
+
 __all__ = ["ANEEConfig", "AdaptiveModel", "AneeError", "Policy", "Trace", "__version__", "load"]
+
+# torch and transformers take seconds to import: only what needs them pays.
+_WHERE = {
+    "load": "anee_core.load",
+    "AdaptiveModel": "anee_core.model",
+    "Policy": "anee_core.policy",
+    "Trace": "anee_core.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("anee")
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'anee' has no attribute '{name}'")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from anee_core.errors import AneeError
@@ -69,7 +70,9 @@ def generate(
         calibration=CalibrationOptions(text=calibration_text),
     )
     show_stream = stream and not as_json
-    extra: dict[str, Any] = {"streamer": TextStreamer(adaptive.tokenizer)} if show_stream else {}
+    extra: dict[str, Any] = (
+        {"streamer": TextStreamer(adaptive.tokenizer, skip_special_tokens=True)} if show_stream else {}
+    )
     result = adaptive.generate(
         prompt, max_new_tokens=max_new_tokens, do_sample=sample, temperature=temperature, seed=seed, **extra
     )
@@ -89,7 +92,7 @@ def generate(
     if not show_stream:
         print(result.text)
     console = Console(stderr=True, highlight=False)
-    console.print(f"\n[bold]{adaptive.policy}[/bold], budget {adaptive.budget or 'none'}", markup=True)
+    console.print(f"\n[bold]{escape(str(adaptive.policy))}[/bold], budget {adaptive.budget or 'none'}", markup=True)
     console.print(str(result.trace), markup=False)
     console.print(f"{result.tokens_per_second:.1f} tokens/s", markup=False)
     if picture:
@@ -108,7 +111,8 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON l
     table = Table("plugin", "distribution", "version", "provides")
     for info in found.infos:
         lines = [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in info.provides.items()]
-        table.add_row(info.name, info.distribution, info.version, info.problem or "\n".join(lines))
+        cells = (info.name, info.distribution, info.version, info.problem or "\n".join(lines))
+        table.add_row(*(escape(cell) for cell in cells))
     Console().print(table)
     for problem in found.problems():
         print(problem, file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -85,6 +86,16 @@ class CostModel:
         """Number of decoder layers."""
         return len(self.run)
 
+    def token_shares(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what running and what skipping each layer takes of a dense token's decoder-layer FLOPs, both
+        [L, ...] in fp32 for ``position_ids`` [...]: attention grows with the number of tokens before."""
+        attention = self.pair_flops * (position_ids + 1).float()
+        shape = (self.num_layers, *[1] * position_ids.dim())
+        run = torch.tensor([float(w.flops) for w in self.run], device=position_ids.device).view(shape) + attention
+        skip = torch.tensor([float(w.flops) for w in self.propagate], device=position_ids.device).view(shape)
+        dense = run.sum(0)
+        return run / dense, skip / dense
+
     @property
     def run_shares(self) -> tuple[float, ...]:
         """Share of a dense token's decoder-layer FLOPs that running each layer takes, attention left out.
@@ -97,7 +108,7 @@ class CostModel:
 
     @property
     def skip_shares(self) -> tuple[float, ...]:
-        """Share of a dense token's decoder-layer FLOPs that skipping each layer still takes."""
+        """Share of a dense token's decoder-layer FLOPs that skipping each layer still takes, attention left out."""
         dense = sum(work.flops for work in self.run)
         return tuple(work.flops / dense for work in self.propagate)
 

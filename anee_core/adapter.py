@@ -96,6 +96,8 @@ class LayerCall:
 
     def with_mask(self, attention_mask: Tensor | None) -> LayerCall:
         """Return the same call with another mask."""
+        if attention_mask is None and self.attention_mask is None:
+            return self
         return replace(self, attention_mask=attention_mask)
 
     def to(self, device: torch.device) -> LayerCall:

@@ -31,6 +31,7 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
+    @torch.inference_mode(False)
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate storage shaped like the first keys [B, H, T, Dh] and values."""
         self.keys = self._allocate(key_states, self._cache.capacity)
@@ -44,17 +45,16 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
 
     def room(self, slots: Slots) -> None:
         """Grow the storage to the capacity of ``slots``."""
-        if self.keys is None or self.values is None or self.keys.shape[2] >= slots.capacity:
-            return
         for name in ("keys", "values"):
-            old = cast(Tensor, getattr(self, name))
-            new = self._allocate(old, slots.capacity)
-            new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
+            old = cast("Tensor | None", getattr(self, name))
+            if old is not None and old.shape[2] < slots.capacity:
+                new = self._allocate(old, slots.capacity)
+                new[:, :, : old.shape[2]] = old
+                setattr(self, name, new)
 
     def held(self, used: int) -> tuple[Tensor, Tensor]:
         """Return views of the used slots' keys and values, [B, H, used, Dh]."""
-        return cast(Tensor, self.keys)[:, :, :used], cast(Tensor, self.values)[:, :, :used]
+        return cast(Tensor, self.keys).narrow(2, 0, used), cast(Tensor, self.values).narrow(2, 0, used)
 
     def take(self, source: Tensor, capacity: int) -> None:
         """Keep the slots ``source`` [B, S] of each row, in that order, in storage of ``capacity`` slots."""
@@ -111,6 +111,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     ``seen`` is the logical length: tokens processed, what `get_seq_length` reports. The slots held are another
     number, per layer and row. A forward is `begin` (hand out slots), `write` for each layer, `commit`.
+
+    Whatever is allocated is allocated outside inference mode, so that a prompt read in it can be continued outside.
     """
 
     def __init__(self, num_layers: int, capacity: int | None = None) -> None:
@@ -132,6 +134,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     # One forward.
 
+    @torch.inference_mode(False)
     def begin(self, position_ids: Tensor, real: Tensor | None) -> None:
         """Hand out slots for tokens [B, T] in every layer; ``real`` [B, T] is False for padding.
 
@@ -149,14 +152,15 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 f"the cache holds {self.batch} rows and got {batch}: start a new cache, or reorder this one"
             )
         self.abort()
-        starts = {}
         for slots in self._distinct():
             needed = slots.used + count
-            capacity = slots.capacity if needed <= slots.capacity else max(2 * slots.capacity, needed, _FIRST_CAPACITY)
-            starts[id(slots)] = slots.extend(position_ids, real, self.seen, capacity)
+            if needed > slots.capacity:
+                slots.grow(max(2 * slots.capacity, needed, _FIRST_CAPACITY))
         self.capacity = max(s.capacity for s in self.slots)
         for layer, slots in zip(self.layers, self.slots, strict=True):
             layer.room(slots)
+        # Last: if memory runs out above, no slot has been handed out.
+        starts = {id(slots): slots.extend(position_ids, real, self.seen) for slots in self._distinct()}
         self._starts = [starts[id(s)] for s in self.slots]
         self._pending = count
 
@@ -170,7 +174,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         start = self._starts[layer_idx]
         for target, new in ((store.keys, keys), (store.values, values)):
             if rows is None:
-                target[:, :, start : start + new.shape[2]] = new
+                target.narrow(2, start, new.shape[2]).copy_(new)
             else:
                 target[rows, :, start + columns] = new.transpose(1, 2)
 
@@ -179,6 +183,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         held: tuple[Tensor, Tensor] = self.layers[layer_idx].held(self.slots[layer_idx].used)
         return held
 
+    @torch.inference_mode(False)
     def evict(self, layer_idx: int, keep: Tensor) -> None:
         """Drop the slots of one layer where ``keep`` [B, S] is False. Memory is freed by `commit`."""
         slots = self.slots[layer_idx]
@@ -186,13 +191,12 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             slots = self.slots[layer_idx] = slots.clone()
         slots.evict(keep, self.seen + self._pending)
 
+    @torch.inference_mode(False)
     def commit(self) -> None:
         """End the forward: its tokens count as seen; dropped slots are freed unless `recording`."""
         self.seen += self._pending
         self._pending = 0
-        for layer in self.layers:
-            if layer.keys is not None and layer.keys.requires_grad:
-                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        self._detach()
         if not self.recording:
             self._free()
 
@@ -202,6 +206,16 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             for slots in self._distinct():
                 slots.rollback(self.seen, self.seen + self._pending)
             self._pending = 0
+            self._detach()
+
+    def _detach(self) -> None:
+        """Let go of the autograd graph of the forward that wrote last."""
+        for layer in self.layers:
+            # Each by itself: where only the values are trained, the first layer's keys carry no gradient.
+            for name in ("keys", "values"):
+                stored = getattr(layer, name)
+                if stored is not None and stored.requires_grad:
+                    setattr(layer, name, stored.detach())
 
     def _distinct(self) -> list[Slots]:
         """Return each set of slots once, however many layers share it."""
@@ -211,11 +225,12 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         evicting = [i for i, slots in enumerate(self.slots) if slots.evicting]
         if not evicting:
             return
-        self._horizon = self.seen
-        # The one host read of a forward that drops: the fullest row of each such layer.
-        longest = torch.stack([self.slots[i].held().max() for i in evicting]).tolist()
-        for layer_idx, most in zip(evicting, longest, strict=True):
+        # The one host read of a forward that drops: for each such layer, its fullest row and its last drop.
+        figures = [torch.stack((self.slots[i].held().max(), self.slots[i].last_drop())) for i in evicting]
+        known = torch.stack(figures).tolist()
+        for layer_idx, (most, dropped) in zip(evicting, known, strict=True):
             slots = self.slots[layer_idx]
+            self._horizon = max(self._horizon, dropped)
             slots.bury()
             if most < _LOAD_FACTOR * slots.used:
                 source = slots.compact(max(most, 1), int(most / _LOAD_FACTOR) + _SLACK)
@@ -242,6 +257,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             slots.rollback(to, self.seen)
         self.seen = to
 
+    @torch.inference_mode(False)
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row ``rows[i]`` everywhere; ``rows`` may be shorter or longer than the batch."""
         if self.slots:
@@ -258,6 +274,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     def next_positions(self) -> Tensor:
         """Return the position after the last held token of each row, [B, 1]. The newest token is never dropped."""
         slots = self.slots[0]
+        if not slots.used:
+            return slots.position.new_zeros(self.batch, 1)
         return torch.where(slots.valid(), slots.positions(), -1).amax(1, keepdim=True) + 1
 
     def nbytes(self) -> int:

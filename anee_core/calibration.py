@@ -78,6 +78,7 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
         if tokens is None:
             tokens = _own_samples(model, engine, options) if options.text is None else _from_file(model, options)
             store.keep_tokens(tokens)
+        tokens = tokens.to(model.device)
         dense = _log_probabilities(model, engine, tokens)
         advance()
         for layer_idx in range(len(store.importance), layers):
@@ -148,10 +149,17 @@ def fingerprint(model: AdaptiveModel) -> str:
     digest.update(f"{config.model_type} {len(model.parts.layers)} {model.dtype}".encode())
     for name, parameter in model.parts.model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if parameter.is_floating_point():
-            few = parameter.detach().flatten()[:: max(parameter.numel() // 4, 1)][:4]
+        for tensor in _stored(parameter.detach()):
+            few = tensor.flatten()[:: max(tensor.numel() // 4, 1)][:4]
             digest.update(json.dumps(few.double().tolist()).encode())
     return digest.hexdigest()[:16]
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a tensor is made of: itself, or the parts of a quantised weight."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
 
 
 def cache_folder() -> Path:

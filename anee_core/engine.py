@@ -23,11 +23,11 @@ from anee_core.trace import Trace
 
 @dataclass(frozen=True)
 class Output:
-    """Final, normed hidden states [B, T, D]; what each token spent, [B, T], as a share of a dense token's layer FLOPs;
-    and, if asked for, the input of each layer followed by the final states."""
+    """Final, normed hidden states [B, T, D]; what each token spent, [B, T], as a share of a dense token's layer FLOPs,
+    or None if it was not asked to save; and, if wanted, the input of each layer followed by the final states."""
 
     hidden_states: Tensor
-    spent: Tensor
+    spent: Tensor | None
     all_hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -171,12 +171,13 @@ class Engine:
         spent.head_bytes += self.costs.head.weight_bytes
         return self.adapter.logits(self.parts, hidden_states)
 
-    def feed_back(self, block: Block, cache: AdaptiveCache, spent: Tensor | None, logits: Tensor) -> None:
+    def feed_back(self, block: Block, cache: AdaptiveCache, output: Output, logits: Tensor) -> None:
         """Record the outcome of a block for the policy's next decision.
 
-        ``spent`` is [B, T], None for a prompt read densely, which counts as having cost just the budget; ``logits``
-        [B, V] come from each row's last real token.
+        ``logits`` [B, V] come from each row's last real token. A prompt read densely counts as having cost just the
+        budget.
         """
+        spent = output.spent
         if spent is None:
             spent = torch.full(block.position_ids.shape, self.budget.limit or 1.0, device=logits.device)
         index = cache.seen - spent.shape[1]

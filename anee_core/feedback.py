@@ -13,9 +13,10 @@ class FeedbackLog:
     """For each token index: entropy and largest probability of the distribution it was drawn from, and the share of
     dense FLOPs its sequence had spent before it. Entries are `Observation.feedback`.
 
-    ``start`` tokens have been seen already, at a cost of ``budget`` each.
+    ``start`` tokens have been seen already, at a cost of ``budget`` each. Like the cache, it outlives inference mode.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, batch: int, device: torch.device, start: int, budget: float) -> None:
         self._entries = torch.tensor([*UNKNOWN, budget * start], device=device).repeat(batch, start + 1, 1)
 
@@ -23,6 +24,7 @@ class FeedbackLog:
         """Return the entry of a token, [B, 1, 3]."""
         return self._entries[:, index : index + 1]
 
+    @torch.inference_mode(False)
     def note(self, index: int, spent: Tensor, distribution: Tensor, real: Tensor | None) -> None:
         """Record a block of tokens from ``index`` on.
 
@@ -42,6 +44,7 @@ class FeedbackLog:
             self._entries = torch.nn.functional.pad(self._entries, (0, 0, 0, extra))
         self._entries[:, index + 1 : end] = block
 
+    @torch.inference_mode(False)
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row ``rows[i]``."""
         self._entries = self._entries.index_select(0, rows.to(self._entries.device))

@@ -11,7 +11,7 @@ from anee_core.interfaces import Action
 
 
 class Budget:
-    """Shares of a dense token's decoder-layer FLOPs, per layer, and the limit on their sum.
+    """The limit on what a token may spend, as a share of a dense token's decoder-layer FLOPs.
 
     Args:
         costs: what each layer costs run and skipped.
@@ -33,8 +33,7 @@ class Budget:
                     f"a budget of {limit:g} cannot be met: the least possible is {least:.3f} "
                     f"(protected layers {sorted(protected) or 'none'}, and keys and values of the skipped ones)"
                 )
-        self.least = costs.least_share(tuple(protected))
-        self.run_shares, self.skip_shares = torch.tensor(costs.run_shares), torch.tensor(costs.skip_shares)
+        self.costs = costs
         self.always = torch.tensor([i in protected for i in range(costs.num_layers)])
 
 
@@ -47,12 +46,14 @@ def check_budget(limit: float) -> None:
 class Ledger:
     """What each token of one forward has spent so far, ``spent`` [B, T], and which tokens have exited."""
 
-    def __init__(self, budget: Budget, batch: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, budget: Budget, position_ids: Tensor) -> None:
         self._budget = budget
-        self.spent = torch.zeros(batch, tokens, device=device)
-        self._exited = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
-        # What the layers wanted so far would cost beyond the least a token can spend.
-        self._wanted = torch.full_like(self.spent, budget.least)
+        self._run_shares, self._skip_shares = budget.costs.token_shares(position_ids)
+        self._always = budget.always.to(position_ids.device)[:, None, None]
+        self.spent = torch.zeros_like(self._run_shares[0])
+        self._exited = torch.zeros_like(position_ids, dtype=torch.bool)
+        # What the layers wanted so far would cost, beside the least that a token can spend.
+        self._wanted = torch.where(self._always, self._run_shares, self._skip_shares).sum(0)
 
     def settle(self, actions: Tensor, layer_idx: int) -> Tensor:
         """Return which tokens run each layer, [N, B, T] bool, and charge them for what is executed.
@@ -61,11 +62,9 @@ class Ledger:
         all later layers. Protected layers run in any case. Under a hard budget the first wanted layer that cannot be
         paid for, with the least that the layers after it cost set aside, is skipped, and so are all later ones.
         """
-        budget, device = self._budget, actions.device
+        budget = self._budget
         span = slice(layer_idx, layer_idx + actions.shape[0])
-        run_shares = budget.run_shares[span].to(device)[:, None, None]
-        skip_shares = budget.skip_shares[span].to(device)[:, None, None]
-        always = budget.always[span].to(device)[:, None, None]
+        run_shares, skip_shares, always = self._run_shares[span], self._skip_shares[span], self._always[span]
 
         exited = self._exited | ((actions == Action.EXIT).cumsum(0) > 0)
         run = (actions == Action.PROCESS) & ~exited

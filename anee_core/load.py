@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from anee_core.calibration import CalibrationOptions, calibrate
+from anee_core.calibration import CalibrationOptions, calibrate, fingerprint
 from anee_core.errors import InputError, ModelError, suggestion
 from anee_core.hookspecs import SourceRequest
 from anee_core.interfaces import CachePolicy, Calibration, Controller
@@ -21,10 +21,13 @@ from anee_core.policy import Policy, make_policy
 
 logger = logging.getLogger(__name__)
 
+_WHERE = {"revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only", "force_download"}
+"""Options that say where a model is, for its config and tokenizer as well as for its weights."""
+
 
 def load(
     model: str | Path | nn.Module,
-    policy: str | Policy | Controller | CachePolicy | None = None,
+    policy: str | Path | Policy | Controller | CachePolicy | None = None,
     budget: float | None = None,
     *,
     hard: bool = False,
@@ -52,7 +55,7 @@ def load(
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.
-        model_options: passed to transformers' ``from_pretrained``.
+        model_options: passed to transformers' ``from_pretrained``; none for a loaded model.
 
     Raises:
         ModelError: the model cannot be found, loaded or run.
@@ -66,6 +69,8 @@ def load(
     wanted_dtype = _dtype(dtype)
     wanted_device = _device(device)
     if isinstance(model, nn.Module):
+        if model_options:
+            raise InputError(f"unknown option '{min(model_options)}': a loaded model is taken as it is")
         network = model
     else:
         network, found_tokenizer = _open(str(model), wanted_dtype, wanted_device, plugins, model_options)
@@ -73,6 +78,7 @@ def load(
     if isinstance(model, nn.Module) and (wanted_dtype or wanted_device):
         network = network.to(device=wanted_device, dtype=wanted_dtype)
 
+    _check_wrapper(network)
     inner = causal_lm(network)
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
@@ -89,6 +95,8 @@ def load(
         adaptive.check_budget(parsed, budget)
         logger.info("policy '%s' calibrates the model on first use", parsed)
         ready = calibrate(adaptive, calibration if isinstance(calibration, CalibrationOptions) else None)
+    elif ready is not None and parsed.controller.needs_calibration and ready.fingerprint != fingerprint(adaptive):
+        logger.warning("the calibration is of other weights or another dtype; calibrate this model for best results")
     return adaptive.set_policy(parsed, budget, hard, ready)
 
 
@@ -101,29 +109,34 @@ def _open(
             raise InputError(f"the model source '{name}' takes no option '{min(options)}'")
         network, tokenizer = plugins.model_sources[name](SourceRequest(dtype, device))
         return network, tokenizer
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+    if Path(name).exists() and not (Path(name) / options.get("subfolder", "") / "config.json").is_file():
         raise ModelError(f"'{name}' is no model folder: it has no config.json")
-    known = f"model sources: {', '.join(sorted(plugins.model_sources)) or 'none installed'}"
-    missing = ModelError(
-        f"cannot find the model '{name}': it is no local folder, no installed model source, and the hub did not "
-        f"give it; {known}"
-    )
+    where = {key: options[key] for key in _WHERE & options.keys()}
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, **where)
+    except Exception as error:  # each way for a config to be wrong raises its own kind
         if Path(name).is_dir():
-            raise ModelError(f"the model in '{name}' cannot be read: {_first_line(error)}") from error
-        raise missing from error
+            raise ModelError(f"the model in '{name}' cannot be read: {' '.join(str(error).split())}") from error
+        known = f"model sources: {', '.join(sorted(plugins.model_sources)) or 'none installed'}"
+        raise ModelError(
+            f"cannot find the model '{name}': it is no local folder, no installed model source, and the hub did not "
+            f"give it ({_first_line(error)}); {known}"
+        ) from error
     if config.model_type not in plugins.adapters:
         raise ModelError(
             f"no adapter for the model family '{config.model_type}'; {suggestion(config.model_type, plugins.adapters)}"
         )
     try:
-        network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
+        network, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", output_loading_info=True, **options
+        )
     except Exception as error:  # safetensors, transformers and the hub each raise their own kinds
         raise ModelError(f"the model '{name}' cannot be loaded: {_first_line(error)}") from error
+    if found["missing_keys"]:
+        # transformers fills them with random numbers.
+        raise ModelError(f"the checkpoint of '{name}' lacks the weight '{min(found['missing_keys'])}'; fetch it again")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:
         logger.warning("no tokenizer for '%s' (%s): generate from token ids, or pass one", name, _first_line(error))
         tokenizer = None
@@ -131,6 +144,8 @@ def _open(
 
 
 def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(given, torch.dtype) and not given.is_floating_point:
+        raise InputError(f"a model runs in a floating-point dtype; got {given}")
     if given is None or isinstance(given, torch.dtype):
         return given
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -145,9 +160,20 @@ def _device(given: str | torch.device | None) -> torch.device | None:
     try:
         device = torch.device(given)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{given}' cannot be used: {_first_line(error)}") from error
+    except Exception as error:  # each backend that is absent says so in its own way
+        raise InputError(f"device '{given}' cannot be used: {_first_line(error).split('. ')[0]}") from error
     return device
+
+
+def _check_wrapper(model: nn.Module) -> None:
+    """Raise `ModelError` for a PEFT model that is more than changed layers: what it adds in front would be lost."""
+    configs = getattr(model, "peft_config", None)
+    for name, config in configs.items() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise ModelError(
+                f"the PEFT adapter '{name}' adds virtual tokens ({config.peft_type}), which ANEE cannot run; "
+                "adapters inside the layers, such as LoRA, work"
+            )
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -219,14 +219,14 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
             outputs.append(output)
             if engine.policy.feeds_back:
                 last = engine.logits(_last_real(output.hidden_states, part.real), trace)
-                engine.feed_back(part, cache, None if dense else output.spent, last[:, -1])
+                engine.feed_back(part, cache, output, last[:, -1])
                 logits.append(last)
+        if logits and (keep == 1 or len(logits) == tokens):
+            known = torch.cat(logits, dim=1)
+            return _last_real(known, block.real) if keep == 1 else known[:, -keep:], outputs
         hidden_states = torch.cat([output.hidden_states for output in outputs], dim=1)
-        if keep == 1:
-            return engine.logits(_last_real(hidden_states, block.real), trace), outputs
-        if len(logits) == tokens:
-            return torch.cat(logits, dim=1)[:, -keep:], outputs
-        return engine.logits(hidden_states[:, -keep:], trace), outputs
+        wanted = _last_real(hidden_states, block.real) if keep == 1 else hidden_states[:, -keep:]
+        return engine.logits(wanted, trace), outputs
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, **kwargs: Any) -> Any:
@@ -292,13 +292,13 @@ def _check_runnable(parts: Parts, adapter: ModelAdapter) -> None:
             raise ModelError(f"weight '{name}' is not in memory (offloaded or never loaded); load the whole model")
 
 
-def _last_real(hidden_states: Tensor, real: Tensor | None) -> Tensor:
-    """Return each row's last real position, [B, 1, D]; the last one where a row has none."""
-    if real is None or hidden_states.shape[1] == 1:
-        return hidden_states[:, -1:]
+def _last_real(states: Tensor, real: Tensor | None) -> Tensor:
+    """Return each row's last real position of [B, T, ...], as [B, 1, ...]; the last one where a row has none."""
+    if real is None or states.shape[1] == 1:
+        return states[:, -1:]
     columns = torch.arange(1, real.shape[1] + 1, device=real.device) * real
     last = torch.where(columns.amax(1) > 0, columns.amax(1) - 1, real.shape[1] - 1)
-    return hidden_states.gather(1, last[:, None, None].expand(-1, 1, hidden_states.shape[-1]))
+    return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))
 
 
 def _join_states(outputs: list[Output]) -> tuple[Tensor, ...]:

@@ -67,15 +67,15 @@ class Plan:
     ) -> None:
         self._policy, self._budget, self._num_layers, self._block = policy, budget, num_layers, block
         self._feedback = feedback
-        self._ledger = Ledger(budget, *block.position_ids.shape, block.position_ids.device)
+        self._ledger = None if dense else Ledger(budget, block.position_ids)
         self._selections = [_ALL] * num_layers if dense else []
         self._states: list[Tensor] = []
         self.dense = dense
 
     @property
-    def spent(self) -> Tensor:
-        """Share of a dense token's layer FLOPs that each token has spent, [B, T]; not kept where all is dense."""
-        return self._ledger.spent
+    def spent(self) -> Tensor | None:
+        """Share of a dense token's layer FLOPs that each token has spent, [B, T]; None where all is dense."""
+        return None if self._ledger is None else self._ledger.spent
 
     def at(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> Selection:
         """Return who runs a layer, given its input and the input of the layer before, both [B, T, D]."""
@@ -93,13 +93,14 @@ class Plan:
         return torch.cat(self._states) == _RUNS
 
     def _decide(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> None:
-        block, policy = self._block, self._policy
+        block, policy, ledger = self._block, self._policy, self._ledger
+        assert ledger is not None
         observation = Observation(
             hidden_states=hidden_states,
             previous=previous,
             layer_idx=layer_idx,
             num_layers=self._num_layers,
-            spent=self._ledger.spent,
+            spent=ledger.spent,
             seen=block.position_ids,
             budget=self._budget.limit or 1.0,
             feedback=self._feedback,
@@ -108,7 +109,7 @@ class Plan:
         context = DecisionContext(
             layer_idx, self._num_layers, block.position_ids, block.input_ids, block.phase, self._budget.limit
         )
-        run = self._ledger.settle(policy.controller.decide(signals, context), layer_idx)
+        run = ledger.settle(policy.controller.decide(signals, context), layer_idx)
         states = run.to(torch.uint8) + _SKIPPED
         if block.real is not None:
             states = states * block.real

@@ -46,9 +46,13 @@ class Registry(Mapping[str, Any]):
         """Enter a provider."""
         self._providers.setdefault(name, []).append((plugin, provider))
 
-    def clashes(self) -> dict[str, list[PluginInfo]]:
-        """Return the names that several plugins claim, with the claimants."""
-        return {n: [plugin for plugin, _ in found] for n, found in self._providers.items() if len(found) > 1}
+    def claimants(self, name: str) -> list[PluginInfo]:
+        """Return the plugins that provide a name."""
+        return [plugin for plugin, _ in self._providers.get(name, [])]
+
+    def has_built_in(self, name: str) -> bool:
+        """Whether ANEE itself provides a name."""
+        return any(plugin.distribution == _BUILT_IN for plugin in self.claimants(name))
 
     def __getitem__(self, name: str) -> Any:
         """Return the provider of a name.
@@ -61,9 +65,7 @@ class Registry(Mapping[str, Any]):
         if built_in:
             return built_in[0]
         if len(found) > 1:
-            raise PluginError(
-                f"{self.kind} '{name}' is provided by {' and by '.join(p.origin for p, _ in found)}; uninstall all but one"
-            )
+            raise PluginError(f"{_clash(self.kind, name, self.claimants(name))}; uninstall all but one")
         return found[0][1]
 
     def __iter__(self) -> Iterator[str]:
@@ -108,10 +110,8 @@ class Plugins:
         found.sort(key=lambda pair: pair[1].metadata["Name"] != _BUILT_IN)
         for entry_point, distribution in found:
             plugins.load(entry_point, distribution)
-        for kind, registry in plugins._registries.items():
-            for name, claimants in registry.clashes().items():
-                origins = " and ".join(c.origin for c in claimants)
-                logger.warning("%s '%s' is claimed by %s", kind, name, origins)
+        for clash in plugins._clashes():
+            logger.warning("%s", clash)
         return plugins
 
     def load(self, entry_point: EntryPoint, distribution: Distribution) -> None:
@@ -119,7 +119,7 @@ class Plugins:
         name, version = distribution.metadata["Name"], distribution.version
         try:
             self.register(entry_point.load(), entry_point.name, name, version)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
             logger.warning(
                 "plugin '%s' of %s %s is broken and left out (%s); update or uninstall %s",
@@ -149,21 +149,64 @@ class Plugins:
 
     def problems(self) -> list[str]:
         """Return one line for each broken plugin and each clash of names."""
-        lines = [f"{info.origin} is broken: {info.problem}" for info in self.infos if info.problem]
-        for registry in self._registries.values():
-            for name, claimants in registry.clashes().items():
-                lines.append(f"{registry.kind} '{name}' is claimed by {' and by '.join(c.origin for c in claimants)}")
+        return [f"{info.origin} is broken: {info.problem}" for info in self.infos if info.problem] + self._clashes()
+
+    def policy_part(self, name: str) -> Registry | None:
+        """Return the registry of what a name in a policy string means; None if nothing has that name.
+
+        Raises:
+            PluginError: plugins provide it as different kinds of policy.
+        """
+        found = [registry for registry in self._policy_kinds if name in registry]
+        for registry in found:
+            if registry.has_built_in(name):
+                return registry
+        claimants = _distinct([plugin for registry in found for plugin in registry.claimants(name)])
+        if len(claimants) > 1:
+            raise PluginError(f"{_clash('policy', name, claimants)}; uninstall all but one")
+        return found[0] if found else None
+
+    @property
+    def _policy_kinds(self) -> tuple[Registry, ...]:
+        """The kinds that share the names of policy strings."""
+        return self.policies, self.controllers, self.cache_policies
+
+    def _clashes(self) -> list[str]:
+        """Return one line for each name that several plugins claim."""
+        lines = []
+        for registries in ((self.adapters,), (self.profilers,), self._policy_kinds, (self.model_sources,)):
+            for name in sorted({name for registry in registries for name in registry}):
+                owners = [registry for registry in registries if name in registry]
+                claimants = _distinct([plugin for registry in owners for plugin in registry.claimants(name)])
+                if len(claimants) > 1:
+                    used = any(registry.has_built_in(name) for registry in owners)
+                    outcome = "the built-in one is used" if used else "uninstall all but one to use it"
+                    kind = owners[0].kind if len(owners) == 1 else "policy"
+                    lines.append(f"{_clash(kind, name, claimants)}; {outcome}")
         return lines
+
+
+def _distinct(plugins: list[PluginInfo]) -> list[PluginInfo]:
+    """Return each plugin once: one that gives several kinds of policy the same name claims it once."""
+    return list({id(plugin): plugin for plugin in plugins}.values())
+
+
+def _clash(kind: str, name: str, claimants: list[PluginInfo]) -> str:
+    return f"{kind} '{name}' is provided by {' and by '.join(c.origin for c in claimants)}"
 
 
 def _entry_points() -> Iterator[tuple[EntryPoint, Distribution]]:
     """Yield the entry points of the group, one distribution at a time, each distribution once."""
     seen = set()
     for distribution in distributions():
-        name = distribution.metadata["Name"]
+        name = None
+        try:
+            name = distribution.metadata["Name"]
+            entry_points = [e for e in distribution.entry_points if e.group == PROJECT]
+        except Exception as error:
+            logger.warning("the metadata of %s cannot be read (%s); reinstall it", name or "a distribution", error)
+            continue
         if name is None or name in seen:
             continue
         seen.add(name)
-        for entry_point in distribution.entry_points:
-            if entry_point.group == PROJECT:
-                yield entry_point, distribution
+        yield from ((entry_point, distribution) for entry_point in entry_points)

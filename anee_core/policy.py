@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,14 @@ class Policy:
         """Write the policy as JSON plus safetensors.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: the folder cannot be written, or the profiler is not the standard one, which is not saved.
         """
         path = Path(folder)
+        if type(self.profiler) is not SignalProfiler:
+            raise CheckpointError(
+                f"a policy with its own profiler ({type(self.profiler).__name__}) cannot be saved: its folder holds "
+                "layer and token policy only"
+            )
         header: dict[str, Any] = {"schema": _SCHEMA, "layers": _spell(self.controller)}
         header["tokens"] = _spell(self.cache_policy)
         tensors = {}
@@ -70,8 +76,8 @@ class Policy:
             path.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous() for k, v in tensors.items()}, path / _TENSORS)
             (path / _HEADER).write_text(json.dumps(header, indent=2) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"cannot write the policy to {path}: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write the policy to {path}: {error}") from error
 
     @classmethod
     def load(cls, folder: str | Path, plugins: Plugins) -> Policy:
@@ -81,11 +87,12 @@ class Policy:
             CheckpointError: a file is missing, corrupt or of another schema.
         """
         path = Path(folder)
+        for file in (path / _HEADER, path / _TENSORS):
+            if not file.exists():
+                raise CheckpointError(f"{file} is missing; a policy folder has {_HEADER} and {_TENSORS}")
         try:
             header = json.loads((path / _HEADER).read_text())
             tensors = load_file(path / _TENSORS)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{error.filename} is missing; a policy folder has {_HEADER} and {_TENSORS}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
             raise CheckpointError(f"the policy in {path} is corrupt ({error}); save it again") from error
         if not isinstance(header, dict) or header.get("schema") != _SCHEMA:
@@ -97,14 +104,23 @@ class Policy:
                 f"the policy in {path} has keys {sorted(header)} and tensors {sorted(tensors)}, "
                 f"expected {sorted(expected)} and {sorted(wanted)}"
             )
-        policy = parse_policy(f"{header['layers']}+{header['tokens']}", plugins)
+        try:
+            policy = parse_policy(f"{header['layers']}+{header['tokens']}", plugins)
+        except PolicyError as error:
+            raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
         if not wanted:
             return policy
-        calibration = Calibration(tensors["importance"], tensors["confidence"], **header["calibration"])
+        origin = header["calibration"]
+        if not isinstance(origin, dict) or set(origin) != {"fingerprint", "source"}:
+            raise CheckpointError(f"the policy in {path} does not say what its calibration is of; save it again")
+        for name, tensor in tensors.items():
+            if tensor.dim() != 1 or not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise CheckpointError(f"'{name}' of the policy in {path} is no list of finite numbers; save it again")
+        calibration = Calibration(tensors["importance"], tensors["confidence"], **origin)
         return Policy(policy.controller, policy.cache_policy, policy.profiler, calibration)
 
 
-def make_policy(given: str | Policy | Controller | CachePolicy | None, plugins: Plugins) -> Policy:
+def make_policy(given: str | Path | Policy | Controller | CachePolicy | None, plugins: Plugins) -> Policy:
     """Return a policy from whatever a user may pass: a string, a folder, a policy or one of its parts."""
     match given:
         case None:
@@ -117,6 +133,8 @@ def make_policy(given: str | Policy | Controller | CachePolicy | None, plugins: 
             return Policy(cache_policy=given)
         case str():
             return parse_policy(given, plugins)
+        case Path():
+            return Policy.load(given, plugins)
     raise PolicyError(f"a policy is a string, a Policy, a Controller or a CachePolicy; got {type(given).__name__}")
 
 
@@ -127,29 +145,37 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
 
     Raises:
         PolicyError: unknown name or option, wrong value, or two policies of one kind.
+        CheckpointError: the folder's policy cannot be read.
     """
-    if (Path(text) / _HEADER).is_file():
+    if os.path.isfile(os.path.join(text, _HEADER)):  # unlike Path.is_file, False for a name that is too long
         return Policy.load(text, plugins)
     controller: Controller | None = None
     cache_policy: CachePolicy | None = None
     parts = text.split("+")
     for part in parts:
-        name, _, options = part.strip().partition(":")
+        name, _, options = part.partition(":")
+        name = name.strip()
         if not name:
             raise PolicyError(f"'{text}' has an empty part; a policy string is like 'heuristic' or 'static:skip=5 14'")
-        if name in plugins.policies:
-            bundle = plugins.policies[name](**_raw_options(name, options))
+        registry = plugins.policy_part(name)
+        if registry is None and os.path.isdir(text):
+            raise CheckpointError(f"the folder '{text}' holds no saved policy: it has no {_HEADER}")
+        if registry is None:
+            known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies]
+            raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")
+        if registry is plugins.policies:
+            try:
+                bundle = registry[name](**_raw_options(name, options))
+            except TypeError as error:
+                raise PolicyError(f"{name}: {error}") from error
             if len(parts) == 1:
                 return typing.cast(Policy, bundle)
             layer = None if isinstance(bundle.controller, DenseController) else bundle.controller
             token = None if bundle.cache_policy.keeps_all else bundle.cache_policy
-        elif name in plugins.controllers:
-            layer, token = _configure(plugins.controllers[name], name, options), None
-        elif name in plugins.cache_policies:
-            layer, token = None, _configure(plugins.cache_policies[name], name, options)
+        elif registry is plugins.controllers:
+            layer, token = _configure(registry[name], name, options), None
         else:
-            known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies]
-            raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")
+            layer, token = None, _configure(registry[name], name, options)
         if layer is not None and controller is not None:
             raise PolicyError(f"'{text}' names two layer policies; join one layer policy and one token policy")
         if token is not None and cache_policy is not None:
@@ -197,6 +223,8 @@ def _convert(text: str, hint: Any, what: str) -> Any:
         bool: (lambda t: {"true": True, "false": False}[t.lower()], "true or false"),
         tuple[int, ...]: (lambda t: tuple(int(i) for i in t.split()), "whole numbers separated by spaces"),
     }
+    if kind not in readers:
+        raise PolicyError(f"{what} cannot be set in a policy string (it is of type {kind}); build the policy in Python")
     read, wanted = readers[kind]
     try:
         value = read(text)
@@ -210,7 +238,7 @@ def _convert(text: str, hint: Any, what: str) -> Any:
 def _spell(part: Configurable) -> str:
     """Return the string that makes one policy part."""
     options = []
-    defaults = type(part)().options()
+    defaults = {f.name: f.default for f in fields(part)}  # type: ignore[arg-type]
     for key, value in part.options().items():
         if value != defaults[key]:
             options.append(f"{key}={' '.join(map(str, value)) if isinstance(value, tuple) else value}")

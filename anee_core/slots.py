@@ -54,15 +54,13 @@ class Slots:
         """Return the position ids of the used slots, [B, used]."""
         return self.position[:, : self.used]
 
-    def extend(self, position_ids: Tensor, real: Tensor | None, seen: int, capacity: int) -> int:
-        """Hand out slots for tokens [B, T] and return the first; ``real`` [B, T] is False for padding.
+    def extend(self, position_ids: Tensor, real: Tensor | None, seen: int) -> int:
+        """Hand out slots for tokens [B, T] and return the first; there is room for them, see `grow`.
 
-        ``seen`` is the number of tokens before them, ``capacity`` how many slots to make room for.
+        ``real`` [B, T] is False for padding, ``seen`` is the number of tokens before them.
         """
         count = position_ids.shape[1]
         start, end = self.used, self.used + count
-        if end > self.capacity:
-            self._grow(max(capacity, end))
         self.position[:, start:end] = position_ids
         self.born[:, start:end] = torch.arange(seen, seen + count, device=self.born.device)
         self.died[:, start:end] = NEVER if real is None else torch.where(real, NEVER, EMPTY)
@@ -70,7 +68,8 @@ class Slots:
         self.full = self.full and real is None
         return start
 
-    def _grow(self, capacity: int) -> None:
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` slots, at least as many as there are."""
         batch, old = self.position.shape
         extra = capacity - old
         self.position = torch.cat((self.position, self.position.new_zeros(batch, extra)), dim=1)
@@ -101,6 +100,10 @@ class Slots:
         """Return the number of valid slots of each row, [B]."""
         return self.valid().sum(1)
 
+    def last_drop(self) -> Tensor:
+        """Return the largest ``died`` of a slot that can still come back, a scalar; EMPTY if there is none."""
+        return torch.where(self.died == NEVER, EMPTY, self.died).max()
+
     def compact(self, longest: int, capacity: int) -> Tensor:
         """Move each row's valid slots to the front, in order, and return the slot each came from, [B, longest].
 
@@ -113,7 +116,7 @@ class Slots:
         self.died = torch.where(valid.gather(1, source), NEVER, EMPTY)
         self.used = self._aligned_from = longest
         self.full = False
-        self._grow(capacity)
+        self.grow(capacity)
         return source
 
     def reorder(self, rows: Tensor) -> None:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anee_core.controllers.ranking import rank_layers, spend_by_count
+from anee_core.accounting import CostModel
+from anee_core.controllers.ranking import rank_layers
 from anee_core.errors import PolicyError
 from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
 
@@ -37,8 +38,9 @@ class HeuristicController(Controller):
     spread: float = 0.1
     exit: float | None = None
     protect: tuple[int, ...] = (2, 2)
+    _rank: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False)
     _order: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False)
-    _spends: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False)
+    _costs: CostModel | None = field(default=None, init=False, compare=False)
     _confidence: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False)
     _limit: float = field(default=1.0, init=False)
     _ceiling: float = field(default=1.0, init=False)
@@ -68,8 +70,9 @@ class HeuristicController(Controller):
         rank[torch.tensor(order)] = torch.arange(len(order))
         bound = replace(self)
         state = {
-            "_order": rank,
-            "_spends": torch.tensor(spend_by_count(setting.costs, order)),
+            "_rank": rank,
+            "_order": torch.tensor(order),
+            "_costs": setting.costs,
             "_confidence": setting.calibration.confidence.float(),
             "_limit": budget,
             "_ceiling": budget if setting.hard else 1.0,
@@ -83,15 +86,22 @@ class HeuristicController(Controller):
         device = signals.device
         confidence, remaining = signals[..., 0], signals[..., 1]
         quantiles = self._confidence.to(device)
-        rank = torch.searchsorted(quantiles, confidence.contiguous()) / len(quantiles)
+        sureness = torch.searchsorted(quantiles, confidence.contiguous()) / len(quantiles)
         # Debts and savings of the sequence are evened out within the same spread, so that no token starves.
         left_over = (remaining - self._limit).clamp(-self.spread, self.spread)
-        allowance = self._limit + left_over + self.spread * (1.0 - 2.0 * rank)
-        allowance = allowance.clamp(max=self._ceiling)
-        count = torch.searchsorted(self._spends.to(device), (allowance + 1e-6).contiguous(), right=True) - 1
-        actions = (self._order.to(device)[:, None, None] >= count).to(torch.uint8) * int(Action.SKIP)
+        allowance = self._limit + left_over + self.spread * (1.0 - 2.0 * sureness)
+        count = self._affordable(allowance.clamp(max=self._ceiling), context.position_ids)
+        actions = (self._rank.to(device)[:, None, None] >= count).to(torch.uint8) * int(Action.SKIP)
         if self.exit is not None:
             half = context.num_layers // 2
             deep = torch.arange(context.num_layers, device=device)[:, None, None] >= half
             actions = torch.where(deep & (confidence >= self.exit), int(Action.EXIT), actions)
         return actions[context.layer_idx :]
+
+    def _affordable(self, allowance: Tensor, position_ids: Tensor) -> Tensor:
+        """Return how many layers, most important first, an allowance [B, T] pays for, [B, T]."""
+        assert self._costs is not None
+        run, skip = self._costs.token_shares(position_ids)
+        order = self._order.to(run.device)
+        extra = (run - skip).index_select(0, order).cumsum(0)
+        return (skip.sum(0) + extra <= allowance + 1e-6).sum(0)

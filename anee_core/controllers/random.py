@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from anee_core.accounting import CostModel
 from anee_core.errors import PolicyError
 from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
 
@@ -31,6 +32,7 @@ class RandomController(Controller):
     exit: float = 0.0
     protect: tuple[int, ...] = (2, 2)
     seed: int = 0
+    _costs: CostModel | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
         for option in ("p", "exit"):
@@ -48,20 +50,29 @@ class RandomController(Controller):
         Raises:
             PolicyError: there is neither a probability nor a budget.
         """
-        if self.p is not None:
-            return self
-        if setting.budget is None:
+        if self.p is None and setting.budget is None:
             raise PolicyError("random: say how often to skip ('random:p=0.3') or give a budget")
-        least = setting.costs.least_share(sorted(self.protected(setting.num_layers)))
+        bound = replace(self)
+        object.__setattr__(bound, "_costs", setting.costs)
+        return bound
+
+    def _probability(self, context: DecisionContext) -> float | Tensor:
+        """Return the probability of a skip: the given one, or that which spends each token's budget on average."""
+        if self.p is not None:
+            return self.p
+        assert self._costs is not None and context.budget is not None
+        run, skip = self._costs.token_shares(context.position_ids)
+        protected = torch.zeros(context.num_layers, dtype=torch.bool, device=run.device)
+        protected[list(self.protected(context.num_layers))] = True
+        least = torch.where(protected[:, None, None], run, skip).sum(0)
         # least + (1 - p) (1 - least) = budget
-        probability = (1.0 - setting.budget) / (1.0 - least) if least < 1.0 else 0.0
-        return replace(self, p=min(probability, 1.0))
+        return (1.0 - context.budget) / (1.0 - least).clamp(min=1e-6)
 
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return actions for all layers at once."""
         layers = torch.arange(context.layer_idx, context.num_layers, device=signals.device)[:, None, None]
         tokens = torch.zeros_like(context.position_ids) if context.input_ids is None else context.input_ids
-        skip = _uniform(layers, context.position_ids, tokens, 2 * self.seed) < (self.p or 0.0)
+        skip = _uniform(layers, context.position_ids, tokens, 2 * self.seed) < self._probability(context)
         actions = skip.to(torch.uint8) * int(Action.SKIP)
         if self.exit:
             leave = _uniform(layers, context.position_ids, tokens, 2 * self.seed + 1) < self.exit

@@ -1,8 +1,7 @@
-"""Layers in order of importance, and what running the first k of them spends."""
+"""Layers in order of importance."""
 
 from __future__ import annotations
 
-from anee_core.accounting import CostModel
 from anee_core.errors import PolicyError
 from anee_core.interfaces import Setting
 
@@ -25,12 +24,3 @@ def rank_layers(setting: Setting, protected: frozenset[int], policy: str) -> lis
             "calibrate this model"
         )
     return sorted(range(setting.num_layers), key=lambda i: (i not in protected, -importance[i]))
-
-
-def spend_by_count(costs: CostModel, order: list[int]) -> list[float]:
-    """Return the share of dense FLOPs a token spends when the first k layers of ``order`` run, for k = 0 to L."""
-    run, skip = costs.run_shares, costs.skip_shares
-    spends = [sum(skip)]
-    for layer in order:
-        spends.append(spends[-1] + run[layer] - skip[layer])
-    return spends

