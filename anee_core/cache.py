@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from anee_core.errors import CacheError
 from anee_core.feedback import FeedbackLog
 from anee_core.slots import Slots
+
+if TYPE_CHECKING:
+    from anee_core.trace import Trace
 
 _FIRST_CAPACITY = 64
 _LOAD_FACTOR = 0.9
@@ -122,6 +125,11 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.capacity = capacity or 0
         self.slots: list[Slots] = []
         self.feedback: FeedbackLog | None = None
+        """For policies that feed back: what is known of each row's own output."""
+        self.trace: Trace | None = None
+        """Where the coming forwards are recorded, if someone gathers several."""
+        self.read_densely = False
+        """Whether the next forward runs every layer, whatever the policy: the prompt of a generation."""
         self.recording = False
         self._first = 0
         self._pending = 0

@@ -37,7 +37,7 @@ class FeedbackLog:
         some = torch.ones_like(before[:, :1], dtype=torch.bool) if real is None else real.any(1, keepdim=True)
         block = self._entries.new_tensor([*UNKNOWN, 0.0]).repeat(spent.shape[0], tokens, 1)
         block[..., 2] = before[:, 2:] + costs.cumsum(1)
-        block[:, -1, :2] = torch.where(some, distribution, before[:, :2])
+        block[:, -1, :2] = torch.where(some, distribution.detach(), before[:, :2])
         end = index + 1 + tokens
         if end > self._entries.shape[1]:
             extra = max(self._entries.shape[1], end - self._entries.shape[1], 64)

@@ -88,7 +88,7 @@ _DEFAULTS = {
 
 @torch.no_grad()
 def decode(
-    model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor | None = None, trace: Trace | None = None, **options: Any
+    model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
 ) -> Generation:
     """Generate greedily or by sampling, doing nothing per token that is not needed.
 
@@ -98,14 +98,12 @@ def decode(
         model: the model.
         input_ids: [B, T] prompts, padded on either side if ``attention_mask`` [B, T] says so.
         attention_mask: 0 for padding.
-        trace: a record to add to; default: a new one.
         options: see `DecodeOptions`. ``seed`` seeds the sampling of this call alone.
 
     Raises:
         InputError: an option is unknown or out of range, or the prompts cannot be run.
     """
     chosen = _choose(model, options)
-    trace = Trace() if trace is None else trace
     device = model.device
     input_ids = input_ids.to(device)
     batch, length = input_ids.shape
@@ -118,48 +116,44 @@ def decode(
     cache = model.new_cache(length + chosen.max_new_tokens)
     sequences = input_ids.new_full((batch, length + chosen.max_new_tokens), pad)
     sequences[:, :length] = input_ids
-    ends = torch.full((batch,), length + chosen.max_new_tokens)
+    ends = torch.full((batch,), sequences.shape[1])
     rows = torch.arange(batch, device=device)
-    open_rows = torch.ones(batch, dtype=torch.bool, device=device)
+    running = torch.ones(batch, dtype=torch.bool, device=device)
+    feed, mask = input_ids, attention_mask
+    prompt_seconds, started = 0.0, time.perf_counter()
     if chosen.streamer is not None:
         chosen.streamer.put(input_ids.cpu())
-    started = time.perf_counter()
-    prompt_seconds = 0.0
-    feed, mask = input_ids, attention_mask
-    for end in range(length + 1, sequences.shape[1] + 1):
-        output = model(
-            feed, mask, past_key_values=cache, logits_to_keep=1, use_cache=True, prefill=model.prefill_mode, trace=trace
-        )
-        scores = output.logits[:, -1].float()
-        if processors:
-            scores = processors(sequences[rows, : end - 1], scores)
-        token = _draw(scores, bool(chosen.do_sample), generator)
-        token = torch.where(open_rows, token, pad)
-        sequences[rows, end - 1] = token
-        if chosen.streamer is not None:
-            chosen.streamer.put(token.cpu())
-        if end == length + 1:
-            prompt_seconds = time.perf_counter() - started
-        over = torch.isin(token, eos)
-        if criteria:
-            over = over | criteria(sequences[rows, :end], scores)
-        # The one host read of the loop.
-        closing = (over & open_rows).cpu()
-        if bool(closing.any()):
-            ends[rows.cpu()[closing]] = end
-            open_rows = open_rows & ~over
-            if not bool(open_rows.any()):
-                break
-            if not fixed_batch:
-                stay = open_rows.nonzero()[:, 0]
-                cache.reorder(stay)
-                rows, token, open_rows = rows[stay], token[stay], open_rows[stay]
-                trace.rows = (batch, rows.cpu())
-        feed, mask = token[:, None], None
+    with model.recording(cache) as trace:
+        for end in range(length + 1, sequences.shape[1] + 1):
+            logits = model(feed, mask, past_key_values=cache, logits_to_keep=1).logits
+            scores = logits[:, -1].float()
+            if processors:
+                scores = processors(sequences[rows, : end - 1], scores)
+            token = torch.where(running, _draw(scores, bool(chosen.do_sample), generator), pad)
+            sequences[rows, end - 1] = token
+            if chosen.streamer is not None:
+                chosen.streamer.put(token.cpu())
+            if end == length + 1:
+                prompt_seconds = time.perf_counter() - started
+            over = torch.isin(token, eos)
+            if criteria:
+                over = over | criteria(sequences[rows, :end], scores)
+            # The one host read of the loop.
+            closing = (over & running).cpu()
+            if bool(closing.any()):
+                ends[rows.cpu()[closing]] = end
+                running = running & ~over
+                if not bool(running.any()):
+                    break
+                if not fixed_batch:
+                    stay = running.nonzero()[:, 0]
+                    cache.reorder(stay)
+                    rows, token, running = rows[stay], token[stay], running[stay]
+                    trace.rows = (batch, rows.cpu())
+            feed, mask = token[:, None], None
     seconds = time.perf_counter() - started
     if chosen.streamer is not None:
         chosen.streamer.end()
-    trace.close(cache)
     sequences = sequences[:, : int(ends.max())]
     return Generation(
         sequences=sequences,

@@ -46,6 +46,8 @@ def read_block(
         raise InputError(
             f"{cache.seen + tokens} tokens do not fit the model's context of {max_positions}; shorten the prompt"
         )
+    if input_ids is not None and cache.seen == 0:
+        _check_ids(input_ids, parts.embedding.weight.shape[0])
     embeddings = parts.embedding(input_ids.to(device)) if input_ids is not None else inputs_embeds
     assert embeddings is not None
     return Block(
@@ -55,6 +57,14 @@ def read_block(
         real=real,
         phase="prefill" if cache.seen == 0 or tokens > 1 else "decode",
     )
+
+
+def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
+    """Raise unless all ids are in the vocabulary. Read once per sequence: what is generated is in it."""
+    low, high = torch.stack(input_ids.aminmax()).tolist()
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise InputError(f"token id {wrong} is not in the vocabulary of {vocabulary}: is the tokenizer the model's own?")
 
 
 def _real_tokens(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -136,8 +137,6 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        prefill: Prefill = "adaptive",
-        trace: Trace | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run tokens through the model under the policy.
@@ -155,8 +154,6 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
                 token.
             output_hidden_states: whether to return the input of every layer and the final states.
             return_dict: False for a plain tuple.
-            prefill: ``"dense"`` to run all layers if this is the first block of a sequence.
-            trace: a record to add to; default: a new one. It becomes ``last_trace``.
 
         Raises:
             InputError: the arguments do not fit together or the model.
@@ -164,11 +161,9 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         block, cache = self._read(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
         if not isinstance(logits_to_keep, int):
             raise InputError("logits_to_keep takes a number of last positions")
-        mine = trace is None
-        trace = Trace() if trace is None else trace
-        self.last_trace = trace
-        logits, outputs = self._run(block, cache, logits_to_keep, prefill, trace, bool(output_hidden_states))
-        if mine:
+        trace = self.last_trace = Trace() if cache.trace is None else cache.trace
+        logits, outputs = self._run(block, cache, logits_to_keep, trace, bool(output_hidden_states))
+        if cache.trace is None:
             trace.close(cache)
         loss = None
         if labels is not None:
@@ -191,7 +186,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         inputs_embeds: Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[Block, AdaptiveCache]:
-        unknown = [name for name, value in kwargs.items() if value not in (None, False)]
+        # transformers' generate hands its tokenizer, for stop strings, on to the model.
+        unknown = [name for name, value in kwargs.items() if name != "tokenizer" and value not in (None, False)]
         if unknown:
             raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
         cache = past_key_values if isinstance(past_key_values, AdaptiveCache) else self.new_cache()
@@ -203,12 +199,12 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         return read_block(self.parts, input_ids, attention_mask, position_ids, inputs_embeds, cache, limit), cache
 
     def _run(
-        self, block: Block, cache: AdaptiveCache, keep: int, prefill: Prefill, trace: Trace, states: bool
+        self, block: Block, cache: AdaptiveCache, keep: int, trace: Trace, states: bool
     ) -> tuple[Tensor, list[Output]]:
         """Run a block whole, or token by token where the policy needs that, and return logits and outputs."""
         engine = self.engine
         tokens = block.position_ids.shape[1]
-        dense = prefill == "dense" and cache.seen == 0
+        dense, cache.read_densely = cache.read_densely, False
         blocks = [block]
         if engine.policy.stepwise and not dense and tokens > 1:
             blocks = [block.column(t) for t in range(tokens)]
@@ -243,14 +239,26 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
             return generate_text(self, inputs, **kwargs)
         if kwargs.get("cache_implementation") is not None:
             raise InputError("cache_implementation cannot be chosen: ANEE brings its own cache")
-        trace = Trace()
-        if kwargs.get("use_cache") is not False and kwargs.get("past_key_values") is None:
+        if kwargs.get("use_cache") is False:
+            return super().generate(inputs, **kwargs)
+        if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = self.new_cache()
-        cache = kwargs.get("past_key_values")
-        result = super().generate(inputs, trace=trace, prefill=self.prefill_mode, **kwargs)
-        if isinstance(cache, AdaptiveCache):
+        cache = kwargs["past_key_values"]
+        if not isinstance(cache, AdaptiveCache):
+            raise InputError(f"past_key_values is model.new_cache(); got {type(cache).__name__}")
+        with self.recording(cache):
+            return super().generate(inputs, **kwargs)
+
+    @contextmanager
+    def recording(self, cache: AdaptiveCache) -> Iterator[Trace]:
+        """Gather all forwards on ``cache`` in one trace, the first of them reading a prompt as `prefill_mode` says."""
+        trace = cache.trace = Trace()
+        cache.read_densely = self.prefill_mode == "dense"
+        try:
+            yield trace
+        finally:
+            cache.trace, cache.read_densely = None, False
             trace.close(cache)
-        return result
 
     def decode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
         """Generate with the lean loop; see `anee_core.generation.decode`."""

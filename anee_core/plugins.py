@@ -68,6 +68,9 @@ class Registry(Mapping[str, Any]):
             raise PluginError(f"{_clash(self.kind, name, self.claimants(name))}; uninstall all but one")
         return found[0][1]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._providers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._providers)
 

@@ -1,0 +1,536 @@
+"""Policy strings, policy objects, and saved policies."""
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import anee
+from anee_core.cache_policies import FullCachePolicy, WindowCachePolicy
+from anee_core.calibration import CalibrationOptions
+from anee_core.controllers import DenseController, HeuristicController, RandomController, StaticController
+from anee_core.errors import CheckpointError, PolicyError
+from anee_core.hookspecs import hookimpl
+from anee_core.interfaces import Controller
+from anee_core.plugins import Plugins
+from anee_core.policy import Policy, make_policy, parse_policy
+from anee_core.profiler import SignalProfiler
+
+PLUGINS = Plugins.discover()
+QUICK = CalibrationOptions(sequences=1, length=8, progress=False)
+
+
+def parse(text):
+    return parse_policy(text, PLUGINS)
+
+
+def parts(policy):
+    return policy.controller, policy.cache_policy
+
+
+@dataclass(frozen=True)
+class Demanding(Controller):
+    """A layer policy with an option of every kind, one of them without a default."""
+
+    name: ClassVar[str] = "demanding"
+
+    folder: str
+    flag: bool = False
+    share: float = 0.5
+    limit: float | None = 1.0
+    layers: tuple[int, ...] = (1, 2)
+    table: tuple[float, ...] = ()
+
+    def decide(self, signals, context):
+        """Skip nothing."""
+        raise NotImplementedError
+
+
+@pytest.fixture
+def demanding():
+    """Return plugins with `Demanding`, and with a factory of whole policies."""
+    plugins = Plugins.discover()
+
+    def bundle(skip="1", tokens="full"):
+        return Policy(StaticController(skip=(int(skip),)), parse(tokens).cache_policy)
+
+    class Hooks:
+        @hookimpl
+        def anee_controllers(self):
+            return {"demanding": Demanding}
+
+        @hookimpl
+        def anee_policies(self):
+            return {"bundle": bundle}
+
+    plugins.register(Hooks(), "demanding", "demanding-plugin", "1.0")
+    return plugins
+
+
+# What a string means.
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dense", Policy()),
+        ("static:skip=5 14", Policy(StaticController(skip=(5, 14)))),
+        ("static:skip=5", Policy(StaticController(skip=(5,)))),
+        ("static:skip=", Policy(StaticController(skip=()))),
+        ("static:skip=3,protect=1 0", Policy(StaticController(skip=(3,), protect=(1, 0)))),
+        ("static:exit=7,skip=1  2", Policy(StaticController(skip=(1, 2), exit=7))),
+        ("static:skip=none,exit=None", Policy(StaticController())),
+        ("  static : skip = 5 14 , exit = 20 ", Policy(StaticController(skip=(5, 14), exit=20))),
+        ("static:", Policy(StaticController())),
+        ("random:p=0.3", Policy(RandomController(p=0.3))),
+        ("random:p=.3,seed=7,exit=1e-2", Policy(RandomController(p=0.3, seed=7, exit=0.01))),
+        ("random:p=none", Policy(RandomController())),
+        ("heuristic:spread=0.25,exit=0.9", Policy(HeuristicController(spread=0.25, exit=0.9))),
+        ("window", Policy(DenseController(), WindowCachePolicy())),
+        ("window:sinks=1,recent=8", Policy(DenseController(), WindowCachePolicy(sinks=1, recent=8))),
+        ("static:skip=1+window:recent=8", Policy(StaticController(skip=(1,)), WindowCachePolicy(recent=8))),
+        ("window:recent=8+static:skip=1", Policy(StaticController(skip=(1,)), WindowCachePolicy(recent=8))),
+        (" window + random:p=0.1 ", Policy(RandomController(p=0.1), WindowCachePolicy())),
+        ("dense+full", Policy()),
+    ],
+)
+def test_string_makes_the_policy_it_describes(text, expected):
+    assert parts(parse(text)) == parts(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("flag=true", {"flag": True}),
+        ("flag=False", {"flag": False}),
+        ("share=3", {"share": 3.0}),
+        ("limit=none", {"limit": None}),
+        ("limit=-2.5e-3", {"limit": -0.0025}),
+        ("layers=", {"layers": ()}),
+        ("layers=4 -1", {"layers": (4, -1)}),
+    ],
+)
+def test_options_are_read_as_their_declared_type(demanding, text, value):
+    controller = parse_policy(f"demanding:folder=a b=c/d,{text}", demanding).controller
+    assert controller == Demanding(folder="a b=c/d", **value)
+    assert all(type(getattr(controller, name)) is type(expected) for name, expected in value.items())
+
+
+def test_string_as_long_as_a_deep_model_needs_is_read():
+    """Longer than any file name may be: it is not mistaken for one."""
+    layers = tuple(range(200))
+    assert parse(f"static:skip={' '.join(map(str, layers))}").controller.skip == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("statik", r"unknown policy 'statik'; did you mean 'static'\? known: dense, full, heuristic"),
+        ("static:skip=1+windw", r"unknown policy 'windw'; did you mean 'window'\?"),
+        ("no/such/folder", r"unknown policy 'no/such/folder'"),
+        ("static:skp=1", r"static: unknown option 'skp'; did you mean 'skip'\? known: exit, protect, skip"),
+        ("static:_actions=1", r"static: unknown option '_actions'"),
+        ("dense:p=1", r"dense: unknown option 'p'; known: none"),
+        ("window:recent=8,resent=9", r"window: unknown option 'resent'; did you mean 'recent'\?"),
+        ("static:skip=one", r"static: skip takes whole numbers separated by spaces; got 'one'"),
+        ("static:skip=1.5", r"static: skip takes whole numbers separated by spaces; got '1.5'"),
+        ("static:exit=1.5", r"static: exit takes a whole number; got '1.5'"),
+        ("static:exit=", r"static: exit takes a whole number; got ''"),
+        ("random:p=often", r"random: p takes a number; got 'often'"),
+        ("random:p=nan", r"random: p takes a finite number; got 'nan'"),
+        ("random:p=inf", r"random: p takes a finite number; got 'inf'"),
+        ("random:exit=none", r"random: exit takes a number; got 'none'"),
+        ("random:p=1.5", r"random: p is a probability and lies in \[0, 1\]; got 1.5"),
+        ("heuristic:spread=0.7", r"heuristic: spread lies in \[0, 0.5\]; got 0.7"),
+        ("heuristic:exit=0", r"heuristic: exit is a probability and lies in \(0, 1\]; got 0"),
+        ("window:recent=0", r"window: sinks >= 0 and recent >= 1 are needed; got 4 and 0"),
+        ("static:skip=5,14", r"static: '14' is no option"),
+        ("static:skip", r"static: 'skip' is no option; write option=value"),
+        ("static:skip=1,exit=3,skip=2", r"static: option 'skip' is given twice"),
+        ("static:skip=1+random:p=0.5", r"names two layer policies"),
+        ("static:skip=1+static:skip=2", r"names two layer policies"),
+        ("window+full", r"names two token policies"),
+        ("window+static:skip=1+window", r"names two token policies"),
+        ("", r"'' has an empty part"),
+        ("static:skip=1+", r"has an empty part"),
+        ("+window", r"has an empty part"),
+        ("static:skip=1++window", r"has an empty part"),
+        (":skip=1", r"has an empty part"),
+    ],
+)
+def test_wrong_string_is_one_line_that_says_what_is_wrong(text, message):
+    with pytest.raises(PolicyError, match=message) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("demanding", "demanding: .*missing 1 required positional argument: 'folder'; its options are: folder, flag"),
+        ("demanding:folder=x,flag=yes", "demanding: flag takes true or false; got 'yes'"),
+        ("demanding:folder=x,table=1 2", r"demanding: table cannot be set in a policy string .*tuple\[float"),
+        ("bundle:depth=1", "bundle: .*unexpected keyword argument 'depth'"),
+        ("bundle+static:skip=1", "names two layer policies"),
+        ("bundle:tokens=window+window", "names two token policies"),
+    ],
+)
+def test_wrong_string_for_a_plugin_is_as_readable(demanding, text, message):
+    with pytest.raises(PolicyError, match=message):
+        parse_policy(text, demanding)
+
+
+def test_whole_policies_of_plugins_take_options_and_join_with_the_other_kind(demanding):
+    alone = parse_policy("bundle:skip=2", demanding)
+    assert parts(alone) == (StaticController(skip=(2,)), FullCachePolicy())
+    joined = parse_policy("bundle:skip=3+window:recent=5", demanding)
+    assert parts(joined) == (StaticController(skip=(3,)), WindowCachePolicy(recent=5))
+
+
+def test_wrong_layers_show_when_the_policy_meets_the_model(tiny_llama):
+    for text, message in {
+        "static:skip=4": "static: no layer 4; the model has layers 0 to 3",
+        "static:skip=-1": "static: no layer -1",
+        "static:exit=4": "static: exit=4; the model has layers 0 to 3",
+        "static:skip=1,protect=1": r"protect takes two counts, first and last layers, like 'protect=2 2'; got \(1,\)",
+        "random": "random: say how often to skip",
+    }.items():
+        with pytest.raises(PolicyError, match=message):
+            anee.load(tiny_llama, text)
+
+
+# What may be given instead of a string.
+
+
+def test_objects_are_taken_as_they_are():
+    policy = Policy(RandomController(p=0.5), WindowCachePolicy())
+    assert make_policy(policy, PLUGINS) is policy
+    controller, cache_policy = StaticController(skip=(1,)), WindowCachePolicy(recent=3)
+    assert parts(make_policy(controller, PLUGINS)) == (controller, FullCachePolicy())
+    assert parts(make_policy(cache_policy, PLUGINS)) == (DenseController(), cache_policy)
+    assert parts(make_policy(None, PLUGINS)) == (DenseController(), FullCachePolicy())
+
+
+@pytest.mark.parametrize("given", [5, StaticController, ["static"], torch.nn.Linear(1, 1)])
+def test_other_things_are_refused(given):
+    with pytest.raises(PolicyError, match=r"a policy is a string, a Policy, a Controller or a CachePolicy; got"):
+        make_policy(given, PLUGINS)
+
+
+def test_object_and_string_decide_alike(tiny_llama):
+    ids = torch.arange(2, 20)[None]
+    with torch.no_grad():
+        by_string = anee.load(tiny_llama, "random:p=0.5,protect=0 0+window:recent=4")
+        by_object = anee.load(tiny_llama, Policy(RandomController(p=0.5, protect=(0, 0)), WindowCachePolicy(recent=4)))
+        assert torch.equal(by_string(ids).logits, by_object(ids).logits)
+        assert torch.equal(by_string.last_trace.ran, by_object.last_trace.ran)
+
+
+def test_binding_to_a_model_leaves_the_object_as_it_was(tiny_llama, tiny_gpt2):
+    policy = Policy(StaticController(skip=(1,)))
+    before = str(policy), repr(policy)
+    anee.load(tiny_llama, policy)
+    anee.load(tiny_gpt2, policy)
+    assert (str(policy), repr(policy)) == before
+
+
+# Back to a string.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dense",
+        "static",
+        "static:skip=5 14",
+        "static:skip=",
+        "static:skip=1,exit=7,protect=1 0",
+        "random:p=0.3,exit=1e-05,protect=0 0,seed=9",
+        "heuristic:spread=0.2,exit=0.95",
+        "dense+window:sinks=0,recent=12",
+        "static:skip=1+window",
+    ],
+)
+def test_string_of_a_policy_makes_it_again(text):
+    policy = parse(text)
+    assert str(policy) == text
+    assert parts(parse(str(policy))) == parts(policy)
+
+
+def test_string_of_a_plugin_policy_makes_it_again(demanding):
+    text = "demanding:folder=a/b,flag=True,limit=None,layers=7"
+    policy = parse_policy(text, demanding)
+    assert str(policy) == text
+    assert parts(parse_policy(str(policy), demanding)) == parts(policy)
+
+
+def test_string_of_a_bound_policy_is_the_one_that_was_given(tiny_llama):
+    for text in ("static:skip=1 2", "random:p=0.4,protect=1 1+window:recent=5", "heuristic:protect=1 1"):
+        assert str(anee.load(tiny_llama, text, calibration=QUICK).policy) == text
+
+
+# To a folder and back.
+
+SAVED = {
+    "static": ("static:skip=1 2", None),
+    "static, calibrated": ("static:protect=1 1", 0.7),
+    "random": ("random:p=0.4,protect=0 0,seed=3", None),
+    "random, by budget": ("random:protect=1 1,seed=3", 0.7),
+    "heuristic": ("heuristic:protect=1 1", 0.7),
+    "heuristic, exit": ("heuristic:protect=1 1,spread=0.3,exit=0.2", 0.7),
+    "window": ("window:sinks=1,recent=4", None),
+    "both": ("heuristic:protect=1 1+window:sinks=1,recent=4", 0.7),
+}
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize(("text", "budget"), SAVED.values(), ids=SAVED.keys())
+def test_saved_policy_decides_alike(family, text, budget, request, tmp_path, monkeypatch):
+    network = request.getfixturevalue(family)
+    ids = torch.randint(2, 97, (2, 9), generator=torch.Generator().manual_seed(5))
+    model = anee.load(network, text, budget, calibration=QUICK)
+    model.policy.save(tmp_path / "deep" / "policy")
+
+    def fail(*_):
+        raise AssertionError("a saved policy brings its calibration along")
+
+    monkeypatch.setattr("anee_core.load.calibrate", fail)
+    again = anee.load(network, str(tmp_path / "deep" / "policy"), budget)
+    assert str(again.policy) == str(model.policy)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.equal(again.last_trace.ran, model.last_trace.ran)
+    assert torch.equal(again.last_trace.kept, model.last_trace.kept)
+    first, second = (m.decode(ids, max_new_tokens=4) for m in (model, again))
+    assert torch.equal(first.sequences, second.sequences)
+    assert torch.equal(first.trace.ran, second.trace.ran)
+
+
+def test_saved_policy_holds_what_calibration_found(tiny_llama, tmp_path):
+    model = anee.load(tiny_llama, "heuristic:protect=1 1", 0.7, calibration=QUICK)
+    model.policy.save(tmp_path)
+    again = Policy.load(tmp_path, PLUGINS)
+    found, expected = again.calibration, model.policy.calibration
+    assert torch.equal(found.importance, expected.importance)
+    assert torch.equal(found.confidence, expected.confidence)
+    assert (found.fingerprint, found.source) == (expected.fingerprint, "own samples")
+    again.save(tmp_path / "second")
+    for name in ("policy.json", "policy.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_saved_policy_can_be_given_as_string_or_path(tiny_llama, tmp_path):
+    parse("static:skip=2").save(tmp_path)
+    assert anee.load(tiny_llama, str(tmp_path)).policy.controller.skip == (2,)
+    assert anee.load(tiny_llama, tmp_path).policy.controller.skip == (2,)
+
+
+def test_saving_again_replaces_what_was_there(tiny_llama, tmp_path):
+    anee.load(tiny_llama, "heuristic:protect=1 1", 0.7, calibration=QUICK).policy.save(tmp_path)
+    parse("static:skip=2").save(tmp_path)
+    again = Policy.load(tmp_path, PLUGINS)
+    assert again.controller == StaticController(skip=(2,))
+    assert again.calibration is None
+
+
+def test_calibration_of_other_weights_is_used_with_a_warning(tiny_llama, tmp_path, caplog):
+    anee.load(tiny_llama, "heuristic:protect=1 1", 0.7, calibration=QUICK).policy.save(tmp_path)
+    anee.load(tiny_llama, str(tmp_path), 0.7)
+    assert not caplog.records
+    torch.manual_seed(9)
+    other = type(tiny_llama)(tiny_llama.config).eval()
+    assert anee.load(other, str(tmp_path), 0.7)
+    assert "calibration is of other weights" in caplog.text
+
+
+def test_calibration_of_another_depth_is_refused(tiny_llama, tmp_path):
+    anee.load(tiny_llama, "heuristic:protect=1 1", 0.7, calibration=QUICK).policy.save(tmp_path)
+    tensors = load_file(tmp_path / "policy.safetensors")
+    save_file({**tensors, "importance": torch.ones(5)}, tmp_path / "policy.safetensors")
+    with pytest.raises(PolicyError, match="of a model with 5 layers, this one has 4; calibrate this model"):
+        anee.load(tiny_llama, str(tmp_path), 0.7)
+
+
+# What cannot be loaded.
+
+
+def write(path, **changes):
+    """Save a calibrated policy, with changes to its header."""
+    tensors = {"importance": torch.rand(4), "confidence": torch.linspace(0, 1, 101)}
+    header = {
+        "schema": 1,
+        "layers": "heuristic",
+        "tokens": "full",
+        "calibration": {"fingerprint": "0123", "source": "own samples"},
+    }
+    header = {k: v for k, v in {**header, **changes}.items() if v is not ...}
+    (path / "policy.json").write_text(json.dumps(header))
+    save_file(tensors, path / "policy.safetensors")
+
+
+def refusal(path):
+    """Return the message of the one readable error that loading gives, as a folder and as a policy string."""
+    with pytest.raises(CheckpointError) as caught:
+        Policy.load(path, PLUGINS)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(path) in text
+    with pytest.raises(CheckpointError, match=r"^[^\n]+$"):
+        parse(str(path))
+    return text
+
+
+def test_the_folder_that_these_tests_spoil_loads(tmp_path):
+    write(tmp_path)
+    assert Policy.load(tmp_path, PLUGINS).calibration.confidence.shape == (101,)
+
+
+@pytest.mark.parametrize("name", ["policy.json", "policy.safetensors"])
+def test_missing_file_is_named(tmp_path, name):
+    write(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing; a policy folder has policy.json and policy.safet"):
+        Policy.load(tmp_path, PLUGINS)
+    assert "policy.json" in refusal(tmp_path)
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere/policy.json is missing"):
+        Policy.load(tmp_path / "nowhere", PLUGINS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"schema": 1,\n "layers": "stat', b"\xff\xfe\x00", b"not json"],
+    ids=["empty", "brace", "half", "bytes", "words"],
+)
+def test_garbage_header_is_corrupt(tmp_path, content):
+    write(tmp_path)
+    (tmp_path / "policy.json").write_bytes(content)
+    assert "is corrupt" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 60, -8])
+def test_truncated_tensors_are_corrupt(tmp_path, size):
+    write(tmp_path)
+    file = tmp_path / "policy.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    assert "is corrupt" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], "text", None, {}, {"schema": 2}, {"schema": "1"}])
+def test_other_schema_is_refused(tmp_path, content):
+    write(tmp_path)
+    (tmp_path / "policy.json").write_text(json.dumps(content))
+    assert "is not of schema 1; save the policy with this version" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["layers", "tokens", "calibration"])
+def test_missing_key_is_refused(tmp_path, key):
+    write(tmp_path, **{key: ...})
+    text = refusal(tmp_path)
+    assert "expected" in text
+    assert f"'{key}'" in text or key == "calibration"
+
+
+def test_extra_key_is_refused(tmp_path):
+    write(tmp_path, extra=1)
+    assert "'extra'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["importance", "confidence"])
+def test_missing_tensor_is_refused(tmp_path, name):
+    write(tmp_path)
+    tensors = load_file(tmp_path / "policy.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "policy.safetensors")
+    assert "expected" in refusal(tmp_path)
+
+
+def test_extra_tensor_is_refused(tmp_path):
+    write(tmp_path)
+    save_file({**load_file(tmp_path / "policy.safetensors"), "surplus": torch.ones(2)}, tmp_path / "policy.safetensors")
+    assert "'surplus'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(2, 2), torch.ones(4, dtype=torch.int64), torch.tensor([1.0, float("nan")]), torch.tensor(1.0)],
+    ids=["matrix", "integers", "nan", "scalar"],
+)
+@pytest.mark.parametrize("name", ["importance", "confidence"])
+def test_tensor_of_the_wrong_kind_is_refused(tmp_path, name, tensor):
+    write(tmp_path)
+    save_file({**load_file(tmp_path / "policy.safetensors"), name: tensor}, tmp_path / "policy.safetensors")
+    assert f"'{name}'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "gone:depth=3"}, "unknown policy 'gone'"),
+        ({"layers": "random:p=7"}, "lies in [0, 1]"),
+        ({"layers": 5}, "unknown policy '5'"),
+        ({"tokens": "static"}, "two layer policies"),
+        ({"calibration": 3}, "does not say what its calibration is of"),
+        ({"calibration": {"fingerprint": "0123"}}, "does not say what its calibration is of"),
+    ],
+)
+def test_header_that_names_no_policy_is_refused(tmp_path, changes, message):
+    write(tmp_path, **changes)
+    assert message in refusal(tmp_path)
+
+
+def test_policy_that_cannot_be_written_is_a_readable_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken" / "policy.safetensors").mkdir(parents=True)
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "taken"):
+        with pytest.raises(CheckpointError, match=r"^cannot write the policy to [^\n]+$"):
+            parse("static:skip=1").save(folder)
+
+
+def test_policy_with_a_profiler_of_its_own_is_not_saved_without_it(tmp_path):
+    class OwnProfiler(SignalProfiler):
+        """Another profiler."""
+
+    with pytest.raises(CheckpointError, match="OwnProfiler"):
+        Policy(profiler=OwnProfiler()).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.write_text, (self.target, "boom")
+
+
+def test_no_pickle_is_written_or_read(tmp_path, tiny_llama, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def fail(*_, **__):
+            raise AssertionError("pickle is never touched")
+
+        for name in ("load", "loads", "dump", "dumps", "Pickler", "Unpickler"):
+            patch.setattr(pickle, name, fail)
+        for name in ("load", "save"):
+            patch.setattr(torch, name, fail)
+        model = anee.load(tiny_llama, "heuristic:protect=1 1", 0.7, calibration=QUICK)
+        model.policy.save(tmp_path)
+        Policy.load(tmp_path, PLUGINS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
+
+    target = tmp_path / "boom"
+    (tmp_path / "policy.safetensors").write_bytes(pickle.dumps(Bomb(target)))
+    assert "is corrupt" in refusal(tmp_path)
+    torch.save({"importance": Bomb(target)}, tmp_path / "policy.safetensors")
+    assert "is corrupt" in refusal(tmp_path)
+    assert not target.exists()
