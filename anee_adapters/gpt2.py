@@ -31,7 +31,8 @@ class GPT2Adapter(ModelAdapter):
 
     def project_kv(self, layer: Any, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Return keys and values from the last two thirds of the fused weights: the default would compute the queries
-        as well, which is half as much again."""
+        as well, which is half as much again.
+        """
         fused = layer.attn.c_attn
         if not _plain(fused):
             return self.capture_kv(layer, hidden_states, call)
@@ -51,7 +52,7 @@ class GPT2Adapter(ModelAdapter):
 
 
 def _plain(fused: nn.Module) -> bool:
-    """Whether the weights may be sliced: not if they are quantised, wrapped or hooked, for then only calling is right."""
+    """Whether the weights may be sliced: if quantised, wrapped or hooked, only calling the module is right."""
     return (
         type(fused).__name__ == "Conv1D"
         and type(fused.weight) is nn.Parameter

@@ -21,7 +21,7 @@ class Work:
         return Work(self.flops + other.flops, self.weight_bytes + other.weight_bytes)
 
 
-def module_work(module: nn.Module) -> Work:
+def module_work(module: Any) -> Work:
     """Return the work of one leaf module: its matrix product, if it has one, and its stored bytes."""
     stored = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
     size = sum(stored_bytes(p) for p in stored)
@@ -88,7 +88,8 @@ class CostModel:
 
     def token_shares(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return what running and what skipping each layer takes of a dense token's decoder-layer FLOPs, both
-        [L, ...] in fp32 for ``position_ids`` [...]: attention grows with the number of tokens before."""
+        [L, ...] in fp32 for ``position_ids`` [...]: attention grows with the number of tokens before.
+        """
         attention = self.pair_flops * (position_ids + 1).float()
         shape = (self.num_layers, *[1] * position_ids.dim())
         run = torch.tensor([float(w.flops) for w in self.run], device=position_ids.device).view(shape) + attention
@@ -115,7 +116,9 @@ class CostModel:
     def least_share(self, protected: Sequence[int]) -> float:
         """Return the smallest share a token can spend when ``protected`` layers always run."""
         keep = set(protected)
-        return sum(r if i in keep else s for i, (r, s) in enumerate(zip(self.run_shares, self.skip_shares, strict=True)))
+        return sum(
+            r if i in keep else s for i, (r, s) in enumerate(zip(self.run_shares, self.skip_shares, strict=True))
+        )
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +58,14 @@ class Layout:
 class Parts:
     """The modules of one model that the engine calls, found by a `Layout`."""
 
-    model: nn.Module
-    embedding: nn.Module
+    # torch types whatever a Module returns or holds as "Tensor or Module"; Any says "a module, called as one".
+    model: Any
+    embedding: Any
     layers: tuple[nn.Module, ...]
-    final_norm: nn.Module
-    head: nn.Module
-    rotary: nn.Module | None
-    learned_positions: nn.Module | None
+    final_norm: Any
+    head: Any
+    rotary: Any
+    learned_positions: Any
 
     @property
     def config(self) -> Any:
@@ -141,10 +142,10 @@ class ModelAdapter(ABC):
         count = min(len(layers), getattr(model.config, "num_hidden_layers", len(layers)))
         return Parts(
             model=model,
-            embedding=model.get_input_embeddings(),
+            embedding=cast(Any, model).get_input_embeddings(),
             layers=tuple(layers)[:count],
             final_norm=find(model, layout.final_norm),
-            head=model.get_output_embeddings(),
+            head=cast(Any, model).get_output_embeddings(),
             rotary=None if layout.rotary is None else find(model, layout.rotary),
             learned_positions=None if layout.learned_positions is None else find(model, layout.learned_positions),
         )
@@ -207,7 +208,7 @@ class ModelAdapter(ABC):
         capture = _Capture()
         try:
             self.run(layer, hidden_states, call, capture)
-        except _Captured:
+        except _CapturedError:
             return capture.keys, capture.values
         raise AdapterError(
             f"{type(self).__name__}: {type(layer).__name__} never updated its cache through "
@@ -236,19 +237,16 @@ class ModelAdapter(ABC):
         """Return how many positions back layer ``layer_idx`` sees, or None for all."""
         kinds = getattr(config, "layer_types", None)
         if kinds is not None and kinds[layer_idx] == "sliding_attention":
-            width: int = config.sliding_window
-            return width
+            return config.sliding_window
         return None
 
     def max_positions(self, config: Any) -> int | None:
         """Return the longest sequence the model can place, or None if it has no limit."""
-        limit: int | None = getattr(config, "max_position_embeddings", None)
-        return limit
+        return getattr(config, "max_position_embeddings", None)
 
     def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:
         """Map final, normed hidden states [B, T, D] to logits [B, T, V]."""
-        logits: Tensor = parts.head(hidden_states)
-        return logits
+        return parts.head(hidden_states)
 
 
 def find(module: nn.Module, path: str) -> nn.Module:
@@ -268,7 +266,7 @@ def find(module: nn.Module, path: str) -> nn.Module:
     return found
 
 
-class _Captured(Exception):
+class _CapturedError(Exception):
     """Ends a layer call once its keys and values are known."""
 
 
@@ -280,4 +278,4 @@ class _Capture:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         self.keys, self.values = keys, values
-        raise _Captured
+        raise _CapturedError

@@ -184,7 +184,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             if rows is None:
                 target.narrow(2, start, new.shape[2]).copy_(new)
             else:
-                target[rows, :, start + columns] = new.transpose(1, 2)
+                assert columns is not None
+                target[rows, :, columns + start] = new.transpose(1, 2)
 
     def held(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return one layer's keys and values, [B, H, S, Dh]."""

@@ -24,7 +24,8 @@ from anee_core.trace import Trace
 @dataclass(frozen=True)
 class Output:
     """Final, normed hidden states [B, T, D]; what each token spent, [B, T], as a share of a dense token's layer FLOPs,
-    or None if it was not asked to save; and, if wanted, the input of each layer followed by the final states."""
+    or None if it was not asked to save; and, if wanted, the input of each layer followed by the final states.
+    """
 
     hidden_states: Tensor
     spent: Tensor | None
@@ -83,7 +84,9 @@ class Engine:
         hidden_states = adapter.embed(parts, block.embeddings, block.position_ids)
         call = adapter.begin(parts, hidden_states, block.position_ids)
         masks = MaskMaker(block.position_ids, hidden_states.dtype, self._implicit_causal)
-        feedback = self._feedback(cache, block, cache.seen).at(cache.seen) if self.policy.feeds_back and not dense else None
+        feedback = (
+            self._feedback(cache, block, cache.seen).at(cache.seen) if self.policy.feeds_back and not dense else None
+        )
         plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, dense)
         spent = Spent()
         states = [hidden_states]

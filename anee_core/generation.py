@@ -87,9 +87,7 @@ _DEFAULTS = {
 
 
 @torch.no_grad()
-def decode(
-    model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
-) -> Generation:
+def decode(model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
     """Generate greedily or by sampling, doing nothing per token that is not needed.
 
     Rows that have ended leave the batch, unless own processors or criteria are passed, which may count on its order.
@@ -181,11 +179,14 @@ def _choose(model: AdaptiveModel, options: dict[str, Any]) -> DecodeOptions:
             configured = getattr(model.generation_config, name, None)
             values[name] = configured if configured is not None else _DEFAULTS.get(name)
     chosen = DecodeOptions(**values)
-    assert chosen.max_new_tokens is not None and chosen.temperature is not None
+    assert chosen.max_new_tokens is not None
+    assert chosen.temperature is not None
     if chosen.max_new_tokens < 1:
         raise InputError(f"max_new_tokens is at least 1; got {chosen.max_new_tokens}")
     if chosen.temperature <= 0:
-        raise InputError(f"temperature is positive; got {chosen.temperature:g}. For greedy decoding use do_sample=False")
+        raise InputError(
+            f"temperature is positive; got {chosen.temperature:g}. For greedy decoding use do_sample=False"
+        )
     if chosen.top_p is not None and not 0.0 < chosen.top_p <= 1.0:
         raise InputError(f"top_p lies in (0, 1]; got {chosen.top_p:g}")
     return chosen

@@ -31,7 +31,8 @@ def read_block(
     assert given is not None
     if given.dim() != (2 if input_ids is not None else 3) or given.shape[0] == 0 or given.shape[1] == 0:
         raise InputError(
-            f"input_ids is [batch, tokens] and inputs_embeds [batch, tokens, width], none empty; got {tuple(given.shape)}"
+            "input_ids is [batch, tokens] and inputs_embeds [batch, tokens, width], none empty; "
+            f"got {tuple(given.shape)}"
         )
     batch, tokens = given.shape[:2]
     device = parts.embedding.weight.device
@@ -64,7 +65,9 @@ def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
     low, high = torch.stack(input_ids.aminmax()).tolist()
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
-        raise InputError(f"token id {wrong} is not in the vocabulary of {vocabulary}: is the tokenizer the model's own?")
+        raise InputError(
+            f"token id {wrong} is not in the vocabulary of {vocabulary}: is the tokenizer the model's own?"
+        )
 
 
 def _real_tokens(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from anee_core.accounting import CostModel
-from anee_core.adapter import Layout, LayerCall, ModelAdapter, Parts
+from anee_core.adapter import LayerCall, Layout, ModelAdapter, Parts
 from anee_core.errors import PolicyError
 
 __all__ = [

@@ -56,7 +56,8 @@ def skip_some(
     The skipped tokens' keys and values are written first, so that later tokens of the block see them.
     ``mask`` is the block's additive mask [B, 1, T, S], or None if every query sees every slot.
     """
-    assert selection.run is not None and selection.skip is not None
+    assert selection.run is not None
+    assert selection.skip is not None
     rows, columns = selection.skip
     keys, values = step.project(layer_idx, hidden_states[rows, columns], call.select(rows, columns))
     cache.write(layer_idx, keys, values, rows, columns)

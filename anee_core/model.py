@@ -154,6 +154,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
                 token.
             output_hidden_states: whether to return the input of every layer and the final states.
             return_dict: False for a plain tuple.
+            kwargs: nothing else is taken; what transformers passes along unset is let through.
 
         Raises:
             InputError: the arguments do not fit together or the model.
@@ -193,7 +194,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         cache = past_key_values if isinstance(past_key_values, AdaptiveCache) else self.new_cache()
         if past_key_values is not None and cache is not past_key_values and past_key_values.get_seq_length() > 0:
             raise InputError(
-                f"a filled {type(past_key_values).__name__} cannot be used: start from model.new_cache() and feed the tokens"
+                f"a filled {type(past_key_values).__name__} cannot be used: "
+                "start from model.new_cache() and feed the tokens"
             )
         limit = self.adapter.max_positions(self.config)
         return read_block(self.parts, input_ids, attention_mask, position_ids, inputs_embeds, cache, limit), cache
@@ -312,4 +314,3 @@ def _last_real(states: Tensor, real: Tensor | None) -> Tensor:
 def _join_states(outputs: list[Output]) -> tuple[Tensor, ...]:
     stacks = [cast(tuple[Tensor, ...], output.all_hidden_states) for output in outputs]
     return tuple(torch.cat(parts, dim=1) for parts in zip(*stacks, strict=True))
-

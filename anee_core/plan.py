@@ -1,4 +1,4 @@
-"""Which tokens run which layer: asks the controller, settles with the ledger, reads the outcome once per run of layers."""
+"""Which tokens run which layer: asks the controller, settles with the ledger, reads the outcome once."""
 
 from __future__ import annotations
 

@@ -62,7 +62,9 @@ def contenders(model: AdaptiveModel, skipped: float) -> dict[str, Callable[[int]
     }
 
 
-def measure(runs: dict[str, Callable[[int], AdaptiveModel | None]], tokens: int, repeats: int, title: str) -> list[dict]:
+def measure(
+    runs: dict[str, Callable[[int], AdaptiveModel | None]], tokens: int, repeats: int, title: str
+) -> list[dict]:
     """Time all contenders, alternating, and return one record each."""
     for run in runs.values():
         run(4)

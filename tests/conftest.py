@@ -16,6 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from anee.cli import main
 
+torch.set_num_threads(1)  # layers this small only get slower on several
+
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 

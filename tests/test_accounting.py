@@ -20,7 +20,13 @@ def counted(run):
     return counter.get_total_flops()
 
 
-POLICIES = ["dense", "static:skip=1 4", "random:p=0.5,protect=0 0", "random:p=0.3,exit=0.3,protect=0 1", "static:exit=2"]
+POLICIES = [
+    "dense",
+    "static:skip=1 4",
+    "random:p=0.5,protect=0 0",
+    "random:p=0.3,exit=0.3,protect=0 1",
+    "static:exit=2",
+]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

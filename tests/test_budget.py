@@ -69,7 +69,7 @@ def test_calibrated_static_set_skips_the_least_important_layers():
     importance = model.policy.calibration.importance
     inner = torch.tensor([False, True, True, True, True, False])
     assert importance[inner & ran].min() > importance[inner & ~ran].max()
-    assert bool(ran[0]) and bool(ran[5])
+    assert ran[[0, 5]].all()
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.5, 1.01, float("nan")])
@@ -86,7 +86,7 @@ def test_budget_below_the_least_possible_names_it():
 
 
 def test_given_set_that_spends_more_than_the_budget_is_refused():
-    with pytest.raises(BudgetError, match="spends 0.8"):
+    with pytest.raises(BudgetError, match=r"spends 0\.8"):
         adaptive(build("llama"), "static:skip=2", 0.5)
 
 

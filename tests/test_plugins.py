@@ -272,7 +272,9 @@ def test_name_that_two_third_parties_claim_is_an_error_when_used(install, caplog
 
 def test_adapters_that_clash_are_an_error_when_a_model_needs_them(install):
     install("other-plugin", EVERYTHING)
-    install("copy-plugin", EVERYTHING.replace('"odd"', '"odd2"').replace('"last"', '"last2"').replace('"toy"', '"toy2"'))
+    install(
+        "copy-plugin", EVERYTHING.replace('"odd"', '"odd2"').replace('"last"', '"last2"').replace('"toy"', '"toy2"')
+    )
     for name in ("toy", "toy2"):
         with pytest.raises(PluginError, match=r"adapter 'other' is provided by .*-plugin 1.0 and by .*-plugin 1.0"):
             anee.load(name, policy="odd")

@@ -55,7 +55,7 @@ def test_signals_of_the_last_distribution():
 
 def test_signals_come_in_the_order_asked_for_in_fp32():
     hidden_states = torch.randn(2, 3, 8, dtype=torch.bfloat16)
-    seen, signals = observe("depth", "norm", hidden_states=hidden_states, previous=hidden_states)
+    _, signals = observe("depth", "norm", hidden_states=hidden_states, previous=hidden_states)
     assert signals.shape == (2, 3, 2)
     assert signals.dtype == torch.float32
     torch.testing.assert_close(signals[..., 0], torch.full((2, 3), 0.5))

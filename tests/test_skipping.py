@@ -42,7 +42,7 @@ def test_skipping_a_layer_for_all_tokens_is_the_model_without_it(family, removed
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", [1, 7])
 def test_skipped_layer_caches_what_it_would_have_cached(family, length):
-    """The layer's own norm, its projection, the tokens' positions: taken from the layer itself, run on the same input."""
+    """The layer's own norm, projection and positions: taken from the layer itself, run on the same input."""
     model = build(family)
     ids = tokens(length=9)
     ours = adaptive(model, "static:skip=2 3")
@@ -133,7 +133,7 @@ class TestEveryPolicy:
         with torch.no_grad():
             batched = model(ids, attention_mask=mask).logits
             ran = model.last_trace.ran
-            for row, length in enumerate(lengths):
+            for row in range(len(lengths)):
                 real = mask[row].bool()
                 alone = model(ids[row, real][None]).logits[0]
                 torch.testing.assert_close(batched[row, real], alone, **CLOSE)
@@ -182,13 +182,15 @@ def test_exception_inside_a_layer_leaves_the_cache_as_it_was(monkeypatch):
     clean = model(ids).logits
     cache = model.new_cache()
     model(ids[:, :5], past_key_values=cache)
-    broken = model.parts.layers[5]
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
-        def fail(*_, **__):
-            raise RuntimeError("on purpose")
 
+    def fail(*_, **__):
+        raise RuntimeError("on purpose")
+
+    broken = model.parts.layers[5]
+    with monkeypatch.context() as patch:
         patch.setattr(broken, "forward", fail)
         patch.setattr(broken.self_attn.k_proj, "forward", fail)
-        model(ids[:, 5:], past_key_values=cache)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model(ids[:, 5:], past_key_values=cache)
     assert cache.get_seq_length() == 5
     torch.testing.assert_close(model(ids[:, 5:], past_key_values=cache).logits, clean[:, 5:], **CLOSE)

@@ -55,9 +55,7 @@ def adaptive(model, policy="dense", budget=None, **options) -> AdaptiveModel:
     """Load a model under a policy, with a made-up calibration where one is needed."""
     layers = model.config.num_hidden_layers
     generator = torch.Generator().manual_seed(3)
-    calibration = Calibration(
-        torch.rand(layers, generator=generator), torch.linspace(0, 1, 101), "made up", "made up"
-    )
+    calibration = Calibration(torch.rand(layers, generator=generator), torch.linspace(0, 1, 101), "made up", "made up")
     options.setdefault("calibration", calibration)
     return anee.load(model, policy, budget, plugins=PLUGINS, **options)
 

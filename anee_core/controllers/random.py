@@ -60,7 +60,8 @@ class RandomController(Controller):
         """Return the probability of a skip: the given one, or that which spends each token's budget on average."""
         if self.p is not None:
             return self.p
-        assert self._costs is not None and context.budget is not None
+        assert self._costs is not None
+        assert context.budget is not None
         run, skip = self._costs.token_shares(context.position_ids)
         protected = torch.zeros(context.num_layers, dtype=torch.bool, device=run.device)
         protected[list(self.protected(context.num_layers))] = True

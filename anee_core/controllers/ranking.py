@@ -20,7 +20,7 @@ def rank_layers(setting: Setting, protected: frozenset[int], policy: str) -> lis
     importance = setting.calibration.importance.tolist()
     if len(importance) != setting.num_layers:
         raise PolicyError(
-            f"{policy}: the calibration is of a model with {len(importance)} layers, this one has {setting.num_layers}; "
-            "calibrate this model"
+            f"{policy}: the calibration is of a model with {len(importance)} layers, "
+            f"this one has {setting.num_layers}; calibrate this model"
         )
     return sorted(range(setting.num_layers), key=lambda i: (i not in protected, -importance[i]))

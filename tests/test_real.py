@@ -1,0 +1,82 @@
+"""SmolLM2-135M, end to end. Marked: it needs the packaged weights and a minute or two."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import anee
+from anee_core.calibration import CalibrationOptions
+
+pytestmark = pytest.mark.real
+ROOT = Path(__file__).parents[1]
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANEE_CACHE", str(tmp_path_factory.mktemp("smollm2")))
+        yield anee.load("smollm2")
+
+
+def test_dense_is_transformers_bit_for_bit(smollm2):
+    ids = smollm2.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(smollm2(ids).logits, smollm2.model(ids).logits)
+    expected = smollm2.model.generate(ids, max_new_tokens=20, do_sample=False)
+    assert torch.equal(smollm2.generate(ids, max_new_tokens=20, do_sample=False), expected)
+    assert torch.equal(smollm2.decode(ids, max_new_tokens=20).sequences, expected)
+    assert "Paris" in smollm2.generate(PROMPT, max_new_tokens=5).text
+
+
+def test_parallel_equals_stepwise_on_real_weights(smollm2):
+    model = anee.load(smollm2.model, "random", 0.7, tokenizer=smollm2.tokenizer)
+    ids = model.tokenizer("The history of Rome began a long time ago, when", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        whole = model(ids).logits
+        cache = model.new_cache()
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ids.shape[1])]
+    torch.testing.assert_close(whole, torch.cat(steps, dim=1), atol=2e-3, rtol=2e-3)
+
+
+def test_heuristic_meets_its_budget_and_keeps_the_text_readable(smollm2):
+    model = anee.load(
+        smollm2.model,
+        "heuristic",
+        0.85,
+        tokenizer=smollm2.tokenizer,
+        calibration=CalibrationOptions(sequences=2, length=48, progress=False),
+    )
+    result = model.generate(PROMPT, max_new_tokens=60, eos_token_id=[])
+    assert result.trace.budget_spent == pytest.approx(0.85, abs=0.01)
+    assert 0.8 < result.trace.layers_run < 0.85
+    words = result.completion.split()
+    assert sum(word.strip(".,\"'!?;:()").isalpha() for word in words) > 0.7 * len(words)
+
+
+def test_second_load_takes_the_unpacked_weights(smollm2):
+    again = anee.load("smollm2", dtype="bfloat16")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(
+        again.model.model.embed_tokens.weight, smollm2.model.model.embed_tokens.weight.to(torch.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("script", [["examples/demo.py", "--max-new-tokens", "8"]])
+def test_demo_runs(script, smollm2):
+    done = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in ("share of layers run per token", "K/V of skipped layers", "tokens/s"):
+        assert line in done.stdout
+    assert "█" in done.stdout
+
+
+def test_benchmark_runs_and_saves_json(tmp_path, smollm2):
+    out = tmp_path / "decode.json"
+    command = ["benchmarks/decode.py", "--dtypes", "bfloat16", "--tokens", "4", "--repeats", "1", "--json", str(out)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.is_file()
