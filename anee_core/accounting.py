@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,11 +92,15 @@ class CostModel:
         [L, ...] in fp32 for ``position_ids`` [...]: attention grows with the number of tokens before.
         """
         attention = self.pair_flops * (position_ids + 1).float()
-        shape = (self.num_layers, *[1] * position_ids.dim())
-        run = torch.tensor([float(w.flops) for w in self.run], device=position_ids.device).view(shape) + attention
-        skip = torch.tensor([float(w.flops) for w in self.propagate], device=position_ids.device).view(shape)
+        run, skip = self._flops.to(position_ids.device).view(2, self.num_layers, *[1] * position_ids.dim())
+        run = run + attention
         dense = run.sum(0)
         return run / dense, skip / dense
+
+    @cached_property
+    def _flops(self) -> Tensor:
+        """FLOPs per token of running and of skipping each layer, [2, L]."""
+        return torch.tensor([[float(work.flops) for work in parts] for parts in (self.run, self.propagate)])
 
     @property
     def run_shares(self) -> tuple[float, ...]:

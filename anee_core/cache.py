@@ -294,7 +294,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def kept(self) -> Tensor:
         """Return the number of valid slots of each layer and row, [L, B]."""
-        counts = {id(s): s.held() for s in self.slots}
+        counts = {id(s): s.held() for s in self._distinct()}
         return torch.stack([counts[id(s)].cpu() for s in self.slots]) if self.slots else torch.zeros(0, 0)
 
     # The names by which transformers calls these.

@@ -87,7 +87,8 @@ class Engine:
         feedback = (
             self._feedback(cache, block, cache.seen).at(cache.seen) if self.policy.feeds_back and not dense else None
         )
-        plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, dense)
+        all_run = dense or self.policy.controller.runs_all
+        plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, all_run)
         spent = Spent()
         states = [hidden_states]
         previous = hidden_states

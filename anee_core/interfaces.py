@@ -146,6 +146,11 @@ class Controller(Configurable, ABC):
         """Whether `bind` needs a `Calibration` of the model."""
         return False
 
+    @property
+    def runs_all(self) -> bool:
+        """Whether every layer runs for every token, so that the engine need not ask."""
+        return False
+
     def bind(self, setting: Setting) -> Controller:
         """Return a controller for one model; this one stays as it is and can serve others.
 

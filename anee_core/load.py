@@ -137,6 +137,8 @@ def _open(
         raise ModelError(f"the checkpoint of '{name}' lacks the weight '{min(found['missing_keys'])}'; fetch it again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        if not tokenizer.vocab_size:  # what some families get from a folder without tokenizer files
+            raise ValueError("its vocabulary is empty")
     except Exception as error:
         logger.warning("no tokenizer for '%s' (%s): generate from token ids, or pass one", name, _first_line(error))
         tokenizer = None

@@ -59,22 +59,22 @@ _PADDING, _SKIPPED, _RUNS = range(3)
 class Plan:
     """The decisions of one forward, taken as far ahead as the controller allows.
 
-    ``dense`` runs every layer without asking.
+    ``all_run`` runs every layer without asking.
     """
 
     def __init__(
-        self, policy: Policy, budget: Budget, num_layers: int, block: Block, feedback: Tensor | None, dense: bool
+        self, policy: Policy, budget: Budget, num_layers: int, block: Block, feedback: Tensor | None, all_run: bool
     ) -> None:
         self._policy, self._budget, self._num_layers, self._block = policy, budget, num_layers, block
         self._feedback = feedback
-        self._ledger = None if dense else Ledger(budget, block.position_ids)
-        self._selections = [_ALL] * num_layers if dense else []
+        self._ledger = None if all_run else Ledger(budget, block.position_ids)
+        self._selections = [_ALL] * num_layers if all_run else []
         self._states: list[Tensor] = []
-        self.dense = dense
+        self._all_run = all_run
 
     @property
     def spent(self) -> Tensor | None:
-        """Share of a dense token's layer FLOPs that each token has spent, [B, T]; None where all is dense."""
+        """Share of a dense token's layer FLOPs that each token has spent, [B, T]; None where all layers run unasked."""
         return None if self._ledger is None else self._ledger.spent
 
     def at(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> Selection:
@@ -86,7 +86,7 @@ class Plan:
     def ran(self) -> Tensor:
         """Return which tokens ran each layer, [L, B, T] bool on the host. Padding counts as not run."""
         batch, tokens = self._block.position_ids.shape
-        if self.dense:
+        if self._all_run:
             real = self._block.real
             alike = torch.ones(batch, tokens, dtype=torch.bool) if real is None else real.cpu()
             return alike.expand(self._num_layers, -1, -1)

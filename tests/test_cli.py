@@ -127,7 +127,16 @@ def test_calibrating_policy_says_nothing_on_stdout(run_anee, llama_folder, tmp_p
 def test_help_lists_the_commands_and_every_option(run_anee):
     assert {"generate", "plugins"} <= set(run_anee("--help").out.split())
     text = run_anee("generate", "-h").out
-    for option in ("--policy", "--budget", "--max-new-tokens", "--device", "--dtype", "--stream", "--json", "--picture"):
+    for option in (
+        "--policy",
+        "--budget",
+        "--max-new-tokens",
+        "--device",
+        "--dtype",
+        "--stream",
+        "--json",
+        "--picture",
+    ):
         assert option in text
 
 
@@ -170,7 +179,10 @@ def test_module_runs_and_help_imports_no_torch():
         (["--device", "hpu"], r"device 'hpu' cannot be used: .+"),
         (["--prefill", "sparse"], r"prefill is 'auto', 'adaptive' or 'dense'; got 'sparse'"),
         (["--sample", "--temperature", "0"], r"temperature is positive; got 0.*"),
-        (["-p", "heuristic:protect=1 1", "--calibration-text", "no.txt"], r"cannot read the calibration text no.txt: .+"),
+        (
+            ["-p", "heuristic:protect=1 1", "--calibration-text", "no.txt"],
+            r"cannot read the calibration text no.txt: .+",
+        ),
     ],
 )
 def test_wrong_option_is_one_readable_line(run_anee, llama_folder, options, message):
@@ -211,7 +223,9 @@ def test_prompt_longer_than_the_context_is_one_readable_line(run_anee, llama_fol
 def test_weights_that_are_no_numbers_are_one_readable_line(run_anee, spoilt):
     edit_weights(spoilt, lambda weights: weights["model.layers.2.mlp.up_proj.weight"].view(-1)[7:8].fill_(float("nan")))
     line = refused(run_anee("generate", spoilt, "Hello"))
-    assert line.startswith("weight 'model.layers.2.mlp.up_proj.weight' holds NaN or infinity; the checkpoint is corrupt")
+    assert line.startswith(
+        "weight 'model.layers.2.mlp.up_proj.weight' holds NaN or infinity; the checkpoint is corrupt"
+    )
 
 
 def test_checkpoint_that_lacks_a_weight_is_refused_rather_than_filled_at_random(run_anee, spoilt):

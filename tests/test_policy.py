@@ -400,7 +400,7 @@ def test_missing_file_is_named(tmp_path, name):
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere/policy.json is missing"):
+    with pytest.raises(CheckpointError, match=r"nowhere/policy\.json is missing"):
         Policy.load(tmp_path / "nowhere", PLUGINS)
 
 

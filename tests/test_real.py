@@ -1,5 +1,7 @@
 """SmolLM2-135M, end to end. Marked: it needs the packaged weights and a minute or two."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +18,21 @@ PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("smollm2")
+
+
+@pytest.fixture(scope="module")
+def smollm2(shared_cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ANEE_CACHE", str(tmp_path_factory.mktemp("smollm2")))
-        yield anee.load("smollm2")
+        patch.setenv("ANEE_CACHE", str(shared_cache))
+        return anee.load("smollm2")
+
+
+@pytest.fixture(autouse=True)
+def anee_cache(shared_cache, monkeypatch):
+    """Unpack the weights once for all tests here, instead of a cache folder for each."""
+    monkeypatch.setenv("ANEE_CACHE", str(shared_cache))
 
 
 def test_dense_is_transformers_bit_for_bit(smollm2):
@@ -65,18 +78,20 @@ def test_second_load_takes_the_unpacked_weights(smollm2):
     )
 
 
-@pytest.mark.parametrize("script", [["examples/demo.py", "--max-new-tokens", "8"]])
-def test_demo_runs(script, smollm2):
-    done = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+def test_demo_runs(smollm2):
+    command = [sys.executable, "examples/demo.py", "--max-new-tokens", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     for line in ("share of layers run per token", "K/V of skipped layers", "tokens/s"):
         assert line in done.stdout
     assert "█" in done.stdout
 
 
-def test_benchmark_runs_and_saves_json(tmp_path, smollm2):
-    out = tmp_path / "decode.json"
-    command = ["benchmarks/decode.py", "--dtypes", "bfloat16", "--tokens", "4", "--repeats", "1", "--json", str(out)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    assert out.is_file()
+def test_commands_of_the_readme_run(smollm2):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^anee (.*)$", readme, flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        arguments = [sys.executable, "-m", "anee", *shlex.split(command)]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr

@@ -17,6 +17,11 @@ class DenseController(Controller):
 
     name: ClassVar[str] = "dense"
 
+    @property
+    def runs_all(self) -> bool:
+        """Whether every layer runs: yes."""
+        return True
+
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return PROCESS for all layers."""
         layers = context.num_layers - context.layer_idx

