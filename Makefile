@@ -9,7 +9,7 @@ demo: .venv/demo.done  ## generate densely and under a layer-skipping policy
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev.done  ## the default tests
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest -n 2 -m "not real"
 
 test-real: .venv/dev.done  ## slower checks on real weights
 	$(BIN)/python -m pytest -m real

@@ -104,6 +104,7 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON l
     """List what is installed: name, distribution, version and what each plugin provides."""
     from anee_core.plugins import Plugins
 
+    logging.getLogger("anee_core.plugins").setLevel(logging.ERROR)  # the problems are listed below
     found = Plugins.discover()
     if as_json:
         print(json.dumps([{**vars(info), "provides": dict(info.provides)} for info in found.infos]))
@@ -120,10 +121,14 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON l
 
 def main() -> None:
     """Run the command line; an expected failure is one line and exit code 2."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if debug:  # accepted anywhere on the line
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
     try:
-        app(standalone_mode=True)
+        app(args=arguments)
     except AneeError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

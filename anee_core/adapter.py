@@ -6,7 +6,7 @@ Shapes in this package: B batch, T new tokens, S slots, D width, H heads, Dh hea
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -84,7 +84,6 @@ class LayerCall:
     position_ids: Tensor
     position_embeddings: tuple[Tensor, Tensor] | None = None
     attention_mask: Tensor | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def select(self, rows: Tensor, columns: Tensor) -> LayerCall:
         """Return the call for the tokens at ``rows`` x ``columns``, two index tensors that broadcast together."""
@@ -168,7 +167,6 @@ class ModelAdapter(ABC):
             "position_ids": call.position_ids,
             "use_cache": True,
             self.layout.cache_argument: cache_view,
-            **call.extra,
         }
         if call.position_embeddings is not None:
             arguments["position_embeddings"] = call.position_embeddings
@@ -223,10 +221,11 @@ class ModelAdapter(ABC):
 
     def probe(self, parts: Parts, layer_idx: int) -> tuple[Tensor, LayerCall]:
         """Return one token of zeros [1, 1, D] and its call, on the device and in the dtype of a layer."""
-        weight = next(p for p in parts.layers[layer_idx].parameters() if p.is_floating_point())
-        hidden_states = weight.new_zeros(1, 1, parts.embedding.weight.shape[-1], dtype=parts.model.dtype)
-        position_ids = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-        return hidden_states, self.begin(parts, hidden_states, position_ids).to(weight.device)
+        device = next(parts.layers[layer_idx].parameters()).device
+        width = parts.embedding.weight.shape[-1]
+        hidden_states = torch.zeros(1, 1, width, dtype=parts.model.dtype, device=device)
+        position_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        return hidden_states, self.begin(parts, hidden_states, position_ids).to(device)
 
     def attention_width(self, config: Any) -> int:
         """Return heads x head width: one query-key pair costs 4 times this in FLOPs."""

@@ -308,13 +308,17 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         return self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens (transformers counts them as a negative number)."""
+        """Forget the last ``-tokens_to_remove`` tokens (transformers counts them as a negative number).
+
+        What is left has been accepted, so slots dropped because of it are freed.
+        """
         if tokens_to_remove > 0:
             raise CacheError("crop takes a number of tokens to remove, as zero or a negative number")
         self.rollback(-tokens_to_remove)
+        self._free()
 
     def activate_past_recording(self) -> None:
-        """Keep dropped slots until the next `commit` without recording, so that they can be brought back."""
+        """Keep dropped slots until the next `crop`, so that they can be brought back."""
         self.recording = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

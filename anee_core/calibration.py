@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _SCHEMA = 1
 _QUANTILES = 101
+_LENGTH = 96
 _WARM_UP = 4
 """Positions left out of every average: their hidden states are outliers in norm."""
 
@@ -40,17 +41,23 @@ _WARM_UP = 4
 class CalibrationOptions:
     """How to calibrate.
 
-    ``text`` is a file to read instead of the model's own samples. ``sequences`` of ``length`` tokens are used;
-    ``seed`` draws the samples. ``folder`` is where results are kept (default: the user's cache folder), and
+    ``text`` is a file to read instead of the model's own samples. ``sequences`` of ``length`` tokens are used (None:
+    96, or the model's context if that is shorter); ``seed`` draws the samples. ``folder`` is where results are kept
+    (default: the user's cache folder), and
     ``progress`` shows a bar.
     """
 
     text: str | Path | None = None
     sequences: int = 4
-    length: int = 96
+    length: int | None = None
     seed: int = 0
     folder: str | Path | None = None
     progress: bool = True
+
+    def check(self) -> None:
+        """Raise `InputError` if the text file is not there."""
+        if self.text is not None and not Path(self.text).is_file():
+            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
 
 
 def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -> Calibration:
@@ -64,19 +71,25 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
     """
     options = options or CalibrationOptions()
     limit = model.adapter.max_positions(model.config)
-    if options.sequences < 1 or options.length <= _WARM_UP or (limit is not None and options.length > limit):
+    length = options.length if options.length is not None else min(_LENGTH, limit or _LENGTH)
+    if options.sequences < 1 or length <= _WARM_UP or (limit is not None and length > limit):
         raise InputError(
             f"calibration needs at least 1 sequence of more than {_WARM_UP} tokens that fit the model's context "
-            f"({limit}); got {options.sequences} of {options.length}"
+            f"({limit}); got {options.sequences} of {length}"
         )
     model_print = fingerprint(model)
-    store = _Store(options, model_print)
+    store = _Store(options, length, model_print)
     engine = Engine(model.adapter, model.parts, Policy())
     layers = engine.costs.num_layers
-    with torch.no_grad(), _progress(options.progress, layers + 1 - len(store.importance)) as advance:
+    samples = length if store.tokens is None and options.text is None else 0
+    with torch.no_grad(), _progress(options.progress, samples + 1 + layers - len(store.importance)) as advance:
         tokens = store.tokens
         if tokens is None:
-            tokens = _own_samples(model, engine, options) if options.text is None else _from_file(model, options)
+            tokens = (
+                _from_file(model, options, length)
+                if options.text is not None
+                else _own_samples(model, engine, options, length, advance)
+            )
             store.keep_tokens(tokens)
         tokens = tokens.to(model.device)
         dense = _log_probabilities(model, engine, tokens)
@@ -104,7 +117,9 @@ def _block(model: AdaptiveModel, tokens: Tensor, seen: int) -> Block:
     return Block(model.parts.embedding(tokens), positions, tokens, None, "prefill")
 
 
-def _own_samples(model: AdaptiveModel, engine: Engine, options: CalibrationOptions) -> Tensor:
+def _own_samples(
+    model: AdaptiveModel, engine: Engine, options: CalibrationOptions, length: int, advance: Callable[[], None]
+) -> Tensor:
     """Let the dense model write [sequences, length] tokens, each from its own first token."""
     generator = torch.Generator(model.device).manual_seed(options.seed)
     vocabulary = int(model.config.vocab_size)
@@ -113,15 +128,17 @@ def _own_samples(model: AdaptiveModel, engine: Engine, options: CalibrationOptio
     tokens = torch.randint(vocabulary, shape, device=model.device, generator=generator)
     if isinstance(start, int) and 0 <= start < vocabulary:
         tokens = torch.full(shape, start, device=model.device)
-    cache, trace = model.new_cache(options.length), Trace()
-    while tokens.shape[1] < options.length:
+    cache, trace = model.new_cache(length), Trace()
+    advance()
+    while tokens.shape[1] < length:
         output = engine.run(_block(model, tokens[:, -1:], tokens.shape[1] - 1), cache, trace)
         logits = engine.logits(output.hidden_states, trace)[:, -1].float()
         tokens = torch.cat((tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)), dim=1)
+        advance()
     return tokens
 
 
-def _from_file(model: AdaptiveModel, options: CalibrationOptions) -> Tensor:
+def _from_file(model: AdaptiveModel, options: CalibrationOptions, length: int) -> Tensor:
     """Read [sequences, length] tokens, spread evenly over a text file."""
     path = Path(str(options.text))
     if model.tokenizer is None:
@@ -130,14 +147,14 @@ def _from_file(model: AdaptiveModel, options: CalibrationOptions) -> Tensor:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the calibration text {path}: {error}") from error
-    need = options.sequences * options.length
+    need = options.sequences * length
     stride = max(len(text) // options.sequences, 1)
     rows = []
     for i in range(options.sequences):
         # A token is seldom longer than 16 characters; that bounds what has to be tokenised.
-        ids = model.tokenizer(text[i * stride : (i + 1) * stride][: 16 * options.length])["input_ids"]
-        rows.append(ids[: options.length])
-    if any(len(row) < options.length for row in rows):
+        ids = model.tokenizer(text[i * stride : (i + 1) * stride][: 16 * length])["input_ids"]
+        rows.append(ids[:length])
+    if any(len(row) < length for row in rows):
         raise InputError(f"{path} is too short: {need} tokens are needed; give a longer text or calibrate on fewer")
     return torch.tensor(rows, device=model.device)
 
@@ -171,11 +188,11 @@ def cache_folder() -> Path:
 class _Store:
     """A calibration on disk, complete or in progress."""
 
-    def __init__(self, options: CalibrationOptions, model_print: str) -> None:
+    def __init__(self, options: CalibrationOptions, length: int, model_print: str) -> None:
         self.source = "own samples" if options.text is None else f"text {_hash_file(Path(str(options.text)))}"
         wanted = {
             "schema": _SCHEMA, "model": model_print, "source": self.source,
-            "sequences": options.sequences, "length": options.length, "seed": options.seed,
+            "sequences": options.sequences, "length": length, "seed": options.seed,
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
         self._path = Path(options.folder or cache_folder()) / f"calibration-{key}.json"
@@ -224,7 +241,7 @@ def _hash_file(path: Path) -> str:
 
 
 @contextmanager
-def _progress(show: bool, steps: int) -> Iterator[Any]:
+def _progress(show: bool, steps: int) -> Iterator[Callable[[], None]]:
     """Show a bar on stderr where someone can see it; yield what advances it."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -60,14 +60,15 @@ class Engine:
     ) -> None:
         self.adapter, self.parts = adapter, parts
         self.costs = cost_model(adapter, parts)
-        limit = budget if budget is not None else policy.controller.default_budget
+        limit = budget_of(policy, budget)
+        hard = hard or policy.hard
         if limit is not None:
             check_budget(limit)
         protected = policy.controller.protected(self.costs.num_layers)
         setting = Setting(self.costs, limit, hard, calibration or policy.calibration)
         controller = policy.controller.bind(setting)
         self.budget = Budget(self.costs, protected, limit, hard)
-        self.policy = Policy(controller, policy.cache_policy, policy.profiler, setting.calibration)
+        self.policy = Policy(controller, policy.cache_policy, policy.profiler, setting.calibration, limit, hard)
         self._step = step or ReferenceStep(adapter, parts)
         self._devices = devices_of(parts)
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
@@ -192,6 +193,14 @@ class Engine:
             batch, device = block.position_ids.shape[0], block.position_ids.device
             cache.feedback = FeedbackLog(batch, device, start, self.budget.limit or 1.0)
         return cache.feedback
+
+
+def budget_of(policy: Policy, budget: float | None) -> float | None:
+    """Return the budget in force: the one asked for, the one that came with the policy, or the controller's own."""
+    for given in (budget, policy.budget):
+        if given is not None:
+            return given
+    return policy.controller.default_budget
 
 
 def cost_model(adapter: ModelAdapter, parts: Parts) -> CostModel:

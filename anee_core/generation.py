@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
@@ -19,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from anee_core.errors import InputError
+from anee_core.errors import InputError, suggestion
 from anee_core.trace import Trace
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ class Generation:
     @property
     def completion(self) -> str:
         """The first row's new text."""
-        return self.text and self.completions[0]
+        return self.completions[0] if self.text else ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -102,6 +105,7 @@ def decode(model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor | Non
         InputError: an option is unknown or out of range, or the prompts cannot be run.
     """
     chosen = _choose(model, options)
+    _check_length(model, input_ids.shape[-1], chosen.max_new_tokens)
     device = model.device
     input_ids = input_ids.to(device)
     batch, length = input_ids.shape
@@ -227,8 +231,14 @@ def generate_text(model: AdaptiveModel, prompts: str | Sequence[str], **options:
         InputError: there is no tokenizer, or a prompt is empty or longer than the model's context.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError("prompts are a string or a list of strings, at least one; token ids come as a tensor")
     input_ids, attention_mask = _encode(model, texts)
-    if set(options) <= set(DecodeOptions.__dataclass_fields__):
+    lean = set(DecodeOptions.__dataclass_fields__)
+    known = lean | set(GenerationConfig().to_dict()) | set(inspect.signature(GenerationMixin.generate).parameters)
+    if unknown := set(options) - known:
+        raise InputError(f"no option '{min(unknown)}'; {suggestion(min(unknown), lean)}, and those of transformers")
+    if set(options) <= lean:
         result = decode(model, input_ids, attention_mask if len(texts) > 1 else None, **options)
     else:
         options.setdefault("pad_token_id", _pad_id(model))
@@ -263,6 +273,16 @@ def _encode(model: AdaptiveModel, texts: list[str]) -> tuple[Tensor, Tensor]:
     input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return input_ids.to(model.device), attention_mask.to(model.device)
+
+
+def _check_length(model: AdaptiveModel, prompt: int, new: int | None) -> None:
+    limit = model.adapter.max_positions(model.config)
+    # The last new token is not fed in again.
+    if limit is not None and prompt + (new or 1) - 1 > limit:
+        raise InputError(
+            f"{prompt} tokens of prompt and {new} new ones do not fit the model's context of {limit}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
 
 
 def _pad_id(model: AdaptiveModel) -> int:

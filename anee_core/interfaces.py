@@ -6,7 +6,6 @@ Policies see tensors, never modules, so none of them can depend on a model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
@@ -209,6 +208,3 @@ def protect_ends(protect: tuple[int, ...], num_layers: int) -> frozenset[int]:
         raise PolicyError(f"protect takes two counts, first and last layers, like 'protect=2 2'; got {protect}")
     first, last = protect
     return frozenset(i for i in range(num_layers) if i < first or i >= num_layers - last)
-
-
-Registry = Mapping[str, Any]

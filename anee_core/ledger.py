@@ -31,7 +31,8 @@ class Budget:
             if limit < least:
                 raise BudgetError(
                     f"a budget of {limit:g} cannot be met: the least possible is {least:.3f} "
-                    f"(protected layers {sorted(protected) or 'none'}, and keys and values of the skipped ones)"
+                    f"(protected layers {sorted(protected) or 'none'}, and keys and values of the skipped ones); "
+                    "raise the budget, or protect fewer layers if the policy lets you, as in 'protect=1 1'"
                 )
         self.costs = costs
         self.always = torch.tensor([i in protected for i in range(costs.num_layers)])
@@ -39,8 +40,8 @@ class Budget:
 
 def check_budget(limit: float) -> None:
     """Raise `BudgetError` unless ``limit`` lies in (0, 1]."""
-    if not 0.0 < limit <= 1.0:
-        raise BudgetError(f"budget is a share of the dense model's FLOPs and lies in (0, 1]; got {limit:g}")
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0.0 < limit <= 1.0:
+        raise BudgetError(f"budget is a share of the dense model's FLOPs, a number that lies in (0, 1]; got {limit!r}")
 
 
 class Ledger:

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from anee_core.calibration import CalibrationOptions, calibrate, fingerprint
-from anee_core.errors import InputError, ModelError, suggestion
+from anee_core.errors import AneeError, InputError, ModelError, suggestion
 from anee_core.hookspecs import SourceRequest
 from anee_core.interfaces import CachePolicy, Calibration, Controller
 from anee_core.ledger import check_budget
-from anee_core.model import AdaptiveModel, Prefill, causal_lm
+from anee_core.model import AdaptiveModel, Prefill, causal_lm, check_prefill
 from anee_core.plugins import Plugins
 from anee_core.policy import Policy, make_policy
 
@@ -50,7 +50,8 @@ def load(
             included. Default: the policy's own.
         hard: whether no token may exceed the budget; otherwise it holds on average.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. Default: as stored.
-        device: where to run, like ``"cpu"`` or ``"cuda:0"``. Default: where the model is.
+        device: where to run, like ``"cpu"`` or ``"cuda:0"``. Default: where the model is. A loaded model is converted
+            and moved in place.
         prefill: how ``generate`` reads prompts; see `AdaptiveModel`.
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
@@ -66,6 +67,9 @@ def load(
     parsed = make_policy(policy, plugins)
     if budget is not None:
         check_budget(budget)
+    check_prefill(prefill)
+    if isinstance(calibration, CalibrationOptions):
+        calibration.check()
     wanted_dtype = _dtype(dtype)
     wanted_device = _device(device)
     if isinstance(model, nn.Module):
@@ -107,7 +111,13 @@ def _open(
     if name in plugins.model_sources:
         if options:
             raise InputError(f"the model source '{name}' takes no option '{min(options)}'")
-        network, tokenizer = plugins.model_sources[name](SourceRequest(dtype, device))
+        source = plugins.model_sources[name]
+        try:
+            network, tokenizer = source(SourceRequest(dtype, device))
+        except AneeError:
+            raise
+        except Exception as error:
+            raise ModelError(f"the model source '{name}' failed: {_first_line(error)}") from error
         return network, tokenizer
     if Path(name).exists() and not (Path(name) / options.get("subfolder", "") / "config.json").is_file():
         raise ModelError(f"'{name}' is no model folder: it has no config.json")

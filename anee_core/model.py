@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from anee_core.adapter import ModelAdapter, Parts
 from anee_core.cache import AdaptiveCache
-from anee_core.engine import Engine, Output
+from anee_core.engine import Engine, Output, budget_of
 from anee_core.errors import InputError, ModelError
 from anee_core.generation import Generation, decode, generate_text
 from anee_core.inputs import read_block
@@ -51,8 +51,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         self, model: nn.Module, adapter: ModelAdapter, tokenizer: Any = None, prefill: Prefill = "auto"
     ) -> None:
         super().__init__()
-        if prefill not in ("auto", "adaptive", "dense"):
-            raise InputError(f"prefill is 'auto', 'adaptive' or 'dense'; got '{prefill}'")
+        check_prefill(prefill)
         self.model = model
         self.adapter = adapter
         self.tokenizer = tokenizer
@@ -63,7 +62,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         _check_runnable(self.parts, adapter)
         self.last_trace: Trace | None = None
         self.engine = Engine(adapter, self.parts, Policy())
-        self.train(model.training)
+        self.training = model.training
 
     def set_policy(
         self, policy: Policy, budget: float | None = None, hard: bool = False, calibration: Calibration | None = None
@@ -84,8 +83,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
 
     def check_budget(self, policy: Policy, budget: float | None) -> None:
         """Raise `BudgetError` if a budget cannot be met under a policy, whatever calibration finds."""
-        limit = budget if budget is not None else policy.controller.default_budget
-        Budget(self.engine.costs, policy.controller.protected(self.engine.costs.num_layers), limit, hard=False)
+        protected = policy.controller.protected(self.engine.costs.num_layers)
+        Budget(self.engine.costs, protected, budget_of(policy, budget), hard=False)
 
     @property
     def policy(self) -> Policy:
@@ -237,7 +236,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         Raises:
             InputError: an empty prompt, one longer than the model's context, or an option that does not exist.
         """
-        if isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str)):
+        if isinstance(inputs, (str, Sequence)):
             return generate_text(self, inputs, **kwargs)
         if kwargs.get("cache_implementation") is not None:
             raise InputError("cache_implementation cannot be chosen: ANEE brings its own cache")
@@ -259,7 +258,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         try:
             yield trace
         finally:
-            cache.trace, cache.read_densely = None, False
+            cache.trace, cache.read_densely, cache.recording = None, False, False
             trace.close(cache)
 
     def decode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
@@ -283,6 +282,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
     unwrap = getattr(model, "get_base_model", None)
     inner: nn.Module = unwrap() if unwrap is not None else model
     return inner
+
+
+def check_prefill(prefill: str) -> None:
+    """Raise `InputError` unless ``prefill`` is a way to read a prompt."""
+    if prefill not in get_args(Prefill):
+        raise InputError(f"prefill is 'auto', 'adaptive' or 'dense'; got '{prefill}'")
 
 
 def _check_runnable(parts: Parts, adapter: ModelAdapter) -> None:

@@ -12,6 +12,7 @@ import pluggy
 
 from anee_core.errors import PluginError, suggestion
 from anee_core.hookspecs import PROJECT, Hooks
+from anee_core.interfaces import CachePolicy, Controller, ModelAdapter, Profiler
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ class Plugins:
                     f"anee_{kind}", [p for p in self._manager.get_plugins() if p is not plugin]
                 )
                 provided[kind] = {n: provider for answer in caller() for n, provider in answer.items()}
+                _check_providers(kind, provided[kind])
         except Exception:
             self._manager.unregister(plugin)
             raise
@@ -187,6 +189,21 @@ class Plugins:
                     kind = owners[0].kind if len(owners) == 1 else "policy"
                     lines.append(f"{_clash(kind, name, claimants)}; {outcome}")
         return lines
+
+
+def _check_providers(kind: str, providers: Mapping[str, Any]) -> None:
+    """Raise `PluginError` for a provider that is not what its hook asks for."""
+    classes = {"profilers": Profiler, "controllers": Controller, "cache_policies": CachePolicy}
+    for name, provider in providers.items():
+        if kind == "adapters":
+            fits, wanted = isinstance(provider, ModelAdapter), "an instance of ModelAdapter"
+        elif kind in classes:
+            base = classes[kind]
+            fits, wanted = isinstance(provider, type) and issubclass(provider, base), f"a subclass of {base.__name__}"
+        else:
+            fits, wanted = callable(provider), "a function"
+        if not fits:
+            raise PluginError(f"anee_{kind} gives {provider!r} for '{name}', which is not {wanted}")
 
 
 def _distinct(plugins: list[PluginInfo]) -> list[PluginInfo]:

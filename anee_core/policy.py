@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from anee_core.cache_policies.full import FullCachePolicy
 from anee_core.controllers.dense import DenseController
 from anee_core.errors import CheckpointError, PolicyError, suggestion
 from anee_core.interfaces import CachePolicy, Calibration, Configurable, Controller, Profiler
+from anee_core.ledger import check_budget
 from anee_core.plugins import Plugins
 from anee_core.profiler import SignalProfiler
 
@@ -30,13 +32,16 @@ _HEADER, _TENSORS = "policy.json", "policy.safetensors"
 class Policy:
     """What decides: a controller for layers, a cache policy for tokens, and the profiler that serves them.
 
-    ``calibration`` is what the controller was bound with, if it came with the policy.
+    ``calibration`` is what the controller was bound with, ``budget`` and ``hard`` what it was bound to, if they came
+    with the policy.
     """
 
     controller: Controller = field(default_factory=DenseController)
     cache_policy: CachePolicy = field(default_factory=FullCachePolicy)
     profiler: Profiler = field(default_factory=SignalProfiler)
     calibration: Calibration | None = None
+    budget: float | None = None
+    hard: bool = False
 
     @property
     def feeds_back(self) -> bool:
@@ -67,7 +72,7 @@ class Policy:
                 "layer and token policy only"
             )
         header: dict[str, Any] = {"schema": _SCHEMA, "layers": _spell(self.controller)}
-        header["tokens"] = _spell(self.cache_policy)
+        header.update(tokens=_spell(self.cache_policy), budget=self.budget, hard=self.hard)
         tensors = {}
         if self.calibration is not None:
             header["calibration"] = {"fingerprint": self.calibration.fingerprint, "source": self.calibration.source}
@@ -98,7 +103,7 @@ class Policy:
         if not isinstance(header, dict) or header.get("schema") != _SCHEMA:
             raise CheckpointError(f"{path / _HEADER} is not of schema {_SCHEMA}; save the policy with this version")
         wanted = {"importance", "confidence"} if "calibration" in header else set()
-        expected = {"schema", "layers", "tokens"} | ({"calibration"} if wanted else set())
+        expected = {"schema", "layers", "tokens", "budget", "hard"} | ({"calibration"} if wanted else set())
         if set(tensors) != wanted or set(header) != expected:
             raise CheckpointError(
                 f"the policy in {path} has keys {sorted(header)} and tensors {sorted(tensors)}, "
@@ -108,8 +113,13 @@ class Policy:
             policy = parse_policy(f"{header['layers']}+{header['tokens']}", plugins)
         except PolicyError as error:
             raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
+        budget, hard = header["budget"], header["hard"]
+        if budget is not None:
+            check_budget(budget)
+        if not isinstance(hard, bool):
+            raise CheckpointError(f"'hard' of the policy in {path} is neither true nor false; save it again")
         if not wanted:
-            return policy
+            return replace(policy, budget=budget, hard=hard)
         origin = header["calibration"]
         if not isinstance(origin, dict) or set(origin) != {"fingerprint", "source"}:
             raise CheckpointError(f"the policy in {path} does not say what its calibration is of; save it again")
@@ -117,7 +127,7 @@ class Policy:
             if tensor.dim() != 1 or not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise CheckpointError(f"'{name}' of the policy in {path} is no list of finite numbers; save it again")
         calibration = Calibration(tensors["importance"], tensors["confidence"], **origin)
-        return Policy(policy.controller, policy.cache_policy, policy.profiler, calibration)
+        return replace(policy, calibration=calibration, budget=budget, hard=hard)
 
 
 def make_policy(given: str | Path | Policy | Controller | CachePolicy | None, plugins: Plugins) -> Policy:
@@ -135,7 +145,8 @@ def make_policy(given: str | Path | Policy | Controller | CachePolicy | None, pl
             return parse_policy(given, plugins)
         case Path():
             return Policy.load(given, plugins)
-    raise PolicyError(f"a policy is a string, a Policy, a Controller or a CachePolicy; got {type(given).__name__}")
+    got = f"the class {given.__name__}: pass an instance" if isinstance(given, type) else type(given).__name__
+    raise PolicyError(f"a policy is a string, a folder, a Policy, a Controller or a CachePolicy; got {got}")
 
 
 def parse_policy(text: str, plugins: Plugins) -> Policy:
@@ -151,7 +162,8 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
         return Policy.load(text, plugins)
     controller: Controller | None = None
     cache_policy: CachePolicy | None = None
-    parts = text.split("+")
+    # A plus that joins stands before a name; that of a number like 1e+3 does not.
+    parts = re.split(r"\+(?!\d)", text)
     for part in parts:
         name, _, options = part.partition(":")
         name = name.strip()
@@ -189,7 +201,10 @@ def _raw_options(name: str, text: str) -> dict[str, str]:
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
-            raise PolicyError(f"{name}: '{item}' is no option; write option=value, separated by commas")
+            raise PolicyError(
+                f"{name}: '{item}' is no option; write option=value, separated by commas, "
+                "and several numbers of one option separated by spaces, as in 'skip=5 14'"
+            )
         if key.strip() in options:
             raise PolicyError(f"{name}: option '{key.strip()}' is given twice")
         options[key.strip()] = value.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ ENTROPY, MAX_PROBABILITY, SEQUENCE_SPENT = range(3)
 """Columns of `Observation.feedback`."""
 
 
+@dataclass(frozen=True)
 class SignalProfiler(Profiler):
     """The standard signals.
 

@@ -23,6 +23,15 @@ LAYERS, HEADS, WIDTH = 3, 2, 4
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors as small as these are only slower with more threads, a lot where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def some(*shape, seed=0, dtype=torch.float32):
     """Return random numbers that depend on nothing but the arguments."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -60,7 +69,7 @@ class CacheMachine(RuleBasedStateMachine):
         return torch.rand(*shape, generator=torch.Generator().manual_seed(self.draws)) < chance
 
     @rule(
-        count=st.one_of(st.integers(1, 5), st.sampled_from([1, 1, 40])),
+        count=st.sampled_from([1, 2, 3, 5, 12, 40]),
         padding=st.sampled_from(["none", "none", "left", "right", "anywhere", "whole rows"]),
         gap=st.sampled_from([0, 0, 3]),
         style=st.sampled_from(["whole", "skip first", "run first"]),
@@ -156,14 +165,13 @@ class CacheMachine(RuleBasedStateMachine):
     def compare_attention(self, layer, position_ids, rows, held=None):
         """Compare what queries at positions [R, T] of some rows get from a layer."""
         query = self.some(len(rows), HEADS, position_ids.shape[1], WIDTH)
-        for window in (None, 4):
-            output = attend(self.cache, layer, query, position_ids, window, held, rows)
-            assert torch.isfinite(output).all()
-            # The first and the last query are enough, and the twin is slow.
-            for (i, row), j in itertools.product(enumerate(rows.tolist()), {0, position_ids.shape[1] - 1}):
-                wanted = self.twin.attend(layer, row, query[i, :, j], int(position_ids[i, j]), window)
-                if wanted is not None:
-                    torch.testing.assert_close(output[i, :, j], wanted, **CLOSE)
+        window = (None, 4, 30)[self.draws % 3]
+        output = attend(self.cache, layer, query, position_ids, window, held, rows)
+        assert torch.isfinite(output).all()
+        # The first and the last query are enough, and the twin is slow.
+        for (i, row), j in itertools.product(enumerate(rows.tolist()), {0, position_ids.shape[1] - 1}):
+            wanted = self.twin.attend(layer, row, query[i, :, j], int(position_ids[i, j]), window)
+            assert wanted is None or torch.allclose(output[i, :, j], wanted, **CLOSE)
 
     @precondition(lambda self: self.cache.slots and not self.unwritten)
     @rule(layer=st.integers(0, LAYERS - 1), chance=st.sampled_from([0.3, 1.0]))
@@ -174,6 +182,23 @@ class CacheMachine(RuleBasedStateMachine):
     def decode(self, steps, drop):
         for _ in range(steps):
             self.forward(1, "none", 0, "whole", drop, "commit")
+
+    @rule(
+        drop=st.sampled_from([0.5, 0.9]),
+        padding=st.sampled_from(["none", "right", "anywhere"]),
+        steps=st.integers(1, 4),
+        data=st.data(),
+    )
+    def speculate(self, drop, padding, steps, data):
+        """Record a drop, go on, then free what was dropped and take back part of what came after it."""
+        self.record(True)
+        self.forward(2, padding, 0, "whole", drop, "commit")
+        for _ in range(steps):
+            self.forward(1, padding, 0, "whole", None, "commit")
+        self.record(False)
+        self.end("commit")
+        self.reorder(data)
+        self.rollback(data)
 
     @rule(end=st.sampled_from(["commit", "abort"]))
     def end(self, end):
@@ -431,19 +456,23 @@ def test_rollback_below_freed_tokens_is_refused_and_changes_nothing():
     assert cache.get_seq_length() == 10
 
 
-def test_a_rollback_that_needs_no_freed_token_works_after_compaction():
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_rollback_that_needs_no_freed_token_works_after_compaction(padded):
     cache = AdaptiveCache(LAYERS)
+    # Behind the newest real token of every row, slots may hold none.
+    real = torch.tensor([[True, padded, False], [True, True, False]]) if padded else None
     feed(cache, 40)
     cache.activate_past_recording()
     evict_but_last(cache, 4)
-    feed(cache, 5, seed=1)
+    feed(cache, 2, seed=1)
+    feed(cache, 3, seed=2, real=real)
     cache.recording = False
-    feed(cache, 1, seed=2)
+    feed(cache, 1, seed=3)
     assert cache.slots[0].capacity < 40
     cache.rollback(4)
-    assert cache.kept().tolist() == [[6, 6]] * LAYERS
     assert snapshot(cache)[1][0][0].tolist() == [36, 37, 38, 39, 40, 41]
-    written = feed(cache, 2, seed=3)
+    assert cache.kept().tolist() == [[6, 6]] * LAYERS
+    written = feed(cache, 2, seed=4)
     positions, keys, _ = snapshot(cache)[1][0]
     assert positions.tolist() == [36, 37, 38, 39, 40, 41, 42, 43]
     assert torch.equal(keys[:, -2:], written[0][0][0])
@@ -617,24 +646,28 @@ def test_no_graph_outlives_its_forward(trained, end):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_cache_filled_in_inference_mode_goes_on_outside(trained):
-    cache = AdaptiveCache(LAYERS, capacity=80)
+@pytest.mark.parametrize("change", ["nothing", "growth", "a drop", "compaction", "a reordering"])
+def test_a_cache_filled_in_inference_mode_goes_on_outside(change, trained):
+    cache = AdaptiveCache(LAYERS, capacity=50 if change == "growth" else 100)
     with torch.inference_mode():
-        feed(cache, 70)
-        cache.activate_past_recording()
+        feed(cache, 40)
+        cache.feedback = FeedbackLog(2, torch.device("cpu"), 40, 0.5)
+        cache.recording = change == "a drop"
+        if change in ("a drop", "compaction"):
+            cache.evict(1, torch.arange(40).expand(2, -1) > 25)
+        cache.commit()
+        if change == "a reordering":
+            cache.reorder(torch.tensor([1, 0]))
         feed(cache, 20, seed=1)
-        cache.evict(1, torch.rand(2, 90) < 0.9)
-        cache.reorder(torch.tensor([1, 0]))
-        cache.feedback = FeedbackLog(2, torch.device("cpu"), 90, 0.5)
     cache.rollback(1)
-    evict_but_last(cache, 9)
-    cache.recording = False
-    cache.begin(torch.full((2, 1), 89), None)
+    cache.evict(1, torch.arange(cache.slots[1].used).expand(2, -1) > 5)
+    cache.begin(torch.full((2, 1), 59), None)
     for layer in range(LAYERS):
         cache.write(layer, *(some(2, HEADS, 1, WIDTH).requires_grad_(trained) for _ in range(2)))
     cache.commit()
-    cache.feedback.note(90, torch.ones(2, 1), torch.ones(2, 2), None)
-    assert cache.kept().tolist() == [[10, 10]] * LAYERS
+    for index in (30, 40):
+        cache.feedback.note(index, torch.ones(2, 1), torch.ones(2, 2), None)
+    assert cache.get_seq_length() == 60
 
 
 def test_compaction_does_not_touch_tensors_handed_out_before():
@@ -798,7 +831,8 @@ def test_a_mask_is_left_out_only_where_attention_needs_none(implicit_causal, sub
         left_out += 1
         seen = visible(slots, position_ids, window)
         # Without a mask, every query sees all slots; a causal backend at a first block, those up to its own.
-        causal = implicit_causal and not first
+        # The tokens of a subset are not where such a backend takes them to be.
+        causal = implicit_causal and not first and not subset
         assert torch.equal(seen, torch.ones_like(seen).tril() if causal else torch.ones_like(seen))
     assert left_out > 0
 

@@ -167,7 +167,7 @@ def test_module_runs_and_help_imports_no_torch():
         (["-p", "static:skip=9"], r"static: no layer 9; the model has layers 0 to 3"),
         (["-p", "static:skip=1+random"], r".* names two layer policies; .*"),
         (["-p", "random"], r"random: say how often to skip .* or give a budget"),
-        (["-b", "0"], r"budget is a share .* in \(0, 1\]; got 0"),
+        (["-b", "0"], r"budget is a share .* in \(0, 1\]; got 0\.0"),
         (["-b", "-0.5"], r"budget is a share .* in \(0, 1\]; got -0.5"),
         (["-b", "1.5"], r"budget is a share .* in \(0, 1\]; got 1.5"),
         (["-b", "nan"], r"budget is a share .* in \(0, 1\]; got nan"),
@@ -280,11 +280,12 @@ def test_corrupt_saved_policy_is_one_readable_line(run_anee, llama_folder, tmp_p
 
 def test_clash_of_plugins_is_one_readable_line(run_anee, install, llama_folder):
     source = """
+        from anee_core.controllers import DenseController
         from anee_core.hookspecs import hookimpl
 
         @hookimpl
         def anee_controllers():
-            return {"mine": dict}
+            return {"mine": DenseController}
     """
     install("first-plugin", source)
     install("second-plugin", source)

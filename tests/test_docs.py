@@ -68,8 +68,8 @@ def test_commands_of_the_readme_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\S+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in makefile
-    assert '-m pytest -m "not real"' in README
-    assert '-m pytest -m "not real"' in makefile
+    assert '-m pytest -n 2 -m "not real"' in README
+    assert '-m pytest -n 2 -m "not real"' in makefile
     assert "make test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 

@@ -280,10 +280,18 @@ def test_adapters_that_clash_are_an_error_when_a_model_needs_them(install):
             anee.load(name, policy="odd")
 
 
-@pytest.mark.parametrize("kind", ["controllers", "cache_policies", "policies"])
-def test_built_in_policy_name_cannot_be_taken_over(install, caplog, kind):
+@pytest.mark.parametrize(
+    ("kind", "provider"),
+    [
+        ("controllers", "anee_core.controllers.DenseController"),
+        ("cache_policies", "anee_core.cache_policies.FullCachePolicy"),
+        ("policies", "dict"),
+    ],
+)
+def test_built_in_policy_name_cannot_be_taken_over(install, caplog, kind, provider):
     """Whatever kind of policy claims the name: a policy string has one name for all of them."""
-    install("greedy-plugin", HOOK.format(kind=kind, body="return {'static': dict}"))
+    body = f"import anee_core.builtin, anee_core; return {{'static': {provider}}}"
+    install("greedy-plugin", HOOK.format(kind=kind, body=body))
     plugins = Plugins.discover()
     (warning,) = messages(caplog)
     assert "'static'" in warning
@@ -294,8 +302,31 @@ def test_built_in_policy_name_cannot_be_taken_over(install, caplog, kind):
     assert type(policy.controller).__module__ == "anee_core.controllers.static"
 
 
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("adapters", "an instance of ModelAdapter"),
+        ("profilers", "a subclass of Profiler"),
+        ("controllers", "a subclass of Controller"),
+        ("cache_policies", "a subclass of CachePolicy"),
+        ("policies", "a function"),
+        ("model_sources", "a function"),
+    ],
+)
+def test_provider_of_the_wrong_kind_makes_a_plugin_broken(install, kind, wanted):
+    install("odd-plugin", HOOK.format(kind=kind, body="return {'odd': 5}"))
+    plugins = Plugins.discover()
+    (problem,) = plugins.problems()
+    assert "odd-plugin 1.0" in problem
+    assert f"5 for 'odd', which is not {wanted}" in problem
+    assert plugins.policy_part("odd") is None
+
+
 def test_built_in_adapter_cannot_be_taken_over(install, caplog, tiny_llama):
-    install("greedy-plugin", HOOK.format(kind="adapters", body="return {'llama': None}"))
+    install(
+        "greedy-plugin",
+        HOOK.format(kind="adapters", body="import anee_adapters; return {'llama': anee_adapters.GPT2Adapter()}"),
+    )
     model = anee.load(tiny_llama)
     assert type(model.adapter).__name__ == "LlamaAdapter"
     assert any("adapter 'llama'" in message and "greedy-plugin" in message for message in messages(caplog))
@@ -303,7 +334,8 @@ def test_built_in_adapter_cannot_be_taken_over(install, caplog, tiny_llama):
 
 def test_name_that_third_parties_claim_for_two_kinds_of_policy_is_an_error_when_used(install):
     install("first-plugin", CONTROLLER.format(name="sparse"))
-    install("second-plugin", HOOK.format(kind="cache_policies", body="return {'sparse': dict}"))
+    body = "import anee_core.builtin as parts; return {'sparse': parts.FullCachePolicy}"
+    install("second-plugin", HOOK.format(kind="cache_policies", body=body))
     with pytest.raises(PluginError, match=r"policy 'sparse' is provided by .*first-plugin 1.0.*second-plugin 1.0"):
         parse_policy("sparse", Plugins.discover())
 

@@ -218,7 +218,9 @@ def test_objects_are_taken_as_they_are():
 
 @pytest.mark.parametrize("given", [5, StaticController, ["static"], torch.nn.Linear(1, 1)])
 def test_other_things_are_refused(given):
-    with pytest.raises(PolicyError, match=r"a policy is a string, a Policy, a Controller or a CachePolicy; got"):
+    with pytest.raises(
+        PolicyError, match=r"a policy is a string, a folder, a Policy, a Controller or a CachePolicy; got"
+    ):
         make_policy(given, PLUGINS)
 
 
@@ -366,6 +368,8 @@ def write(path, **changes):
         "schema": 1,
         "layers": "heuristic",
         "tokens": "full",
+        "budget": 0.7,
+        "hard": False,
         "calibration": {"fingerprint": "0123", "source": "own samples"},
     }
     header = {k: v for k, v in {**header, **changes}.items() if v is not ...}
@@ -534,3 +538,16 @@ def test_no_pickle_is_written_or_read(tmp_path, tiny_llama, monkeypatch):
     torch.save({"importance": Bomb(target)}, tmp_path / "policy.safetensors")
     assert "is corrupt" in refusal(tmp_path)
     assert not target.exists()
+
+
+def test_saved_policy_brings_its_budget(tiny_llama, tmp_path):
+    anee.load(tiny_llama, "static:protect=1 1", 0.7, hard=True, calibration=QUICK).policy.save(tmp_path)
+    again = anee.load(tiny_llama, str(tmp_path))
+    assert again.budget == 0.7
+    assert again.engine.budget.hard
+    assert anee.load(tiny_llama, str(tmp_path), 0.9).budget == 0.9
+    write(tmp_path, budget=7)
+    with pytest.raises(PolicyError, match=r"lies in \(0, 1\]"):
+        anee.load(tiny_llama, str(tmp_path))
+    write(tmp_path, hard="maybe")
+    assert "neither true nor false" in refusal(tmp_path)
