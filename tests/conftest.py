@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import dataclass
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: two of them would spin
 
 import pytest
 import torch
