@@ -330,8 +330,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.reorder(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the rows at ``indices``."""
-        self.reorder(indices)
+        """Keep only the rows at ``indices``, numbers or one bool per row."""
+        self.reorder(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:
         """Forget everything and free the storage."""

@@ -147,8 +147,10 @@ class Engine:
             layer_idx=layer_idx,
         )
         keep = self.policy.cache_policy.keep(view).to(slots.died.device)
-        newest = torch.arange(slots.used, device=keep.device) == slots.used - 1
-        cache.evict(layer_idx, keep | newest)
+        keep = keep | (torch.arange(slots.used, device=keep.device) == slots.used - 1)
+        if block.real is not None:  # a row whose newest token is padding asked for nothing to be dropped
+            keep = keep | ~block.real[:, -1:].to(keep.device)
+        cache.evict(layer_idx, keep)
 
     def _charge(self, spent: Spent, layer_idx: int, selection: Selection, block: Block, cache: AdaptiveCache) -> None:
         """Count what one layer executed, and what the dense model would have."""

@@ -18,7 +18,8 @@ class FeedbackLog:
 
     @torch.inference_mode(False)
     def __init__(self, batch: int, device: torch.device, start: int, budget: float) -> None:
-        self._entries = torch.tensor([*UNKNOWN, budget * start], device=device).repeat(batch, start + 1, 1)
+        self._entries = torch.tensor([*UNKNOWN, 0.0], device=device).repeat(batch, start + 1, 1)
+        self._entries[..., 2] = budget * torch.arange(start + 1, device=device)
 
     def at(self, index: int) -> Tensor:
         """Return the entry of a token, [B, 1, 3]."""

@@ -22,7 +22,12 @@ def visible(slots: Slots, query_position: Tensor, window: int | None) -> Tensor:
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a visibility mask into what every attention backend adds to its scores."""
+    """Turn a visibility mask into what every attention backend adds to its scores.
+
+    A query that sees nothing (padding) gets to see everything: its output is never used, but in fp16 the smallest
+    number plus a negative score is minus infinity, and a row of those would put NaN into keys and values.
+    """
+    seen = seen | ~seen.any(-1, keepdim=True)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 

@@ -653,7 +653,6 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(change, trained):
     cache = AdaptiveCache(LAYERS, capacity=45 if change == "growth" else 100)
     with torch.inference_mode():
         feed(cache, 40)
-        cache.feedback = FeedbackLog(2, torch.device("cpu"), 40, 0.5)
         cache.recording = change == "a drop"
         if change in ("a drop", "compaction"):
             cache.evict(1, torch.arange(40).expand(2, -1) > 25)
@@ -667,8 +666,6 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(change, trained):
     for layer in range(LAYERS):
         cache.write(layer, *(some(2, HEADS, 1, WIDTH).requires_grad_(trained) for _ in range(2)))
     cache.commit()
-    for index in (30, 40):
-        cache.feedback.note(index, torch.ones(2, 1), torch.ones(2, 2), None)
     assert cache.get_seq_length() == 50
 
 
@@ -907,6 +904,11 @@ def test_a_row_of_padding_keeps_what_it_had():
     assert log.at(3)[:, 0].tolist() == [pytest.approx([0.3, 0.7, 3.0]), pytest.approx([0.2, 0.8, 2.0])]
 
 
+def test_tokens_seen_before_the_log_count_as_having_cost_the_budget():
+    log = FeedbackLog(1, torch.device("cpu"), 4, 0.5)
+    assert [log.at(index)[0, 0].tolist() for index in range(5)] == [[*UNKNOWN, 0.5 * index] for index in range(5)]
+
+
 def test_feedback_grows_seldom():
     log = FeedbackLog(1, torch.device("cpu"), 0, 1.0)
     places = set()
@@ -932,6 +934,18 @@ def test_feedback_follows_rows_and_copies_go_their_own_way():
     log.note(1, torch.tensor([[1.0], [10.0], [100.0]]), torch.ones(3, 2), None)
     assert log.at(1)[:, 0, 2].tolist() == [2.0, 2.0, 1.0]
     assert log.at(2)[:, 0, 2].tolist() == [3.0, 12.0, 101.0]
+
+
+@pytest.mark.parametrize("change", ["nothing", "growth", "a reordering"])
+def test_feedback_of_inference_mode_goes_on_outside(change):
+    with torch.inference_mode():
+        log = FeedbackLog(2, torch.device("cpu"), 3, 1.0)
+        if change == "growth":
+            log.note(3, torch.ones(2, 1), torch.ones(2, 2), None)
+        elif change == "a reordering":
+            log.reorder(torch.tensor([1, 0]))
+    log.note(2, torch.ones(2, 1), torch.ones(2, 2), None)
+    assert log.at(3)[:, 0].tolist() == [[1.0, 1.0, 3.0]] * 2
 
 
 def test_feedback_keeps_no_graph():

@@ -8,6 +8,7 @@ from tiny import FAMILIES, POLICIES, adaptive, build, ragged, stepwise, tokens
 from transformers.cache_utils import DynamicCache
 
 from anee_core.cache import AdaptiveCache
+from anee_core.interfaces import CachePolicy
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}
 
@@ -194,3 +195,38 @@ def test_exception_inside_a_layer_leaves_the_cache_as_it_was(monkeypatch):
             model(ids[:, 5:], past_key_values=cache)
     assert cache.get_seq_length() == 5
     torch.testing.assert_close(model(ids[:, 5:], past_key_values=cache).logits, clean[:, 5:], **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_policy_that_keeps_nothing_drops_nothing_for_padding(side):
+    """A right-padded row's last real token stays, as it does when the row is alone."""
+
+    class KeepNothing(CachePolicy):
+        name = "nothing"
+
+        @classmethod
+        def option_names(cls):
+            return ()
+
+        def keep(self, view):
+            return torch.zeros_like(view.valid)
+
+    model = adaptive(build("llama"), KeepNothing())
+    ids, mask = ragged([3, 6], side)
+    cache = model(ids, attention_mask=mask).past_key_values
+    assert cache.kept().tolist() == [[1, 1]] * 6
+    assert cache.next_positions().flatten().tolist() == [3, 6]
+    step = model(tokens(1, 1).expand(2, -1), past_key_values=cache).logits
+    alone = model(ids[:1, mask[0].bool()]).past_key_values
+    torch.testing.assert_close(step[0], model(tokens(1, 1), past_key_values=alone).logits[0], **CLOSE)
+
+
+def test_padding_in_half_precision_gives_no_nan():
+    """Scores far below zero beside the smallest fp16 number: a padding query must not become NaN."""
+    model = build("llama", "eager", torch.float16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(8)
+            layer.self_attn.k_proj.weight.mul_(8)
+    ids, mask = ragged([3, 30], "left")
+    assert torch.isfinite(adaptive(model)(ids, attention_mask=mask).logits).all()
