@@ -125,7 +125,8 @@ def decode(model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor | Non
     prompt_seconds, started = 0.0, time.perf_counter()
     if chosen.streamer is not None:
         chosen.streamer.put(input_ids.cpu())
-    with model.recording(cache) as trace:
+    # What outlives the call is allocated above and by the cache; the rest needs no autograd bookkeeping at all.
+    with torch.inference_mode(), model.recording(cache) as trace:
         for end in range(length + 1, sequences.shape[1] + 1):
             logits = model(feed, mask, past_key_values=cache, logits_to_keep=1).logits
             scores = logits[:, -1].float()

@@ -262,3 +262,11 @@ def test_assisted_decoding_rolls_back_exactly():
     ours = adaptive(model)
     assert torch.equal(ours.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), expected)
     assert torch.equal(ours.generate(ids, max_new_tokens=12, do_sample=False, assistant_model=build("llama")), expected)
+
+
+def test_what_a_generation_returns_can_be_changed_and_trained_on():
+    model = adaptive(build("llama"), "random:p=0.4,protect=0 0")
+    result = model.decode(tokens(2, 5), max_new_tokens=4)
+    result.sequences[0, 0] = 5
+    assert not any(t.is_inference() for t in (result.sequences, result.trace.ran))
+    model(result.sequences, labels=result.sequences).loss.backward()
