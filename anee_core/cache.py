@@ -131,7 +131,6 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.read_densely = False
         """Whether the next forward runs every layer, whatever the policy: the prompt of a generation."""
         self.recording = False
-        self._first = 0
         self._pending = 0
         self._horizon = 0
 

@@ -95,7 +95,8 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
         dense = _log_probabilities(model, engine, tokens)
         advance()
         for layer_idx in range(len(store.importance), layers):
-            skipping = Engine(model.adapter, model.parts, Policy(StaticController(skip=(layer_idx,))))
+            policy = Policy(StaticController(skip=(layer_idx,)))
+            skipping = Engine(model.adapter, model.parts, policy, costs=engine.costs)
             other = _log_probabilities(model, skipping, tokens)
             divergence = (dense.exp() * (dense - other)).sum(-1)[:, _WARM_UP:].mean()
             store.add(float(divergence))

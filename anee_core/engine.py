@@ -13,7 +13,7 @@ from anee_core.cache import AdaptiveCache, CacheWriter
 from anee_core.feedback import FeedbackLog
 from anee_core.interfaces import CacheView, Calibration, Setting
 from anee_core.layer_step import LayerStep, ReferenceStep, devices_of, skip_some
-from anee_core.ledger import Budget, check_budget
+from anee_core.ledger import Budget
 from anee_core.masks import MaskMaker
 from anee_core.plan import Block, Plan, Selection
 from anee_core.policy import Policy
@@ -43,6 +43,7 @@ class Engine:
         hard: whether no token may exceed the budget; otherwise it holds on average.
         calibration: what the controller needs to know of the model, if anything.
         step: how layers are run; None for the model's own modules.
+        costs: what the model's parts cost, if that is known already.
 
     Raises:
         PolicyError, BudgetError: policy, budget and model do not fit together.
@@ -57,17 +58,16 @@ class Engine:
         hard: bool = False,
         calibration: Calibration | None = None,
         step: LayerStep | None = None,
+        costs: CostModel | None = None,
     ) -> None:
         self.adapter, self.parts = adapter, parts
-        self.costs = cost_model(adapter, parts)
+        self.costs = costs or cost_model(adapter, parts)
         limit = budget_of(policy, budget)
         hard = hard or policy.hard
-        if limit is not None:
-            check_budget(limit)
         protected = policy.controller.protected(self.costs.num_layers)
+        self.budget = Budget(self.costs, protected, limit, hard)
         setting = Setting(self.costs, limit, hard, calibration or policy.calibration)
         controller = policy.controller.bind(setting)
-        self.budget = Budget(self.costs, protected, limit, hard)
         self.policy = Policy(controller, policy.cache_policy, policy.profiler, setting.calibration, limit, hard)
         self._step = step or ReferenceStep(adapter, parts)
         self._devices = devices_of(parts)
