@@ -1,4 +1,4 @@
-"""LLaMA, and the families whose layers have its names: SmolLM2 (which is one) and Qwen2."""
+"""LLaMA, whose names many families share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from anee_core.interfaces import Layout, ModelAdapter
 
 
 class LlamaAdapter(ModelAdapter):
-    """Grouped-query attention, rotary positions given by the model, RMS norms."""
+    """LLaMA, SmolLM2 (which is one) and Qwen2: grouped-query attention, rotary positions given by the model."""
 
     layout: ClassVar[Layout] = Layout(
         layers="model.layers",

@@ -12,46 +12,61 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from anee_core.accounting import Work, executed_work
+from anee_core.accounting import Work, executed_work, layer_work, module_work
 from anee_core.errors import AdapterError
-from anee_core.rotary import rotate
+from anee_core.projection import sliceable, tail, tail_work
+from anee_core.rotary import length_limit, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where the parts of a model family are, as dotted paths, and how its decoder layer is called.
 
-    The first group of paths starts at the causal LM, the second at one decoder layer.
-    ``None`` means that the family has no such part.
+    The first group of paths starts at the causal LM, the second at one decoder layer. ``None`` means that the family
+    has no such part, or that its adapter does not need it: only ``layers`` and ``attention`` are always needed.
     """
 
     layers: str
-    final_norm: str
+    final_norm: str | None = None
     rotary: str | None = None
     """Module that maps (hidden states, position ids) to the (cos, sin) every layer receives."""
     learned_positions: str | None = None
     """Embedding that is added to the token embedding."""
 
     attention: str
-    mlp: str
-    input_norm: str
+    mlp: str | None = None
+    experts: str | None = None
+    """Module that holds the stacked weights of a mixture of experts; layers without one are dense."""
+    input_norm: str | None = None
     """Norm in front of the key and value projections."""
     key: str | None = None
     value: str | None = None
     """Separate key and value projections. With them a skipped layer computes no queries."""
+    fused: str | None = None
+    """Instead of those: one projection whose outputs end with all keys and then all values."""
     key_norm: str | None = None
     """Norm over each head's keys, before rotary."""
 
     cache_argument: str = "past_key_values"
     returns_tuple: bool = False
+    always_masked: bool = False
+    """Whether the layer wants a mask even where every slot is visible."""
 
     def __post_init__(self) -> None:
         if (self.key is None) != (self.value is None):
             raise AdapterError("a Layout names both key and value projections, or neither")
+        if self.key is not None and self.fused is not None:
+            raise AdapterError("a Layout names separate key and value projections or a fused one, not both")
         for item in fields(self):
             path = getattr(self, item.name)
             if isinstance(path, str) and not path:
                 raise AdapterError(f"Layout.{item.name} is an empty path")
+
+    @property
+    def in_layer(self) -> dict[str, str]:
+        """The paths that every decoder layer has, by field."""
+        names = ("attention", "mlp", "input_norm", "key", "value", "fused", "key_norm")
+        return {name: path for name in names if (path := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,7 @@ class Parts:
 
     # torch types whatever a Module returns or holds as "Tensor or Module"; Any says "a module, called as one".
     model: Any
+    layout: Layout
     embedding: Any
     layers: tuple[nn.Module, ...]
     final_norm: Any
@@ -122,7 +138,17 @@ class ModelAdapter(ABC):
 
     def refuse(self, config: Any) -> str | None:
         """Return why a config of this family cannot be run exactly, or None if it can."""
+        if getattr(config, "add_cross_attention", False):
+            return "add_cross_attention=True needs an encoder's states; ANEE runs decoder-only models"
+        known = {"full_attention", "sliding_attention"}
+        for kind in getattr(config, "layer_types", None) or ():
+            if kind not in known:
+                return f"layers of the kind '{kind}' keep no key/value cache that ANEE could share between tokens"
         return None
+
+    def layout_for(self, config: Any) -> Layout:
+        """Return the layout of a config; ``layout``, unless the family has several."""
+        return self.layout
 
     def parts(self, model: nn.Module) -> Parts:
         """Find the modules named by the layout.
@@ -130,20 +156,22 @@ class ModelAdapter(ABC):
         Raises:
             AdapterError: a path does not exist; the message names it and what exists there.
         """
-        layout = self.layout
+        config = cast(Any, model).config
+        layout = self.layout_for(config)
         layers = find(model, layout.layers)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise AdapterError(f"{type(self).__name__}: '{layout.layers}' is no list of decoder layers")
-        for path in (layout.attention, layout.mlp, layout.input_norm, layout.key, layout.value, layout.key_norm):
-            if path is not None:
-                find(layers[0], path)
+        for layer in layers:
+            for path in layout.in_layer.values():
+                find(layer, path)
         # Families of the LLaMA kind run config.num_hidden_layers layers, however many are stored.
-        count = min(len(layers), getattr(model.config, "num_hidden_layers", len(layers)))
+        count = min(len(layers), getattr(config, "num_hidden_layers", len(layers)))
         return Parts(
             model=model,
+            layout=layout,
             embedding=cast(Any, model).get_input_embeddings(),
             layers=tuple(layers)[:count],
-            final_norm=find(model, layout.final_norm),
+            final_norm=nn.Identity() if layout.final_norm is None else find(model, layout.final_norm),
             head=cast(Any, model).get_output_embeddings(),
             rotary=None if layout.rotary is None else find(model, layout.rotary),
             learned_positions=None if layout.learned_positions is None else find(model, layout.learned_positions),
@@ -155,42 +183,45 @@ class ModelAdapter(ABC):
             return token_embeddings
         return token_embeddings + parts.learned_positions(position_ids).to(token_embeddings.device)
 
-    def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> LayerCall:
-        """Build what all layers share for these tokens ([B, T, D] and [B, T])."""
+    def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> tuple[LayerCall, ...]:
+        """Build what each layer receives for these tokens ([B, T, D] and [B, T]); layers alike share one call."""
         embeddings = None if parts.rotary is None else parts.rotary(hidden_states, position_ids=position_ids)
-        return LayerCall(position_ids=position_ids, position_embeddings=embeddings)
+        return (LayerCall(position_ids=position_ids, position_embeddings=embeddings),) * len(parts.layers)
 
-    def layer_arguments(self, call: LayerCall, cache_view: Any) -> dict[str, Any]:
+    def layer_arguments(self, parts: Parts, call: LayerCall, cache_view: Any) -> dict[str, Any]:
         """Return the keyword arguments of one layer call."""
         arguments = {
             "attention_mask": call.attention_mask,
             "position_ids": call.position_ids,
             "use_cache": True,
-            self.layout.cache_argument: cache_view,
+            parts.layout.cache_argument: cache_view,
         }
         if call.position_embeddings is not None:
             arguments["position_embeddings"] = call.position_embeddings
         return arguments
 
-    def run(self, layer: nn.Module, hidden_states: Tensor, call: LayerCall, cache_view: Any) -> Tensor:
+    def run(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache_view: Any) -> Tensor:
         """Run one decoder layer, unchanged. [B, T, D] to [B, T, D]."""
-        output = layer(hidden_states, **self.layer_arguments(call, cache_view))
-        return output[0] if self.layout.returns_tuple else output
+        output = parts.layers[layer_idx](hidden_states, **self.layer_arguments(parts, call, cache_view))
+        return output[0] if parts.layout.returns_tuple else output
 
-    def project_kv(self, layer: nn.Module, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Return the keys and values [B, H, T, Dh] that ``layer`` would cache for these hidden states.
+    def project_kv(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Return the keys and values [B, H, T, Dh] that a layer would cache for these hidden states.
 
-        With separate projections in the layout only those run; otherwise `capture_kv`, which needs no knowledge of
+        Where the layout names the projections, only those run; otherwise `capture_kv`, which needs no knowledge of
         the layer. An override must return what `capture_kv` returns.
         """
-        layout = self.layout
-        if layout.key is None or layout.value is None:
-            return self.capture_kv(layer, hidden_states, call)
-        attention = find(layer, layout.attention)
-        normed = find(layer, layout.input_norm)(hidden_states)
-        shape = (*normed.shape[:-1], -1, attention.head_dim)
-        keys = find(layer, layout.key)(normed).view(shape)
-        values = find(layer, layout.value)(normed).view(shape).transpose(1, 2)
+        layer, layout = parts.layers[layer_idx], parts.layout
+        fused = None if layout.fused is None else find(layer, layout.fused)
+        if (layout.key is None or layout.value is None) and (fused is None or not sliceable(fused)):
+            return self.capture_kv(parts, layer_idx, hidden_states, call)
+        normed = hidden_states if layout.input_norm is None else find(layer, layout.input_norm)(hidden_states)
+        shape = (*normed.shape[:-1], -1, self.head_dim(parts.config))
+        if fused is not None:
+            keys, values = tail(fused, normed, 2 * self.kv_width(parts.config)).chunk(2, dim=-1)
+        else:
+            keys, values = find(layer, cast(str, layout.key))(normed), find(layer, cast(str, layout.value))(normed)
+        keys, values = keys.view(shape), values.view(shape).transpose(1, 2)
         if layout.key_norm is not None:
             keys = find(layer, layout.key_norm)(keys)
         keys = keys.transpose(1, 2)
@@ -198,50 +229,77 @@ class ModelAdapter(ABC):
             keys = rotate(keys, *call.position_embeddings)
         return keys, values
 
-    def capture_kv(self, layer: nn.Module, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Call ``layer`` with a stand-in cache that takes the keys and values [B, H, T, Dh] and ends the call.
+    def capture_kv(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Call a layer with a stand-in cache that takes the keys and values [B, H, T, Dh] and ends the call.
 
         Right for any QKV layout, rotary style and head broadcast; the oracle of every faster way.
         """
         capture = _Capture()
         try:
-            self.run(layer, hidden_states, call, capture)
+            self.run(parts, layer_idx, hidden_states, call, capture)
         except _CapturedError:
             return capture.keys, capture.values
         raise AdapterError(
-            f"{type(self).__name__}: {type(layer).__name__} never updated its cache through "
-            f"'{self.layout.cache_argument}'; name the argument that carries the cache in Layout.cache_argument"
+            f"{type(self).__name__}: {type(parts.layers[layer_idx]).__name__} never updated its cache through "
+            f"'{parts.layout.cache_argument}'; name the argument that carries the cache in Layout.cache_argument"
         )
+
+    def layer_work(self, parts: Parts, layer_idx: int) -> Work:
+        """Return what one run of a layer executes per token, attention's pairs apart."""
+        return layer_work(parts.layers[layer_idx], parts.layout.experts, parts.config)
 
     def kv_work(self, parts: Parts, layer_idx: int) -> Work:
         """Return what `project_kv` executes per token, found by running it once on one token."""
-        layer = parts.layers[layer_idx]
-        hidden_states, call = self.probe(parts, layer_idx)
-        return executed_work(layer, lambda: self.project_kv(layer, hidden_states, call))
+        layer, layout = parts.layers[layer_idx], parts.layout
+        fused = None if layout.fused is None else find(layer, layout.fused)
+        if fused is None or not sliceable(fused):
+            hidden_states, call = self.probe(parts, layer_idx)
+            return executed_work(layer, lambda: self.project_kv(parts, layer_idx, hidden_states, call))
+        # Called past its module, a slice cannot be noticed.
+        norms = [module_work(find(layer, path)) for path in (layout.input_norm, layout.key_norm) if path is not None]
+        return sum(norms, tail_work(fused, 2 * self.kv_width(parts.config)))
 
     def probe(self, parts: Parts, layer_idx: int) -> tuple[Tensor, LayerCall]:
         """Return one token of zeros [1, 1, D] and its call, on the device and in the dtype of a layer."""
         device = next(parts.layers[layer_idx].parameters()).device
-        width = parts.embedding.weight.shape[-1]
-        hidden_states = torch.zeros(1, 1, width, dtype=parts.model.dtype, device=device)
+        hidden_states = torch.zeros(1, 1, parts.config.hidden_size, dtype=parts.model.dtype, device=device)
         position_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        return hidden_states, self.begin(parts, hidden_states, position_ids).to(device)
+        return hidden_states, self.begin(parts, hidden_states, position_ids)[layer_idx].to(device)
+
+    def head_dim(self, config: Any) -> int:
+        """Return the width of one attention head."""
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def kv_width(self, config: Any) -> int:
+        """Return the width of a layer's keys, and of its values: heads x head width."""
+        heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return heads * self.head_dim(config)
 
     def attention_width(self, config: Any) -> int:
-        """Return heads x head width: one query-key pair costs 4 times this in FLOPs."""
+        """Return query heads x head width: one query-key pair costs 4 times this in FLOPs."""
         heads: int = config.num_attention_heads
-        return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return heads * self.head_dim(config)
 
     def window(self, config: Any, layer_idx: int) -> int | None:
-        """Return how many positions back layer ``layer_idx`` sees, or None for all."""
+        """Return how many positions back layer ``layer_idx`` sees, itself included, or None for all."""
         kinds = getattr(config, "layer_types", None)
-        if kinds is not None and kinds[layer_idx] == "sliding_attention":
-            return config.sliding_window
+        if kinds is None or kinds[layer_idx] == "sliding_attention":
+            return getattr(config, "sliding_window", None)
         return None
 
     def max_positions(self, config: Any) -> int | None:
-        """Return the longest sequence the model can place, or None if it has no limit."""
-        return getattr(config, "max_position_embeddings", None)
+        """Return the longest sequence that the model is made for, or None if it has no limit."""
+        limits = (getattr(config, "max_position_embeddings", None), length_limit(config))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def position_limit(self, parts: Parts) -> int | None:
+        """Return the number of positions beyond which the model cannot place a token as it placed those before.
+
+        That is the end of a table of positions, or where rotary frequencies change with the sequence's length. Rotary
+        positions otherwise have no such end.
+        """
+        bounded = parts.rotary is None or length_limit(parts.config) is not None
+        return self.max_positions(parts.config) if bounded else None
 
     def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:
         """Map final, normed hidden states [B, T, D] to logits [B, T, V]."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anee_core.accounting import CostModel, Spent, Work, module_work, stored_bytes, total_work
+from anee_core.accounting import CostModel, Spent, executed_work, module_work
 from anee_core.adapter import LayerCall, ModelAdapter, Parts
 from anee_core.cache import AdaptiveCache, CacheWriter
 from anee_core.feedback import FeedbackLog
@@ -83,8 +83,8 @@ class Engine:
         """
         adapter, parts = self.adapter, self.parts
         hidden_states = adapter.embed(parts, block.embeddings, block.position_ids)
-        call = adapter.begin(parts, hidden_states, block.position_ids)
-        masks = MaskMaker(block.position_ids, hidden_states.dtype, self._implicit_causal)
+        calls = adapter.begin(parts, hidden_states, block.position_ids)
+        masks = MaskMaker(block.position_ids, hidden_states.dtype, self._implicit_causal, parts.layout.always_masked)
         feedback = (
             self._feedback(cache, block, cache.seen).at(cache.seen) if self.policy.feeds_back and not dense else None
         )
@@ -99,7 +99,7 @@ class Engine:
                 hidden_states = hidden_states.to(self._devices[layer_idx])
                 selection = plan.at(layer_idx, hidden_states, previous)
                 previous = hidden_states
-                hidden_states = self._layer(layer_idx, hidden_states, call, masks, cache, selection)
+                hidden_states = self._layer(layer_idx, hidden_states, calls[layer_idx], masks, cache, selection)
                 self._charge(spent, layer_idx, selection, block, cache)
                 if not dense and not self.policy.cache_policy.keeps_all:
                     self._drop(layer_idx, previous, block, cache)
@@ -164,11 +164,12 @@ class Engine:
         spent.layer_flops += running * (run.flops + slots * costs.pair_flops)
         spent.propagation_flops += skipping * propagate.flops
         spent.dense_layer_flops += everyone * (run.flops + (cache.seen + tokens) * costs.pair_flops)
-        spent.layer_bytes += run.weight_bytes if running else 0
-        spent.propagation_bytes += propagate.weight_bytes if skipping else 0
-        spent.dense_layer_bytes += run.weight_bytes
+        spent.layer_bytes += run.read(running)
+        spent.propagation_bytes += propagate.read(skipping)
+        spent.dense_layer_bytes += run.read(everyone)
         if layer_idx == 0:
-            spent.embedding_bytes += everyone * costs.embedding.weight_bytes
+            spent.embedding_flops += everyone * costs.embedding.flops
+            spent.embedding_bytes += costs.embedding.read(everyone)
 
     def logits(self, hidden_states: Tensor, trace: Trace) -> Tensor:
         """Apply the head to normed hidden states [B, T, D] and charge it to the last step."""
@@ -207,14 +208,19 @@ def budget_of(policy: Policy, budget: float | None) -> float | None:
 
 def cost_model(adapter: ModelAdapter, parts: Parts) -> CostModel:
     """Return what each part of a model costs."""
-    tables = [parts.embedding] + ([] if parts.learned_positions is None else [parts.learned_positions])
-    row_bytes = sum(stored_bytes(table.weight) // table.weight.shape[0] for table in tables)
+    layers = range(len(parts.layers))
+    token = parts.embedding.weight
+    states = torch.zeros(1, 1, token.shape[-1], dtype=parts.model.dtype, device=token.device)
+    position = torch.zeros(1, 1, dtype=torch.long, device=token.device)
+    last, _ = adapter.probe(parts, layers[-1])
     with torch.no_grad():
-        propagate = tuple(adapter.kv_work(parts, i) for i in range(len(parts.layers)))
+        entry = executed_work(parts.model, lambda: adapter.embed(parts, states, position))
+        leaving = executed_work(parts.model, lambda: parts.final_norm(last))
+        propagate = tuple(adapter.kv_work(parts, i) for i in layers)
     return CostModel(
-        run=tuple(total_work(layer) for layer in parts.layers),
+        run=tuple(adapter.layer_work(parts, i) for i in layers),
         propagate=propagate,
         pair_flops=4 * adapter.attention_width(parts.config),
         head=module_work(parts.head),
-        embedding=Work(0, row_bytes),
+        embedding=module_work(parts.embedding) + entry + leaving,
     )

@@ -18,7 +18,7 @@ def read_block(
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     cache: AdaptiveCache,
-    max_positions: int | None,
+    position_limit: int | None,
 ) -> Block:
     """Return the block of new tokens; see `AdaptiveModel.forward` for the shapes.
 
@@ -43,9 +43,9 @@ def read_block(
         raise InputError(f"position_ids is [{batch}, {tokens}] like the tokens; got {tuple(position_ids.shape)}")
     else:
         position_ids = position_ids.to(device).expand(batch, -1)
-    if max_positions is not None and cache.seen + tokens > max_positions and parts.learned_positions is not None:
+    if position_limit is not None and cache.seen + tokens > position_limit:
         raise InputError(
-            f"{cache.seen + tokens} tokens do not fit the model's context of {max_positions}; shorten the prompt"
+            f"{cache.seen + tokens} tokens do not fit the model's context of {position_limit}; shorten the prompt"
         )
     if input_ids is not None and cache.seen == 0:
         _check_ids(input_ids, parts.embedding.weight.shape[0])

@@ -35,11 +35,11 @@ class ReferenceStep:
 
     def run(self, layer_idx: int, hidden_states: Tensor, call: LayerCall, view: CacheWriter) -> Tensor:
         """Run the decoder layer itself."""
-        return self._adapter.run(self._parts.layers[layer_idx], hidden_states, call, view)
+        return self._adapter.run(self._parts, layer_idx, hidden_states, call, view)
 
     def project(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Project through the layer's own norm and projections."""
-        return self._adapter.project_kv(self._parts.layers[layer_idx], hidden_states, call)
+        return self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
 
 
 def skip_some(

@@ -35,16 +35,19 @@ class MaskMaker:
     """Builds the masks of one forward, once for each set of slots and window.
 
     ``query_position`` is [B, T]; ``implicit_causal`` says whether the attention backend is causal by itself when it
-    gets no mask for a first block (sdpa is, eager is not).
+    gets no mask for a first block (sdpa is, eager is not), ``always`` whether layers want a mask in any case.
     """
 
-    def __init__(self, query_position: Tensor, dtype: torch.dtype, implicit_causal: bool) -> None:
+    def __init__(
+        self, query_position: Tensor, dtype: torch.dtype, implicit_causal: bool, always: bool = False
+    ) -> None:
         self._query_position, self._dtype, self._implicit_causal = query_position, dtype, implicit_causal
+        self._always = always
         self._made: dict[tuple[int, int | None], Tensor] = {}
 
     def needed(self, slots: Slots, window: int | None, subset: bool) -> bool:
         """Return whether a layer needs a mask; ``subset`` if it runs only some tokens of the block."""
-        if not slots.full or (window is not None and slots.used > window):
+        if self._always or not slots.full or (window is not None and slots.used > window):
             return True
         tokens = self._query_position.shape[1]
         first_block = slots.used == tokens

@@ -196,7 +196,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
                 f"a filled {type(past_key_values).__name__} cannot be used: "
                 "start from model.new_cache() and feed the tokens"
             )
-        limit = self.adapter.max_positions(self.config)
+        limit = self.adapter.position_limit(self.parts)
         return read_block(self.parts, input_ids, attention_mask, position_ids, inputs_embeds, cache, limit), cache
 
     def _run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,3 +16,29 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned = torch.cat((-second, first), dim=-1)
     rotated = rotated * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
     return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
+
+
+def rotate_interleaved(states: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the first 2 R dims of ``states`` [B, H, T, Dh] by angles [B, T, R]."""
+    width = 2 * cos.shape[-1]
+    cos, sin = (angle.unsqueeze(1).repeat_interleave(2, dim=-1) for angle in (cos, sin))
+    rotated = states[..., :width]
+    turned = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((rotated * cos + turned * sin, states[..., width:]), dim=-1)
+
+
+def length_limit(config: Any) -> int | None:
+    """Return the sequence length from which on rotary frequencies depend on the length, or None if they never do.
+
+    Up to it they are constant (``dynamic`` scaling, and LongRoPE, arXiv:2402.13753, with its short factors). Beyond it
+    cached keys would have to be turned again with every token.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given, *given.values()]  # one set of parameters, or one for each kind of layer
+    limits = []
+    for parameters in (kind for kind in kinds if isinstance(kind, dict)):
+        if parameters.get("rope_type") == "longrope":
+            limits.append(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+        elif "dynamic" in str(parameters.get("rope_type")):
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)

@@ -1,0 +1,51 @@
+"""Falcon: one fused projection in three layouts, attention and MLP side by side or in sequence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts
+
+
+class FalconAdapter(ModelAdapter):
+    """Falcon 7B, 40B, 180B and RW, with rotary positions."""
+
+    layout: ClassVar[Layout] = Layout(
+        layers="transformer.h",
+        final_norm="transformer.ln_f",
+        rotary="transformer.rotary_emb",
+        attention="self_attention",
+        mlp="mlp",
+        cache_argument="layer_past",
+        returns_tuple=True,
+        always_masked=True,
+    )
+
+    def layout_for(self, config: Any) -> Layout:
+        """Name the fused projection where keys and values are its last rows.
+
+        Elsewhere they lie between the queries, head by head or group by group, and the norm in front has two names:
+        there the layer itself is asked.
+        """
+        if config.new_decoder_architecture or not config.multi_query:
+            return self.layout
+        return replace(self.layout, input_norm="input_layernorm", fused="self_attention.query_key_value")
+
+    def refuse(self, config: Any) -> str | None:
+        """Refuse ALiBi."""
+        if config.alibi:
+            return (
+                "alibi=True: transformers derives the ALiBi bias from the padding mask, as if every layer held every "
+                "token, so it cannot follow a cache whose layers hold different tokens; "
+                "use a Falcon with rotary positions"
+            )
+        return super().refuse(config)
+
+    def layer_arguments(self, parts: Parts, call: LayerCall, cache_view: Any) -> dict[str, Any]:
+        """Add the bias that Falcon's layers must be given, though they need not use it."""
+        return {"alibi": None, **super().layer_arguments(parts, call, cache_view)}
+
+    def kv_width(self, config: Any) -> int:
+        """Return one head with multi-query attention; only that layout is cut."""
+        return self.head_dim(config)

@@ -1,0 +1,40 @@
+"""Gemma: scaled embeddings, four norms a layer, windows in some layers, soft caps on the logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anee_adapters.llama import LlamaAdapter
+from anee_core.interfaces import LayerCall, Layout, Parts
+
+
+class GemmaAdapter(LlamaAdapter):
+    """Gemma and Gemma 2. The embedding module scales by itself."""
+
+    def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:
+        """Apply the soft cap, where the config has one (Gemma 2, arXiv:2408.00118)."""
+        logits = super().logits(parts, hidden_states)
+        cap = getattr(parts.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class Gemma3Adapter(GemmaAdapter):
+    """Gemma 3, text only. Rotary frequencies differ between layers with and without a window."""
+
+    layout: ClassVar[Layout] = replace(GemmaAdapter.layout, key_norm="self_attn.k_norm")
+
+    def refuse(self, config: Any) -> str | None:
+        """Refuse attention to the future."""
+        if config.use_bidirectional_attention:
+            return "use_bidirectional_attention=True: later tokens would change what a layer computed for earlier ones"
+        return super().refuse(config)
+
+    def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> tuple[LayerCall, ...]:
+        """Build one call for each kind of layer."""
+        kinds = parts.config.layer_types[: len(parts.layers)]
+        calls = {kind: LayerCall(position_ids, parts.rotary(hidden_states, position_ids, kind)) for kind in set(kinds)}
+        return tuple(calls[kind] for kind in kinds)
