@@ -84,6 +84,10 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
         """Return -1: there is no limit."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """Return -1: the name of `get_max_length` before transformers 5.13."""
+        return -1
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (slots after ``query_length`` more tokens, index of the first): exact while nothing was dropped."""
         used = self._cache.slots[self._layer_idx].used if self._cache.slots else 0
@@ -307,13 +311,12 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         return self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens (transformers counts them as a negative number).
+        """Forget the last ``-tokens_to_remove`` tokens: transformers counts them as a negative number.
 
-        What is left has been accepted, so slots dropped because of it are freed.
+        A positive number is the length to keep, as it was before transformers 5.13. What is left has been accepted,
+        so slots dropped because of it are freed.
         """
-        if tokens_to_remove > 0:
-            raise CacheError("crop takes a number of tokens to remove, as zero or a negative number")
-        self.rollback(-tokens_to_remove)
+        self.rollback(max(self.seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)
         self._free()
 
     def activate_past_recording(self) -> None:

@@ -46,9 +46,15 @@ class MissingPackageError(AneeError, ImportError):
     """An optional package that is needed for what was asked."""
 
 
+_FEW = 60
+"""As many names as are worth listing in an error."""
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return a sentence fragment listing ``known``, with the closest match to ``name`` first."""
+    """Return a sentence fragment listing ``known``, if they are few, with the closest match to ``name`` first."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}known: {', '.join(names) if names else 'none'}"
+    hint = f"did you mean '{close[0]}'?" if close else ""
+    if len(names) > _FEW:
+        return hint or "nothing known has a similar name"
+    return f"{hint} known: {', '.join(names) if names else 'none'}".strip()

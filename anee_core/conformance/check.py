@@ -1,0 +1,80 @@
+"""One named check: a function that raises `MismatchError` when a promise is broken."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+S = TypeVar("S")
+
+
+class MismatchError(AssertionError):
+    """A promise is broken: what was expected, what was found, and where to look."""
+
+    def __init__(self, expected: str, found: str, look: str) -> None:
+        super().__init__(f"expected {expected}; found {found}; look at {look}")
+
+
+@dataclass(frozen=True)
+class Check(Generic[S]):
+    """A named check of a subject ``S``; ``look`` says where a fault that it finds is likely to be."""
+
+    name: str
+    promise: str
+    look: str
+    run: Callable[[S], None]
+
+    def failure(self, subject: S) -> str | None:
+        """Run the check and return one line on what is wrong, or None if nothing is."""
+        try:
+            self.run(subject)
+        except MismatchError as error:
+            return str(error)
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            kind, text = type(error).__name__, " ".join(str(error).split())
+            return (
+                f"expected {self.promise}; found {kind}: {text} (raised in {Path(at.filename).name}, line {at.lineno}, "
+                f"by {at.name}); look at {self.look}"
+            )
+        return None
+
+
+def check(name: str, look: str) -> Callable[[Callable[[S], None]], Check[S]]:
+    """Turn a function into a `Check`; the first line of its docstring is the promise."""
+
+    def wrap(run: Callable[[S], None]) -> Check[S]:
+        promise = (run.__doc__ or name).strip().split("\n")[0].rstrip(".")
+        return Check(name, promise[0].lower() + promise[1:], look, run)
+
+    return wrap
+
+
+def expect(holds: object, expected: str, found: Any, look: str) -> None:
+    """Raise `MismatchError` unless ``holds``."""
+    if not holds:
+        raise MismatchError(expected, str(found), look)
+
+
+def expect_same(
+    found: Any, expected: Tensor, what: str, look: str, tolerance: tuple[float, float] | None = None
+) -> None:
+    """Raise `MismatchError` unless two tensors are equal, or close within (absolute, relative) ``tolerance``."""
+    expect(isinstance(found, Tensor), f"{what} as a tensor {list(expected.shape)}", f"a {type(found).__name__}", look)
+    expect(found.shape == expected.shape, f"{what} of shape {list(expected.shape)}", list(found.shape), look)
+    if tolerance is None:
+        same = torch.equal(found, expected)
+    else:
+        same = torch.allclose(found.float(), expected.float(), atol=tolerance[0], rtol=tolerance[1], equal_nan=False)
+    if same:
+        return
+    gap = (found.float() - expected.float()).abs()
+    at = [int(i) for i in torch.unravel_index(gap.nan_to_num(torch.inf).argmax(), gap.shape)]
+    exactly = "bit for bit" if tolerance is None else f"within {tolerance[0]:g} + {tolerance[1]:g} x |value|"
+    expect(False, f"{what} {exactly}", f"a difference of {gap[tuple(at)].item():.3g} at {at}", look)

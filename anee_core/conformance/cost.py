@@ -1,0 +1,108 @@
+"""Checks that costs are those of what is executed: budgets and reported FLOPs against a counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from anee_core.conformance.check import check, expect
+from anee_core.conformance.subject import Subject
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Count the fused attention kernel of CPUs as torch counts those of GPUs."""
+    return sdpa_flop_count(query, key, value)
+
+
+def _grouped_flops(states: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Count the product of states [N, in], each with the expert it is sorted to, of [experts, in, out]."""
+    return 2 * states[0] * weight[1] * weight[2]  # type: ignore[no-any-return]
+
+
+def counted(run: Callable[[], Any], rotary: Any = None) -> int:
+    """Return the FLOPs of the matrix products that ``run`` executes, as torch's own counter sees them.
+
+    Those of the ``rotary`` module are left out: older versions of transformers compute its angles as a product.
+    """
+    # What the counter does not know by itself: attention on CPUs, and the ways in which experts are run.
+    mapping = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten._grouped_mm: _grouped_flops,
+    }
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if fallback is not None:
+        mapping[fallback] = _grouped_flops
+    aside = 0
+
+    def enter(*_: Any) -> None:
+        nonlocal aside
+        aside -= counter.get_total_flops()
+
+    def leave(*_: Any) -> None:
+        nonlocal aside
+        aside += counter.get_total_flops()
+
+    handles = [] if rotary is None else [rotary.register_forward_pre_hook(enter), rotary.register_forward_hook(leave)]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return int(counter.get_total_flops()) - aside
+
+
+@check("cost model", look="ModelAdapter.layer_work, kv_work and attention_width")
+def cost_model(subject: Subject) -> None:
+    """Reported FLOPs equal a counter on the executed operations, dense, skipping and generating."""
+    ids = subject.tokens(3, 12)
+    for attention in subject.backends:
+        model = subject.model(attention=attention)
+        for policy in ("dense", "static:skip=1", "random:p=0.5,protect=0 0", "static:exit=2"):
+            adaptive = subject.adaptive(policy, model=model)
+            executed = counted(lambda adaptive=adaptive: adaptive(ids), adaptive.parts.rotary)  # type: ignore[misc]
+            reported = adaptive.last_trace.flops["spent"]  # type: ignore[union-attr]
+            what = f"FLOPs of a sequence under '{policy}' ({attention})"
+            expect(reported == executed, f"{executed} {what}", reported, cost_model.look)
+    adaptive = subject.adaptive("random:p=0.5,protect=0 0")
+    executed = counted(lambda: adaptive.decode(ids, max_new_tokens=5), adaptive.parts.rotary)
+    reported = adaptive.last_trace.flops["spent"]  # type: ignore[union-attr]
+    expect(reported == executed, f"{executed} FLOPs of a generation", reported, cost_model.look)
+    dense = subject.adaptive("static:skip=1")
+    with_counter = counted(lambda: subject.model()(ids), dense.parts.rotary)
+    dense(ids)
+    reported = dense.last_trace.flops["dense"]  # type: ignore[union-attr]
+    expect(reported == with_counter, f"{with_counter} FLOPs of the dense model", reported, cost_model.look)
+
+
+@check("budget", look="ModelAdapter.layer_work and kv_work: a skipped layer costs what its keys and values cost")
+def budget(subject: Subject) -> None:
+    """No token spends more than a hard budget, by a counter on the executed operations."""
+    # 32 rows of one token: the layers' own FLOPs, with next to no attention in them.
+    ids = subject.tokens(32, 1)
+    dense = subject.adaptive()
+    everything, shares = counted(lambda: dense(ids), dense.parts.rotary), dense.engine.costs
+    outside = ids.numel() * (shares.head.flops + shares.embedding.flops)
+    for limit in (0.5, 0.75, 0.95):
+        adaptive = subject.adaptive("random:p=0,protect=0 0", limit, hard=True)
+        executed = counted(lambda adaptive=adaptive: adaptive(ids), adaptive.parts.rotary)  # type: ignore[misc]
+        spent = (executed - outside) / (everything - outside)
+        expect(spent <= limit + 1e-6, f"at most {limit} of the dense layers' FLOPs", f"{spent:.4f}", budget.look)
+        dearest = max(shares.run_shares)
+        expect(spent > limit - dearest - 0.02, f"as many layers as {limit} pays for", f"{spent:.4f}", budget.look)
+    exceeded = _worst(subject, 0.7)
+    expect(exceeded <= 0.7 + 1e-6, "no token of a sequence above 0.7", f"{exceeded:.4f}", budget.look)
+
+
+def _worst(subject: Subject, limit: float) -> float:
+    """Return what the dearest token of a sequence spent, from what ran and what layers cost at its position."""
+    adaptive = subject.adaptive("random:p=0.1,protect=0 0", limit, hard=True)
+    with torch.no_grad():
+        adaptive(subject.tokens(2, 20))
+    ran: Tensor = adaptive.last_trace.ran  # type: ignore[union-attr]
+    run, propagate = adaptive.engine.costs.token_shares(torch.arange(20).expand(2, -1))
+    return float(torch.where(ran, run, propagate).sum(0).max())

@@ -1,0 +1,307 @@
+"""Checks of a policy: on small models of several families it keeps the promises that every policy makes."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anee_core.conformance.check import Check, check, expect, expect_same
+from anee_core.conformance.cost import counted
+from anee_core.conformance.subject import CLOSE, Subject, stepwise
+from anee_core.conformance.tiny import small_config
+from anee_core.errors import PolicyError
+from anee_core.interfaces import CachePolicy, CacheView, Controller, DecisionContext
+from anee_core.model import AdaptiveModel
+from anee_core.plugins import Plugins
+from anee_core.policy import Policy, make_policy, parse_policy
+
+FAMILIES = ("gpt2", "llama", "mistral")
+"""Learned positions; rotary ones and grouped queries; a sliding window."""
+_LAYERS, _TOKENS = "random:p=0.5,protect=0 0", "window:sinks=1,recent=4"
+
+
+@dataclass
+class PolicySubject:
+    """A policy, as a string or an object, and the budget that it is to run under, if it needs one."""
+
+    policy: str | Policy | Controller | CachePolicy
+    budget: float | None = None
+    plugins: Plugins = field(default_factory=Plugins.discover)
+    _models: dict[str, Subject] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        made = self.made
+        for part, kind in ((made.controller, "controllers"), (made.cache_policy, "cache_policies")):
+            if part.name not in getattr(self.plugins, kind):
+                self.plugins.register(_plugin_of(part, kind), part.name, "unregistered", "0")
+
+    @property
+    def made(self) -> Policy:
+        """A new policy, unbound."""
+        return make_policy(self.policy, self.plugins)
+
+    @property
+    def text(self) -> str:
+        """The string that makes the policy."""
+        return str(self.made)
+
+    @property
+    def decides(self) -> bool:
+        """Whether it is a layer policy (perhaps with a token policy beside it)."""
+        return not self.made.controller.runs_all
+
+    def subject(self, family: str) -> Subject:
+        """Return the models of a family, shared by all checks."""
+        if family not in self._models:
+            self._models[family] = Subject(
+                self.plugins.adapters[family], small_config(family), family, plugins=self.plugins
+            )
+        return self._models[family]
+
+    def adaptive(self, family: str, hard: bool = False, budget: float | None = None, model: Any = None) -> AdaptiveModel:
+        """Return a model under the policy."""
+        return self.subject(family).adaptive(self.made, self.budget if budget is None else budget, hard, model)
+
+
+def _plugin_of(part: Any, kind: str) -> Any:
+    """Return a plugin with one policy: what has not been installed yet can be checked all the same."""
+    from anee_core.hookspecs import hookimpl
+
+    def provide() -> dict[str, type]:
+        return {part.name: type(part)}
+
+    provide.__name__ = f"anee_{kind}"
+    holder = type("Unregistered", (), {f"anee_{kind}": staticmethod(hookimpl(provide))})
+    return holder()
+
+
+@check("spelling", look="the dataclass fields of the policy: they are its options")
+def spelling(subject: PolicySubject) -> None:
+    """The string of a policy makes the same policy again, and a wrong option is refused."""
+    made = subject.made
+    again = parse_policy(subject.text, subject.plugins)
+    for name in ("controller", "cache_policy"):
+        mine, other = getattr(made, name), getattr(again, name)
+        expect(type(mine) is type(other), f"a {type(mine).__name__} from '{subject.text}'", type(other).__name__, spelling.look)
+        expect(mine.options() == other.options(), f"options {mine.options()}", other.options(), spelling.look)
+        try:
+            parse_policy(f"{mine.name}:no_such_option=1", subject.plugins)
+        except PolicyError:
+            continue
+        expect(False, f"'{mine.name}:no_such_option=1' to be refused", "no error", spelling.look)
+
+
+@check("answers", look="Controller.decide and CachePolicy.keep")
+def answers(subject: PolicySubject) -> None:
+    """Actions are uint8 [N, B, T] of PROCESS, SKIP and EXIT; what is kept is bool [B, S]."""
+    adaptive = subject.adaptive("llama")
+    policy, layers = adaptive.policy, adaptive.engine.costs.num_layers
+    generator = torch.Generator().manual_seed(0)
+    ids = subject.subject("llama").tokens(3, 7)
+    positions = torch.arange(7).expand(3, -1)
+    for layer_idx in (0, layers - 1):
+        for tokens in (7, 1):
+            signals = torch.rand(3, tokens, len(policy.controller.signals), generator=generator)
+            context = DecisionContext(
+                layer_idx, layers, positions[:, :tokens], ids[:, :tokens], "decode", adaptive.engine.budget.limit
+            )
+            _check_actions(policy.controller.decide(signals, context), layers - layer_idx, tokens)
+    held = 9
+    view = CacheView(
+        hidden_states=torch.randn(3, 1, 32, generator=generator),
+        keys=torch.randn(3, 2, held, 8, generator=generator),
+        position_ids=torch.arange(held).expand(3, -1),
+        valid=torch.ones(3, held, dtype=torch.bool),
+        query_position=torch.full((3,), held - 1),
+        layer_idx=1,
+    )
+    keep = policy.cache_policy.keep(view)
+    expect(isinstance(keep, Tensor) and keep.dtype == torch.bool, "keep to return a bool tensor", keep, answers.look)
+    expect(tuple(keep.shape) in ((3, held), (1, held)), f"keep of shape [3, {held}]", list(keep.shape), answers.look)
+
+
+def _check_actions(actions: Any, left: int, tokens: int) -> None:
+    expect(isinstance(actions, Tensor) and actions.dtype == torch.uint8, "uint8 actions", actions, answers.look)
+    fits = actions.dim() == 3 and 1 <= actions.shape[0] <= left and tuple(actions.shape[1:]) == (3, tokens)
+    expect(fits, f"actions [1 to {left}, 3, {tokens}]", list(actions.shape), answers.look)
+    expect(actions.max() <= 2, "actions 0, 1 or 2", int(actions.max()), answers.look)
+
+
+@check("parallel equals stepwise", look="decide and keep: only the token's own path and earlier tokens may matter")
+def parallel(subject: PolicySubject) -> None:
+    """A whole sequence in one forward gives the logits of decoding it token by token."""
+    for family in FAMILIES:
+        model = subject.adaptive(family)
+        ids = subject.subject(family).tokens()
+        with torch.no_grad():
+            whole, ran = model(ids).logits, model.last_trace.ran  # type: ignore[union-attr]
+            steps = stepwise(model, ids)
+            prefix = model(ids[:, :6])
+        expect_same(whole, steps, f"logits ({family})", parallel.look, CLOSE)
+        expect_same(prefix.logits, whole[:, :6], f"logits of the first 6 tokens alone ({family})", parallel.look, CLOSE)
+        alone = model.last_trace.ran  # type: ignore[union-attr]
+        expect(torch.equal(alone, ran[:, :, :6]), "the same layers for a prefix", "others", parallel.look)
+
+
+@check("rows", look="decide and keep: a row may depend on no other, nor on padding")
+def rows(subject: PolicySubject) -> None:
+    """Each row of a ragged batch, padded on either side, gets what it gets alone."""
+    for family in FAMILIES:
+        model = subject.adaptive(family)
+        for side in ("left", "right"):
+            ids, mask = subject.subject(family).ragged((4, 9, 1), side)
+            with torch.no_grad():
+                batched = model(ids, attention_mask=mask).logits
+                for row in range(3):
+                    real = mask[row].bool()
+                    alone = model(ids[row, real][None]).logits[0]
+                    what = f"logits of row {row}, padded on the {side} ({family})"
+                    expect_same(batched[row, real], alone, what, rows.look, CLOSE)
+
+
+@check("budget", look="decide: what it may spend is in the context and in the signal 'remaining'")
+def budget(subject: PolicySubject) -> None:
+    """A hard budget is exceeded by no token, a soft one not on average; without a budget there is nothing to keep."""
+    for family in FAMILIES:
+        limit = subject.adaptive(family).budget
+        if limit is None:
+            continue
+        shares = {hard: _spent(subject, family, hard) for hard in (True, False)}
+        worst, mean = shares[True].max().item(), shares[False].mean().item()
+        expect(worst <= limit + 1e-6, f"no token above the hard budget {limit} ({family})", f"{worst:.4f}", budget.look)
+        expect(mean <= limit + 0.03, f"at most {limit} on average ({family})", f"{mean:.4f}", budget.look)
+
+
+def _spent(subject: PolicySubject, family: str, hard: bool) -> Tensor:
+    """Return what each token of a batch spent, [B, T], as a share of a dense token's layer FLOPs."""
+    model = subject.adaptive(family, hard)
+    with torch.no_grad():
+        model(subject.subject(family).tokens(4, 60))
+    run, skip = model.engine.costs.token_shares(torch.arange(60).expand(4, -1))
+    return torch.where(model.last_trace.ran, run, skip).sum(0)  # type: ignore[union-attr]
+
+
+@check("cost", look="decide: it may run no part of the model")
+def cost(subject: PolicySubject) -> None:
+    """Reported FLOPs equal a counter on the executed operations."""
+    for family in FAMILIES:
+        model, ids = subject.adaptive(family), subject.subject(family).tokens(2, 9)
+        for what, run in (
+            ("a sequence", lambda model=model, ids=ids: model(ids)),
+            ("a generation", lambda model=model, ids=ids: model.decode(ids, max_new_tokens=6)),
+        ):
+            executed = counted(run, model.parts.rotary)
+            reported = model.last_trace.flops["spent"]  # type: ignore[union-attr]
+            expect(reported == executed, f"{executed} FLOPs of {what} ({family})", reported, cost.look)
+
+
+@check("repeatable", look="bind: it returns a copy for one model; random choices come from positions and token ids")
+def repeatable(subject: PolicySubject) -> None:
+    """The same tokens get the same twice, also with another model under the same policy in between."""
+    made = subject.made
+    options = (made.controller.options(), made.cache_policy.options())
+    text = str(made)
+    models = {family: subject.adaptive(family) for family in FAMILIES}
+    for family, model in models.items():
+        ids = subject.subject(family).tokens(seed=3)
+        other = models["llama" if family != "llama" else "gpt2"]
+        with torch.no_grad():
+            first = model(ids).logits
+            other(subject.subject("llama").tokens(3, 5))
+            again = model(ids).logits
+        expect_same(again, first, f"the same logits again ({family})", repeatable.look)
+    after = (made.controller.options(), made.cache_policy.options())
+    expect(after == options and str(made) == text, f"the policy still to be '{text}'", str(made), repeatable.look)
+
+
+@check("combines", look="decide and keep: neither kind may count on the other's absence")
+def combines(subject: PolicySubject) -> None:
+    """Together with a policy of the other kind, parallel still equals stepwise."""
+    made = subject.made
+    if subject.decides and not made.cache_policy.keeps_all:
+        return  # it is such a pair itself
+    if made.cache_policy.keeps_all:
+        pair = replace(made, cache_policy=parse_policy(_TOKENS, subject.plugins).cache_policy)
+    else:
+        pair = replace(made, controller=parse_policy(_LAYERS, subject.plugins).controller)
+    for family in FAMILIES:
+        model = subject.subject(family).adaptive(pair, subject.budget)
+        ids = subject.subject(family).tokens()
+        with torch.no_grad():
+            whole, steps = model(ids).logits, stepwise(model, ids)
+        expect_same(whole, steps, f"logits under '{pair}' ({family})", combines.look, CLOSE)
+
+
+@check("generation", look="decide: its phases, and keep: the newest token")
+def generation(subject: PolicySubject) -> None:
+    """Transformers' generate and the lean loop give the same ids, and one token at a time is enough to go on."""
+    for family in FAMILIES:
+        model = subject.adaptive(family)
+        ids, mask = subject.subject(family).ragged((5, 8), "left")
+        lean = model.decode(ids, mask, max_new_tokens=8, pad_token_id=0).sequences
+        theirs = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        expect_same(theirs, lean, f"generated ids ({family})", generation.look)
+        beams = model.generate(ids, attention_mask=mask, max_new_tokens=5, num_beams=2, do_sample=False, pad_token_id=0)
+        expect(beams.shape[0] == 2, f"two rows from a beam search ({family})", list(beams.shape), generation.look)
+
+
+@check("memory", look="keep: it returns False for what is to be dropped")
+def memory(subject: PolicySubject) -> None:
+    """Allocated bytes follow the slots that are kept, the newest token's among them."""
+    made = subject.made
+    for family in FAMILIES:
+        model, length = subject.adaptive(family), 80
+        with torch.no_grad():
+            cache = model(subject.subject(family).tokens(2, length)).past_key_values
+        kept = cache.kept()
+        expect(int(kept.min()) >= 1, f"at least the newest token in every layer ({family})", int(kept.min()), memory.look)
+        newest = cache.next_positions().flatten().tolist()
+        expect(newest == [length] * 2, f"position {length} to come next ({family})", newest, memory.look)
+        per_slot = cache.nbytes() / sum(layer.keys.shape[2] for layer in cache.layers)
+        allowed = sum(max(int(k) / 0.9 + 32, 1) for k in kept.amax(1)) * per_slot
+        if not made.cache_policy.keeps_all:
+            expect(cache.nbytes() <= allowed, f"at most {allowed:.0f} bytes ({family})", cache.nbytes(), memory.look)
+
+
+@check("save and load", look="the dataclass fields of the policy: all that matters is in its options")
+def save_and_load(subject: PolicySubject) -> None:
+    """A saved and loaded policy gives the same logits."""
+    model, ids = subject.adaptive("llama"), subject.subject("llama").tokens()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        wanted = model(ids).logits
+        model.policy.save(folder)
+        loaded = AdaptiveModel(subject.subject("llama").model(), model.adapter)
+        loaded.set_policy(parse_policy(folder, subject.plugins))
+        expect_same(loaded(ids).logits, wanted, "logits under the loaded policy", save_and_load.look)
+
+
+@check("half precision", look="decide and keep: thresholds in the dtype they are compared in")
+def half_precision(subject: PolicySubject) -> None:
+    """In bf16 logits are finite and of that type."""
+    for family in FAMILIES:
+        at = subject.subject(family)
+        model = subject.adaptive(family, model=at.model(torch.bfloat16))
+        with torch.no_grad():
+            logits = model(at.tokens()).logits
+        expect(logits.dtype == torch.bfloat16, "bf16 logits", logits.dtype, half_precision.look)
+        expect(bool(logits.isfinite().all()), f"finite logits ({family})", "NaN or infinity", half_precision.look)
+
+
+POLICY_CHECKS: tuple[Check[PolicySubject], ...] = (
+    spelling,
+    answers,
+    parallel,
+    rows,
+    budget,
+    cost,
+    repeatable,
+    combines,
+    generation,
+    memory,
+    save_and_load,
+    half_precision,
+)

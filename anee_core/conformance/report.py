@@ -1,0 +1,114 @@
+"""What the checks found: results, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from anee_core.conformance.check import Check
+
+_COLUMNS = 6
+"""Subjects side by side in one table."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check of one subject. ``failure`` says in one line what was expected, what was found and where to look."""
+
+    subject: str
+    kind: str
+    check: str
+    passed: bool
+    seconds: float
+    failure: str | None = None
+
+
+@dataclass
+class Report:
+    """The results of a run, and the versions it ran with."""
+
+    results: list[Result] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed, and there was at least one."""
+        return bool(self.results) and all(result.passed for result in self.results)
+
+    @property
+    def failures(self) -> list[Result]:
+        """The results of the checks that failed."""
+        return [result for result in self.results if not result.passed]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, ready for JSON."""
+        return {"versions": self.versions, "passed": self.passed, "results": [asdict(r) for r in self.results]}
+
+    def save(self, path: Path) -> None:
+        """Write the report as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def print(self, console: Console) -> None:
+        """Print a table of checks and subjects, then one line for each failure."""
+        subjects = list(dict.fromkeys(result.subject for result in self.results))
+        for start in range(0, len(subjects), _COLUMNS):
+            shown = subjects[start : start + _COLUMNS]
+            table = Table("check", *(escape(name) for name in shown))
+            for name in dict.fromkeys(result.check for result in self.results):
+                cells = {r.subject: r for r in self.results if r.check == name}
+                table.add_row(name, *(_cell(cells.get(subject)) for subject in shown))
+            console.print(table)
+        for result in self.failures:
+            console.print(f"{result.subject}: {result.check}: {result.failure}", markup=False, soft_wrap=True)
+        console.print(
+            f"{len(self.results) - len(self.failures)} of {len(self.results)} checks passed "
+            f"({', '.join(f'{name} {number}' for name, number in self.versions.items())})",
+            markup=False,
+        )
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return ""
+    return "[green]passed[/green]" if result.passed else "[red]FAILED[/red]"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("anee", "transformers", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def run_checks(
+    subjects: Iterable[tuple[str, str, Any]], checks: Sequence[Check[Any]], console: Console | None = None
+) -> Report:
+    """Run every check on every subject, given as (name, kind, subject), with a progress bar on ``console``."""
+    report = Report()
+    listed = list(subjects)
+    with Progress(console=console, transient=True, disable=console is None) as progress:
+        task = progress.add_task("", total=len(listed) * len(checks))
+        for name, kind, subject in listed:
+            for one in checks:
+                progress.update(task, description=f"{name}: {one.name}")
+                started = time.perf_counter()
+                failure = one.failure(subject)
+                seconds = round(time.perf_counter() - started, 3)
+                report.results.append(Result(name, kind, one.name, failure is None, seconds, failure))
+                progress.advance(task)
+    return report

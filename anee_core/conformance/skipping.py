@@ -1,0 +1,136 @@
+"""Checks of skipping and leaving early: keys and values, order of tokens, rows of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from anee_core.conformance.check import check, expect, expect_same
+from anee_core.conformance.subject import CLOSE, Subject, stepwise, without_layers
+
+POLICIES = (
+    "static:skip=1 3",
+    "static:skip=0",
+    "random:p=0.5,protect=0 0",
+    "random:p=0.3,exit=0.2,protect=0 0",
+    "window:sinks=1,recent=4",
+    "random:p=0.5,protect=0 0+window:sinks=1,recent=4",
+)
+
+
+@check("keys and values", look="Layout.input_norm, key, value, fused, key_norm, or ModelAdapter.project_kv")
+def keys_and_values(subject: Subject) -> None:
+    """A skipped layer gets the keys and values that transformers' own cache holds for the same hidden states."""
+    model, ids = subject.model(), subject.tokens()
+    adaptive = subject.adaptive()
+    adapter, parts = subject.adapter, adaptive.parts
+    # A cache without windows: transformers drops what has left one, which is not the question here.
+    theirs = DynamicCache()
+    with torch.no_grad():
+        states = model(ids, past_key_values=theirs, use_cache=True, output_hidden_states=True).hidden_states
+        ours = adaptive(ids).past_key_values
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        for i in range(subject.layers):
+            wanted = theirs.layers[i].keys, theirs.layers[i].values
+            call = adapter.begin(parts, states[i], positions)[i]
+            length = ids.shape[1]
+            causal = torch.full((length, length), torch.finfo(torch.float32).min).triu(1).expand(2, 1, -1, -1)
+            skipped = adapter.project_kv(parts, i, states[i], call.with_mask(causal))
+            for name, ran, projected, other in zip(("keys", "values"), ours.held(i), skipped, wanted, strict=True):
+                expect_same(ran, other, f"stored {name} of layer {i}, run", "Layout.cache_argument")
+                what = f"{name} of layer {i}, skipped"
+                expect_same(projected, other, what, keys_and_values.look, CLOSE)
+
+
+@check("skip", look="ModelAdapter.project_kv and run: neither may rely on the layer before")
+def skip(subject: Subject) -> None:
+    """Skipping layers for all tokens is the transformers model without them, in a sequence and in generation."""
+    model, ids = subject.model(), subject.tokens()
+    every = subject.layers
+    path = subject.adapter.parts(model).layout.layers
+    for removed in ({2 % every}, {0, every - 1}, {1 % every, 2 % every}):
+        if len(removed) == every:
+            continue
+        theirs = without_layers(model, path, removed)
+        ours = subject.adaptive("static:skip=" + " ".join(map(str, sorted(removed))))
+        what = f"without layers {sorted(removed)}"
+        with torch.no_grad():
+            expect_same(ours(ids).logits, theirs(ids).logits, f"logits {what}", skip.look)
+            wanted = theirs.generate(ids, max_new_tokens=8, do_sample=False)
+        expect_same(ours.generate(ids, max_new_tokens=8, do_sample=False), wanted, f"generated ids {what}", skip.look)
+
+
+@check("exit", look="ModelAdapter.project_kv: one key and value for each token")
+def leave(subject: Subject) -> None:
+    """After leaving at any layer every layer's cache is aligned, and the next token runs as if all had been skipped."""
+    ids = subject.tokens()
+    for layer_idx in range(1, subject.layers):
+        leaving = subject.adaptive(f"static:exit={layer_idx}")
+        rest = " ".join(map(str, range(layer_idx, subject.layers)))
+        skipping = subject.adaptive(f"static:skip={rest}")
+        with torch.no_grad():
+            caches = [m(ids).past_key_values for m in (leaving, skipping)]
+            held = {tuple(t.shape) for i in range(subject.layers) for t in caches[0].held(i)}
+            expect(len({s[2] for s in held}) == 1, f"{ids.shape[1]} slots in each layer", held, leave.look)
+            for i in range(subject.layers):
+                for mine, other in zip(caches[0].held(i), caches[1].held(i), strict=True):
+                    expect_same(mine, other, f"cache of layer {i} after leaving at {layer_idx}", leave.look)
+            dense = subject.adaptive()
+            token = subject.tokens(length=1, seed=7)
+            logits = [dense(token, past_key_values=cache).logits for cache in caches]
+            expect_same(logits[0], logits[1], f"next logits after leaving at layer {layer_idx}", leave.look)
+            for t in range(3):  # a cache whose layers came out of step would fail here
+                last = logits[0].argmax(-1)[:, -1:]
+                found = leaving(last, past_key_values=caches[0])
+                expect(found.past_key_values.get_seq_length() == ids.shape[1] + 2 + t, "one more token", "not", leave.look)
+
+
+@check("parallel equals stepwise", look="ModelAdapter.begin and project_kv: a token may depend on nothing after it")
+def parallel(subject: Subject) -> None:
+    """A whole sequence in one forward gives the logits of decoding it token by token, for every kind of policy."""
+    ids = subject.tokens()
+    for policy in ("dense", *POLICIES):
+        model = subject.adaptive(policy)
+        with torch.no_grad():
+            whole, steps = model(ids).logits, stepwise(model, ids)
+        expect_same(whole, steps, f"logits under '{policy}'", parallel.look, CLOSE)
+
+
+@check("rows", look="ModelAdapter.begin, embed and project_kv: a row may depend on no other")
+def rows(subject: Subject) -> None:
+    """Each row of a ragged batch, padded on either side, gets what it gets alone."""
+    for policy in ("dense", *POLICIES):
+        model = subject.adaptive(policy)
+        for side in ("left", "right"):
+            ids, mask = subject.ragged((4, 9, 1), side)
+            with torch.no_grad():
+                batched = model(ids, attention_mask=mask).logits
+                for row in range(3):
+                    real = mask[row].bool()
+                    alone = model(ids[row, real][None]).logits[0]
+                    what = f"logits of row {row}, padded on the {side}, under '{policy}'"
+                    expect_same(batched[row, real], alone, what, rows.look, CLOSE)
+
+
+@check("causal effect", look="Layout.cache_argument and ModelAdapter.run: attention reads the cache it is given")
+def causal_effect(subject: Subject) -> None:
+    """Disturbing what a layer stored, run or skipped, changes what a later token gets."""
+    every = subject.layers
+    skipping, dense = subject.adaptive(f"static:skip={every // 2}"), subject.adaptive()
+    ids, token = subject.tokens(length=4), subject.tokens(length=1, seed=9)
+
+    def next_logits(layer_idx: int | None, part: int) -> Any:
+        with torch.no_grad():
+            cache = skipping(ids).past_key_values
+            if layer_idx is not None:
+                held = cache.held(layer_idx)[part]
+                held.add_(torch.randn(held.shape, generator=torch.Generator().manual_seed(1)))
+            return dense(token, past_key_values=cache).logits
+
+    clean = next_logits(None, 0)
+    for layer_idx in range(every):
+        for part, name in enumerate(("keys", "values")):
+            change = (next_logits(layer_idx, part) - clean).abs().max().item()
+            expect(change > 1e-4, f"other logits after disturbing the {name} of layer {layer_idx}", change, causal_effect.look)

@@ -1,0 +1,140 @@
+"""What the adapter checks look at: one adapter, one small config, and seeded models made from it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from anee_core.adapter import ModelAdapter
+from anee_core.errors import AdapterError
+from anee_core.interfaces import Calibration
+from anee_core.model import AdaptiveModel
+from anee_core.plugins import Plugins
+from anee_core.policy import Policy, make_policy
+
+_GAIN = 0.45
+"""Standard deviation of weights times the square root of their width: every layer matters, none explodes."""
+CLOSE = (5e-5, 1e-3)
+"""Absolute and relative tolerance in fp32 where sums may be taken in another order."""
+LOOSE = (0.15, 0.05)
+"""The same in bf16."""
+
+
+@dataclass
+class Subject:
+    """An adapter and a config of its family, small enough to build again and again.
+
+    ``refused`` holds configs of the family that the adapter must refuse.
+    """
+
+    adapter: ModelAdapter
+    config: Any
+    name: str = "config"
+    refused: tuple[Any, ...] = ()
+    plugins: Plugins = field(default_factory=Plugins.discover)
+    _built: dict[tuple[torch.dtype, str | None], nn.Module] = field(default_factory=dict)
+
+    def build(self, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0) -> Any:
+        """Return a new transformers model with seeded weights, in ``attention`` or its default backend."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                chosen = {} if attention is None else {"attn_implementation": attention}
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), **chosen)
+            except ValueError as error:
+                raise AdapterError(f"transformers makes no causal LM of {type(self.config).__name__}: {error}") from error
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        parameter.mul_(_GAIN / parameter.shape[-1] ** 0.5 / parameter.std().clamp(min=1e-6))
+                    else:  # norms and biases: not all alike, so that leaving one out shows
+                        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model.to(dtype).eval()
+
+    def model(self, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
+        """Return the transformers model that all checks share; they leave it as it is."""
+        if (dtype, attention) not in self._built:
+            self._built[dtype, attention] = self.build(dtype, attention)
+        return self._built[dtype, attention]
+
+    def adaptive(
+        self, policy: str | Policy = "dense", budget: float | None = None, hard: bool = False, model: Any = None
+    ) -> AdaptiveModel:
+        """Return a model under a policy, with a made-up calibration."""
+        model = self.model() if model is None else model
+        adaptive = AdaptiveModel(model, self.adapter)
+        layers = len(adaptive.parts.layers)
+        calibration = Calibration(torch.linspace(1, 0, layers), torch.linspace(0, 1, 101), "made up", "made up")
+        return adaptive.set_policy(make_policy(policy, self.plugins), budget, hard, calibration)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The attention backends that the family has, of those that can follow an adaptive cache."""
+        return ("eager", "sdpa") if self.model()._supports_sdpa else ("eager",)
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether any layer has a sliding window."""
+        return any(self.adapter.window(self.config, i) is not None for i in range(self.layers))
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens are routed to experts, which then compute those of all rows together."""
+        return self.adapter.layout_for(self.config).experts is not None
+
+    def tokens(self, batch: int = 2, length: int = 11, seed: int = 0) -> Tensor:
+        """Return random token ids [B, T] without the first few, which may be special."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, int(self.config.vocab_size), (batch, length), generator=generator)
+
+    def ragged(self, lengths: tuple[int, ...], side: str, extra: int = 2) -> tuple[Tensor, Tensor]:
+        """Return ids and mask [B, T] of rows with these lengths, padded on one side, by ``extra`` more than needed."""
+        width = max(lengths) + extra
+        ids, mask = torch.zeros(2, len(lengths), width, dtype=torch.long)
+        for row, length in enumerate(lengths):
+            at = slice(width - length, width) if side == "left" else slice(0, length)
+            ids[row, at] = self.tokens(1, length, seed=row + 1)[0]
+            mask[row, at] = 1
+        return ids, mask
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Return the positions [B, T] of a padded batch."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def stepwise(model: Any, ids: Tensor) -> Tensor:
+    """Return logits [B, T, V] of decoding a sequence one token at a time."""
+    cache, parts = model.new_cache(), []
+    for t in range(ids.shape[1]):
+        parts.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+    return torch.cat(parts, dim=1)
+
+
+def without_layers(model: Any, path: str, removed: set[int]) -> Any:
+    """Return a copy of a transformers model from which decoder layers have been taken out."""
+    smaller = copy.deepcopy(model)
+    above, _, name = path.rpartition(".")
+    parent = smaller.get_submodule(above)
+    kept = [layer for i, layer in enumerate(getattr(parent, name)) if i not in removed]
+    for i, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = i
+    setattr(parent, name, nn.ModuleList(kept))
+    config = smaller.config
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(kept)
+    if kinds is not None:
+        config.layer_types = [kind for i, kind in enumerate(kinds) if i not in removed]
+    return smaller

@@ -1,0 +1,80 @@
+"""The lists of checks, and the pytest classes that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from anee_core.adapter import ModelAdapter
+from anee_core.conformance import cost, dense, lifecycle, skipping
+from anee_core.conformance.check import Check
+from anee_core.conformance.policies import POLICY_CHECKS, PolicySubject
+from anee_core.conformance.subject import Subject
+
+ADAPTER_CHECKS: tuple[Check[Subject], ...] = (
+    dense.paths,
+    dense.layer_arguments,
+    dense.window,
+    dense.layer_output,
+    dense.dense_sequence,
+    dense.dense_decode,
+    dense.padding,
+    skipping.keys_and_values,
+    skipping.skip,
+    skipping.leave,
+    skipping.parallel,
+    skipping.rows,
+    skipping.causal_effect,
+    cost.cost_model,
+    cost.budget,
+    lifecycle.rollback,
+    lifecycle.reorder,
+    lifecycle.generate,
+    lifecycle.save_and_load,
+    lifecycle.hygiene,
+    lifecycle.refusal,
+)
+
+
+class AdapterConformance:
+    """Subclass it as ``Test...`` and name an adapter and small configs: pytest runs every check on every config.
+
+    ``refused`` holds configs of the family that the adapter must refuse.
+    """
+
+    adapter: ClassVar[ModelAdapter]
+    configs: ClassVar[Mapping[str, Any]]
+    refused: ClassVar[tuple[Any, ...]] = ()
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Make one test of each config and check (called by pytest)."""
+        if "anee_check" in metafunc.fixturenames:
+            metafunc.parametrize("anee_config", list(self.configs), scope="class")
+            metafunc.parametrize("anee_check", ADAPTER_CHECKS, ids=[check.name for check in ADAPTER_CHECKS])
+
+    def test_conformance(self, anee_config: str, anee_check: Check[Subject]) -> None:
+        """Run one check on one config."""
+        subject = Subject(self.adapter, self.configs[anee_config], anee_config, tuple(self.refused))
+        failure = anee_check.failure(subject)
+        assert failure is None, failure
+
+
+class PolicyConformance:
+    """Subclass it as ``Test...`` and name policies: pytest runs every check on each of them.
+
+    ``policies`` maps names to (policy string or object, budget or None).
+    """
+
+    policies: ClassVar[Mapping[str, tuple[Any, float | None]]]
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Make one test of each policy and check (called by pytest)."""
+        if "anee_check" in metafunc.fixturenames:
+            metafunc.parametrize("anee_policy", list(self.policies), scope="class")
+            metafunc.parametrize("anee_check", POLICY_CHECKS, ids=[check.name for check in POLICY_CHECKS])
+
+    def test_conformance(self, anee_policy: str, anee_check: Check[PolicySubject]) -> None:
+        """Run one check on one policy."""
+        policy, budget = self.policies[anee_policy]
+        failure = anee_check.failure(PolicySubject(policy, budget))
+        assert failure is None, failure

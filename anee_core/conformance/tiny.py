@@ -1,0 +1,84 @@
+"""Configs small enough to check: read from files, or a family's default made small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from anee_core.errors import InputError, suggestion
+
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "rotary_dim": 4,
+    "query_pre_attn_scalar": 8,
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 128,
+    "sliding_window": 5,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+
+
+def small_config(model_type: str) -> Any:
+    """Return the default config of a transformers family with every size made small.
+
+    Raises:
+        InputError: transformers has no such family, or its config cannot be made small this way.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(f"transformers has no model family '{model_type}'; {suggestion(model_type, CONFIG_MAPPING)}")
+    make = CONFIG_MAPPING[model_type]
+    default = make()
+    names = getattr(make, "attribute_map", {})
+    sizes = {names.get(k, k): v for k, v in _SMALL.items() if getattr(default, k, None) is not None}
+    try:
+        return make(**sizes, **_SPECIAL)
+    except Exception as error:  # each family checks its sizes in its own way
+        raise InputError(
+            f"the config of '{model_type}' cannot be made small by itself ({' '.join(str(error).split())}); "
+            "pass a small config of your own"
+        ) from error
+
+
+def read_configs(path: Path) -> dict[str, Any]:
+    """Return the config in a JSON file, or those in a folder's ``*.json``, by file name without its ending.
+
+    Raises:
+        InputError: there is none, or a file is no config that transformers knows.
+    """
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"the folder '{path}' has no .json config")
+    return {file.stem: _read(file) for file in files}
+
+
+def _read(file: Path) -> Any:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read the config '{file}': {error}") from error
+    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
+    if model_type is None:
+        raise InputError(f"the config '{file}' says no model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(f"'{file}' is of the unknown family '{model_type}'; {suggestion(model_type, CONFIG_MAPPING)}")
+    try:
+        return CONFIG_MAPPING[model_type](**values)
+    except Exception as error:
+        raise InputError(f"the config '{file}' is wrong: {' '.join(str(error).split())}") from error
