@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from anee_core.calibration import CalibrationOptions, calibrate, fingerprint
 from anee_core.errors import AneeError, InputError, ModelError, suggestion
 from anee_core.hookspecs import SourceRequest
-from anee_core.interfaces import CachePolicy, Calibration, Controller
+from anee_core.interfaces import CachePolicy, Calibration, Controller, ModelAdapter
 from anee_core.ledger import check_budget
 from anee_core.model import AdaptiveModel, Prefill, causal_lm, check_prefill
 from anee_core.plugins import Plugins
@@ -86,11 +86,9 @@ def load(
     inner = causal_lm(network)
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
-    kind = inner.config.model_type
-    if kind not in plugins.adapters:
-        raise ModelError(f"no adapter for the model family '{kind}'; {suggestion(kind, plugins.adapters)}")
+    adapter = _adapter_of(inner.config, plugins)
     _check_weights(inner)
-    adaptive = AdaptiveModel(network, plugins.adapters[kind], tokenizer, prefill)
+    adaptive = AdaptiveModel(network, adapter, tokenizer, prefill)
     if not isinstance(model, nn.Module):
         adaptive.eval()
     ready = calibration if isinstance(calibration, Calibration) else parsed.calibration
@@ -132,10 +130,7 @@ def _open(
             f"cannot find the model '{name}': it is no local folder, no installed model source, and the hub did not "
             f"give it ({_first_line(error)}); {known}"
         ) from error
-    if config.model_type not in plugins.adapters:
-        raise ModelError(
-            f"no adapter for the model family '{config.model_type}'; {suggestion(config.model_type, plugins.adapters)}"
-        )
+    _adapter_of(config, plugins)
     try:
         network, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", output_loading_info=True, **options
@@ -153,6 +148,25 @@ def _open(
         logger.warning("no tokenizer for '%s' (%s): generate from token ids, or pass one", name, _first_line(error))
         tokenizer = None
     return network if device is None else network.to(device), tokenizer
+
+
+def _adapter_of(config: Any, plugins: Plugins) -> ModelAdapter:
+    """Return the adapter of a model family, or raise `ModelError` saying why there is none."""
+    kind = config.model_type
+    if kind in plugins.adapters:
+        return plugins.adapters[kind]  # type: ignore[no-any-return]
+    if config.is_encoder_decoder:
+        raise ModelError(f"'{kind}' has an encoder: ANEE runs decoder-only models")
+    network = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if network is not None and network._is_stateful:
+        raise ModelError(
+            f"layers of '{kind}' keep no key/value cache but a state of their own: a token that skips such a layer "
+            "would leave no trace in it, so ANEE cannot run this family"
+        )
+    raise ModelError(
+        f"no adapter for the model family '{kind}'; {suggestion(kind, plugins.adapters)}; "
+        f"'anee new-adapter {kind}' writes the start of one"
+    )
 
 
 def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:

@@ -295,6 +295,11 @@ def _check_runnable(parts: Parts, adapter: ModelAdapter) -> None:
     reason = adapter.refuse(config)
     if reason is not None:
         raise ModelError(f"{type(parts.model).__name__} with this config is not supported: {reason}")
+    if parts.model._is_stateful:
+        raise ModelError(
+            f"layers of {type(parts.model).__name__} keep a state beside the key/value cache, which a skipped token "
+            "would not enter"
+        )
     if config._attn_implementation not in ("eager", "sdpa"):
         raise ModelError(
             f"attention backend '{config._attn_implementation}' cannot express per-token masks; "

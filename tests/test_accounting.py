@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, adaptive, build, ragged, tokens
+from tiny import FEW, adaptive, build, ragged, tokens
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from anee_core.accounting import executed_work, stored_bytes, total_work
@@ -31,7 +31,7 @@ POLICIES = [
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_flops_of_a_forward_equal_the_counter(family, policy, attention):
     model = adaptive(build(family, attention), policy)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_flops_of_a_forward_equal_the_counter(family, policy, attention):
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, "heuristic:protect=1 1", "window:sinks=1,recent=3"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_flops_of_a_generation_equal_the_counter(family, policy):
     model = adaptive(build(family), policy)
     ids, mask = ragged([4, 7], "left")
@@ -49,7 +49,7 @@ def test_flops_of_a_generation_equal_the_counter(family, policy):
     assert spent == model.last_trace.flops["spent"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_dense_flops_are_those_of_transformers(family):
     model, ids = build(family), tokens(2, 10)
     ours = adaptive(model, "static:skip=1 2 3")

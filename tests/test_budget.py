@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, adaptive, build, ragged, tokens
+from tiny import FEW, adaptive, build, ragged, tokens
 
 from anee_core.errors import BudgetError, PolicyError
 from anee_core.interfaces import Action, Controller, DecisionContext
@@ -21,7 +21,7 @@ def shares_of_tokens(model):
 
 @pytest.mark.parametrize("policy", [SPENDTHRIFT, "random:p=0.4,protect=1 1", "heuristic:protect=1 1,spread=0.3"])
 @pytest.mark.parametrize("budget", [0.5, 0.62, 0.9, 1.0])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_hard_budget_is_exceeded_by_no_token(family, budget, policy):
     model = adaptive(build(family), policy, budget, hard=True)
     ids, mask = ragged([5, 20, 13], "left")
@@ -54,7 +54,7 @@ def test_random_meets_the_budget_on_average(family):
     assert shares_of_tokens(model).mean().item() == pytest.approx(0.7, abs=0.01)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_calibrated_static_set_is_the_largest_that_fits(family):
     model = adaptive(build(family), "static:protect=1 1", 0.7)
     model(tokens())

@@ -1,53 +1,8 @@
-"""With every layer run and every token kept, ANEE is transformers."""
+"""With every layer run and every token kept, ANEE is transformers: what the conformance suite leaves open."""
 
 import pytest
 import torch
-from tiny import FAMILIES, adaptive, build, ragged, stepwise, tokens
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-class TestDense:
-    def test_whole_sequence_is_bit_identical(self, family, attention, dtype):
-        model, ids = build(family, attention, dtype), tokens()
-        with torch.no_grad():
-            assert torch.equal(adaptive(model)(ids).logits, model(ids).logits)
-
-    def test_cached_decoding_is_bit_identical(self, family, attention, dtype):
-        model, ids = build(family, attention, dtype), tokens(length=14)
-        ours, cache, theirs = adaptive(model), None, None
-        with torch.no_grad():
-            for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:8], ids[:, 8:12], ids[:, 12:]):
-                mine = ours(part, past_key_values=cache)
-                other = model(part, past_key_values=theirs, use_cache=True)
-                cache, theirs = mine.past_key_values, other.past_key_values
-                if part.shape[1] in (1, 6) and family != "qwen2-sliding":
-                    assert torch.equal(mine.logits, other.logits)
-                else:
-                    # Where the mask is a bool one there, or the slots outside a window are gone there and masked
-                    # here, sums are taken in another order.
-                    torch.testing.assert_close(mine.logits, other.logits)
-
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_padded_batch_is_that_of_transformers(self, family, attention, dtype, side):
-        model = build(family, attention, dtype)
-        ids, mask = ragged([3, 9, 6], side, extra=2)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        with torch.no_grad():
-            mine = adaptive(model)(ids, attention_mask=mask).logits
-            other = model(ids, attention_mask=mask, position_ids=positions).logits
-        real = mask.bool()
-        if dtype == torch.float32:
-            assert torch.equal(mine[real], other[real])
-        else:
-            torch.testing.assert_close(mine[real], other[real])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stepwise_is_the_whole_sequence(family):
-    model, ids = adaptive(build(family)), tokens()
-    torch.testing.assert_close(stepwise(model, ids), model(ids).logits, atol=2e-5, rtol=1e-4)
+from tiny import FAMILIES, adaptive, build, tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)

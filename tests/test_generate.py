@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, adaptive, build, ragged, tokens
+from tiny import FEW, adaptive, build, ragged, tokens
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -25,7 +25,7 @@ def matching_model(model, policy):
 
 
 @pytest.mark.parametrize("policy", ["dense", "static:skip=1 4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 class TestLikeTransformers:
     def test_greedy(self, family, policy):
         model, ids = build(family), tokens(2, 7)
@@ -208,7 +208,7 @@ def test_works_in_a_pipeline(word_tokenizer):
 
 
 def test_one_new_token_from_a_prompt_of_one():
-    for family in FAMILIES:
+    for family in FEW:
         model, ids = build(family), tokens(1, 1)
         result = adaptive(model).decode(ids, max_new_tokens=1)
         assert torch.equal(result.sequences, model.generate(ids, max_new_tokens=1, do_sample=False))

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import anee
+from anee_core.conformance.subject import Subject
+from anee_core.conformance.tiny import read_configs
 from anee_core.interfaces import Calibration
 from anee_core.model import AdaptiveModel
 from anee_core.plugins import Plugins
 
-VOCABULARY = 97
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-
-FAMILIES = {
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=6, n_head=4, n_positions=128, **SPECIAL)
-    ),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, **SPECIAL)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **SPECIAL)),
-    "qwen2-sliding": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**SHAPE, **SPECIAL, use_sliding_window=True, sliding_window=5, max_window_layers=2)
-    ),
-}
-
-
-def build(family, attention="sdpa", dtype=torch.float32):
-    """Return a tiny transformers model with weights large enough that every layer matters."""
-    torch.manual_seed(sum(map(ord, family)))
-    model = FAMILIES[family]()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4.0)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    model.set_attn_implementation(attention)
-    return model.to(dtype).eval()
-
-
 PLUGINS = Plugins.discover()
+VOCABULARY = 97
+
+CONFIGS = read_configs(Path(__file__).parent / "configs")
+"""Every family that ANEE has an adapter for, in all its variants: six layers, width 32."""
+FAMILIES = tuple(CONFIGS)
+FEW = ("gpt2", "llama", "qwen2-sliding", "falcon-multi-query")
+"""Learned positions; grouped queries; windows in some layers; a tuple, a fused projection and a mask at all times."""
+
+
+def build(family, attention=None, dtype=torch.float32):
+    """Return a tiny transformers model with weights large enough that every layer matters."""
+    config = CONFIGS[family]
+    return Subject(PLUGINS.adapters[config.model_type], config, plugins=PLUGINS).build(dtype, attention)
 
 
 def adaptive(model, policy="dense", budget=None, **options) -> AdaptiveModel:

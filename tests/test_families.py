@@ -1,0 +1,142 @@
+"""Every built-in family, in every variant, and every built-in policy keep the promises of the conformance suites."""
+
+import pytest
+import torch
+from tiny import CONFIGS, PLUGINS, adaptive, tokens
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma3TextConfig, GPT2Config, MambaConfig, T5Config
+
+import anee
+from anee_core.conformance import ADAPTER_CHECKS, PolicyConformance, Subject
+from anee_core.conformance.tiny import small_config
+from anee_core.errors import InputError, ModelError
+
+REFUSED = {
+    "falcon": (FalconConfig(alibi=True),),
+    "gemma3_text": (Gemma3TextConfig(use_bidirectional_attention=True),),
+    "gpt2": (GPT2Config(add_cross_attention=True),),
+}
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    """Models are shared by the checks of a config, and let go with the next."""
+    made = {}
+
+    def subject(name):
+        if name not in made:
+            made.clear()
+            config = CONFIGS[name]
+            kind = config.model_type
+            made[name] = Subject(PLUGINS.adapters[kind], config, name, REFUSED.get(kind, ()), PLUGINS)
+        return made[name]
+
+    return subject
+
+
+@pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=[check.name for check in ADAPTER_CHECKS])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_family(name, check, subjects):
+    failure = check.failure(subjects(name))
+    assert failure is None, failure
+
+
+class TestPolicies(PolicyConformance):
+    policies = {
+        "dense": ("dense", None),
+        "static": ("static:skip=1 3", None),
+        "static, calibrated": ("static:protect=1 1", 0.7),
+        "random": ("random:protect=1 1", 0.7),
+        "random, exit": ("random:p=0.3,exit=0.2,protect=1 1", None),
+        "heuristic": ("heuristic:protect=1 1,exit=0.3,spread=0.2", 0.7),
+        "window": ("window:sinks=1,recent=4", None),
+        "heuristic and window": ("heuristic:protect=1 1+window:sinks=1,recent=4", 0.7),
+    }
+
+
+def test_every_registered_family_has_a_config_and_every_config_an_adapter():
+    assert {config.model_type for config in CONFIGS.values()} == set(PLUGINS.adapters)
+
+
+@pytest.mark.parametrize("kind", sorted(PLUGINS.adapters))
+def test_default_config_of_every_family_can_be_made_small(kind):
+    config = small_config(kind)
+    assert (config.num_hidden_layers, config.hidden_size) == (6, 32)
+
+
+def test_positions_beyond_longrope_short_factors_are_refused():
+    """Beyond them transformers turns cached keys no more as it turned them before."""
+    model = adaptive(AutoModelForCausalLM.from_config(CONFIGS["phi3-longrope"]))
+    assert model(tokens(1, 64)).logits.shape[1] == 64
+    with pytest.raises(InputError, match="context of 64"):
+        model(tokens(1, 65))
+
+
+def test_dynamic_scaling_is_refused_beyond_the_trained_length_only():
+    config = type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "max_position_embeddings": 16})
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(config).eval()
+    model, ids = adaptive(network), tokens(1, 16)
+    assert torch.equal(model(ids).logits, network(ids).logits)
+    with pytest.raises(InputError, match="context of 16"):
+        model(tokens(1, 17))
+
+
+def test_rotary_positions_without_such_an_end_go_on():
+    config = type(CONFIGS["llama"])(**{**CONFIGS["llama"].to_dict(), "max_position_embeddings": 16})
+    assert adaptive(AutoModelForCausalLM.from_config(config))(tokens(1, 17)).logits.shape[1] == 17
+
+
+def test_table_of_positions_inside_attention_ends_too():
+    model = adaptive(AutoModelForCausalLM.from_config(CONFIGS["gptj"]))
+    with pytest.raises(InputError, match="context of 128"):
+        model(tokens(1, 129))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4), "keep no key/value cache"),
+        (T5Config(vocab_size=97, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16), "encoder"),
+    ],
+    ids=["mamba", "t5"],
+)
+def test_families_that_no_adapter_could_serve_are_refused_with_the_reason(config, reason, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=reason):
+        anee.load(str(tmp_path))
+
+
+def test_family_with_recurrent_layers_is_refused_with_the_reason_when_loaded():
+    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ModelError, match="keep no key/value cache"):
+        anee.load(AutoModelForCausalLM.from_config(config))
+
+
+def test_falcon_with_alibi_is_refused_with_the_reason():
+    config = type(CONFIGS["falcon-sequential"])(**{**CONFIGS["falcon-sequential"].to_dict(), "alibi": True})
+    with pytest.raises(ModelError, match="ALiBi bias from the padding mask"):
+        anee.load(AutoModelForCausalLM.from_config(config))
+
+
+def test_stacked_weights_that_no_path_names_are_refused():
+    """Otherwise a mixture of experts would be charged for its router alone."""
+    from anee_adapters import LlamaAdapter
+    from anee_core.errors import AdapterError
+    from anee_core.model import AdaptiveModel
+
+    with pytest.raises(AdapterError, match=r"'mlp\.experts' of MixtralDecoderLayer holds stacked weights"):
+        AdaptiveModel(AutoModelForCausalLM.from_config(CONFIGS["mixtral"]), LlamaAdapter())
+
+
+def test_a_token_reads_its_own_experts_and_many_tokens_read_all():
+    model = adaptive(AutoModelForCausalLM.from_config(CONFIGS["mixtral"]))
+    layer = model.engine.costs.run[0]
+    experts = model.parts.layers[0].mlp.experts
+    held = sum(p.numel() * p.element_size() for p in experts.parameters())
+    assert layer.table_bytes == held
+    assert layer.token_bytes * 2 == held  # 2 of 4 experts
+    everything = sum(p.numel() * p.element_size() for p in model.parts.layers[0].parameters())
+    assert layer.read(0) == 0
+    assert layer.read(1) == everything - held // 2
+    assert layer.read(50) == everything
