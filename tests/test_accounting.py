@@ -3,21 +3,9 @@
 import pytest
 import torch
 from tiny import FEW, adaptive, build, ragged, tokens
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from anee_core.accounting import executed_work, stored_bytes, total_work
-
-
-def cpu_attention_flops(query, key, value, *_, **__):
-    """Count the fused CPU kernel as torch's counter counts those of GPUs, which are all it knows."""
-    return sdpa_flop_count(query, key, value)
-
-
-def counted(run):
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        run()
-    return counter.get_total_flops()
+from anee_core.accounting import executed_work, layer_work, stored_bytes
+from anee_core.conformance.cost import counted
 
 
 POLICIES = [
@@ -29,15 +17,6 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", FEW)
-def test_flops_of_a_forward_equal_the_counter(family, policy, attention):
-    model = adaptive(build(family, attention), policy)
-    with torch.no_grad():
-        assert counted(lambda: model(tokens(3, 12))) == model.last_trace.flops["spent"]
-
-
 @pytest.mark.parametrize("policy", [*POLICIES, "heuristic:protect=1 1", "window:sinks=1,recent=3"])
 @pytest.mark.parametrize("family", FEW)
 def test_flops_of_a_generation_equal_the_counter(family, policy):
@@ -47,15 +26,6 @@ def test_flops_of_a_generation_equal_the_counter(family, policy):
     assert spent == model.last_trace.flops["spent"]
     spent = counted(lambda: model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False))
     assert spent == model.last_trace.flops["spent"]
-
-
-@pytest.mark.parametrize("family", FEW)
-def test_dense_flops_are_those_of_transformers(family):
-    model, ids = build(family), tokens(2, 10)
-    ours = adaptive(model, "static:skip=1 2 3")
-    with torch.no_grad():
-        ours(ids)
-        assert counted(lambda: model(ids)) == ours.last_trace.flops["dense"]
 
 
 def test_keys_and_values_cost_a_sixth_of_a_gpt2_block():
@@ -80,7 +50,7 @@ def test_parts_add_up_and_stand_apart():
         assert 0 < parts["propagation"] < parts["layers"]
     assert flops["head"] == 10 * 2 * 32 * 97
     assert flops["embedding"] == 0
-    assert weights["embedding"] == 10 * 32 * 4
+    assert weights["embedding"] == 10 * 32 * 4 + 32 * 4  # rows of the table, and the final norm
     assert weights["head"] == 97 * 32 * 4
 
 
@@ -110,7 +80,7 @@ def test_executed_work_counts_only_what_is_called():
     layer = build("llama").model.layers[0]
     norm, inputs = layer.input_layernorm, torch.zeros(1, 1, 32)
     assert executed_work(layer, lambda: layer.self_attn.k_proj(norm(inputs))).flops == 2 * 32 * 16
-    assert total_work(layer).flops == adaptive(build("llama")).engine.costs.run[0].flops
+    assert layer_work(layer, None, None).flops == adaptive(build("llama")).engine.costs.run[0].flops
     assert not layer._forward_hooks
     assert not layer.self_attn.k_proj._forward_hooks
 

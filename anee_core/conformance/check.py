@@ -18,7 +18,7 @@ class MismatchError(AssertionError):
     """A promise is broken: what was expected, what was found, and where to look."""
 
     def __init__(self, expected: str, found: str, look: str) -> None:
-        super().__init__(f"expected {expected}; found {found}; look at {look}")
+        super().__init__(" ".join(f"expected {expected}; found {found}; look at {look}".split()))
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def cost_model(subject: Subject) -> None:
     ids = subject.tokens(3, 12)
     for attention in subject.backends:
         model = subject.model(attention=attention)
-        for policy in ("dense", "static:skip=1", "random:p=0.5,protect=0 0", "static:exit=2"):
+        for policy in ("dense", "random:p=0.5,protect=0 0", "static:exit=2"):
             adaptive = subject.adaptive(policy, model=model)
             executed = counted(lambda adaptive=adaptive: adaptive(ids), adaptive.parts.rotary)  # type: ignore[misc]
             reported = adaptive.last_trace.flops["spent"]  # type: ignore[union-attr]

@@ -46,7 +46,8 @@ def small_config(model_type: str) -> Any:
     make = CONFIG_MAPPING[model_type]
     default = make()
     names = getattr(make, "attribute_map", {})
-    sizes = {names.get(k, k): v for k, v in _SMALL.items() if getattr(default, k, None) is not None}
+    given = {k: v for k, v in _SMALL.items() if getattr(default, k, None) is not None}
+    sizes = {names.get(k, k): v for k, v in given.items() if not isinstance(getattr(make, k, None), property)}
     try:
         return make(**sizes, **_SPECIAL)
     except Exception as error:  # each family checks its sizes in its own way

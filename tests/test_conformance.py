@@ -1,0 +1,419 @@
+"""The conformance suite catches wrong adapters and policies: for every check something broken fails it."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from tiny import CONFIGS, PLUGINS
+
+from anee_adapters import Gemma3Adapter, GemmaAdapter, GPT2Adapter, GPTJAdapter, LlamaAdapter, MixtralAdapter
+from anee_core.accounting import Work
+from anee_core.conformance import ADAPTER_CHECKS, POLICY_CHECKS, PolicySubject, Subject
+from anee_core.interfaces import Action, CachePolicy, Controller
+
+CHECKS = {check.name: check for check in ADAPTER_CHECKS}
+
+
+def layout(base, **changes):
+    """Return an adapter like ``base`` whose table of names is wrong."""
+    return type("Broken", (type(base),), {"layout": replace(base.layout, **changes)})()
+
+
+class PositionOffByOne(LlamaAdapter):
+    def begin(self, parts, hidden_states, position_ids):
+        return super().begin(parts, hidden_states, position_ids + 1)
+
+
+class PositionsFromZero(LlamaAdapter):
+    """Right for a first block only."""
+
+    def begin(self, parts, hidden_states, position_ids):
+        return super().begin(parts, hidden_states, position_ids - position_ids[:, :1])
+
+
+class PositionsOfFirstRow(LlamaAdapter):
+    def begin(self, parts, hidden_states, position_ids):
+        return super().begin(parts, hidden_states, position_ids[:1].expand_as(position_ids))
+
+
+class NoLearnedPositions(GPT2Adapter):
+    def embed(self, parts, token_embeddings, position_ids):
+        return token_embeddings
+
+
+class OneRotaryForAllLayers(Gemma3Adapter):
+    def begin(self, parts, hidden_states, position_ids):
+        return (super().begin(parts, hidden_states, position_ids)[0],) * len(parts.layers)
+
+
+class NoWindow(LlamaAdapter):
+    def window(self, config, layer_idx):
+        return None
+
+
+class WindowTooWide(LlamaAdapter):
+    def window(self, config, layer_idx):
+        return config.sliding_window + 1
+
+
+class NoSoftCap(GemmaAdapter):
+    def logits(self, parts, hidden_states):
+        return parts.head(hidden_states)
+
+
+class NoNormBeforeKeys(LlamaAdapter):
+    layout = replace(LlamaAdapter.layout, input_norm=None)
+
+
+class QueriesFirstInReverse(GPT2Adapter):
+    """Takes [Q|K|V] for [Q|V|K]."""
+
+    def project_kv(self, parts, layer_idx, hidden_states, call):
+        return super().project_kv(parts, layer_idx, hidden_states, call)[::-1]
+
+
+class NotRotated(GPTJAdapter):
+    def project_kv(self, parts, layer_idx, hidden_states, call):
+        return LlamaAdapter.project_kv(self, parts, layer_idx, hidden_states, call)
+
+
+class NextLayersKeys(LlamaAdapter):
+    def project_kv(self, parts, layer_idx, hidden_states, call):
+        return super().project_kv(parts, (layer_idx + 1) % len(parts.layers), hidden_states, call)
+
+
+class CallOfTheFirstLayer(LlamaAdapter):
+    """Counts on layer 0 having just run."""
+
+    def run(self, parts, layer_idx, hidden_states, call, cache_view):
+        if layer_idx == 0:
+            self.call = call
+        call = replace(call, position_embeddings=self.call.position_embeddings)
+        return super().run(parts, layer_idx, hidden_states, call, cache_view)
+
+
+class LastTokenOnly(LlamaAdapter):
+    def project_kv(self, parts, layer_idx, hidden_states, call):
+        return tuple(part[:, :, -1:] for part in super().project_kv(parts, layer_idx, hidden_states, call))
+
+
+class DependsOnBlockLength(LlamaAdapter):
+    def begin(self, parts, hidden_states, position_ids):
+        return super().begin(parts, hidden_states, position_ids * hidden_states.shape[1])
+
+
+class MixesRows(LlamaAdapter):
+    def embed(self, parts, token_embeddings, position_ids):
+        return token_embeddings + 0.1 * token_embeddings.mean(0, keepdim=True)
+
+
+class Forgetful(LlamaAdapter):
+    """Gives the layer a cache that remembers nothing; what comes before is written but never read."""
+
+    def run(self, parts, layer_idx, hidden_states, call, cache_view):
+        class Forgetting:
+            def update(self, keys, values, layer_idx):
+                cache_view.update(keys, values, layer_idx)
+                return keys, values
+
+        mask = call.attention_mask
+        call = call.with_mask(None if mask is None else mask[..., -hidden_states.shape[1] :])
+        return super().run(parts, layer_idx, hidden_states, call, Forgetting())
+
+
+class FreeKeys(LlamaAdapter):
+    def kv_work(self, parts, layer_idx):
+        return Work()
+
+
+class CheapLayers(LlamaAdapter):
+    def layer_work(self, parts, layer_idx):
+        work = super().layer_work(parts, layer_idx)
+        return replace(work, flops=work.flops // (layer_idx + 1))
+
+
+class AllExperts(MixtralAdapter):
+    """Charges every expert, though a token runs two."""
+
+    def layer_work(self, parts, layer_idx):
+        work = super().layer_work(parts, layer_idx)
+        return replace(work, flops=2 * sum(p.numel() for p in parts.layers[layer_idx].parameters() if p.dim() > 1))
+
+
+class WrongHeadWidth(LlamaAdapter):
+    def attention_width(self, config):
+        return config.num_key_value_heads * self.head_dim(config)
+
+
+class Carries(LlamaAdapter):
+    """Adds something of the previous call to the next one: state that no cache knows of."""
+
+    def embed(self, parts, token_embeddings, position_ids):
+        last, self.last = getattr(self, "last", None), token_embeddings[:, -1:]
+        return token_embeddings if last is None or len(last) != len(self.last) else token_embeddings + 0.1 * last
+
+
+class KeepsFirstModel(LlamaAdapter):
+    def parts(self, model):
+        self.first = getattr(self, "first", None) or super().parts(model)
+        return replace(super().parts(model), final_norm=self.first.final_norm)
+
+
+class Patches(LlamaAdapter):
+    def parts(self, model):
+        for layer in model.model.layers:
+            layer.forward = layer.forward
+        return super().parts(model)
+
+
+class ChangesConfig(LlamaAdapter):
+    def parts(self, model):
+        model.config.use_cache = False
+        return super().parts(model)
+
+
+class AcceptsAnything(LlamaAdapter):
+    def refuse(self, config):
+        return None
+
+
+class RefusesEverything(LlamaAdapter):
+    def refuse(self, config):
+        return "no"
+
+
+BROKEN = [
+    ("paths", "llama", layout(LlamaAdapter(), mlp="mpl")),
+    ("paths", "llama", layout(LlamaAdapter(), cache_argument="layer_past")),
+    ("paths", "qwen3-moe", layout(PLUGINS.adapters["qwen3_moe"], experts="mlp.expert")),
+    ("layer arguments", "llama", PositionOffByOne()),
+    ("layer arguments", "gpt2", NoLearnedPositions()),
+    ("layer arguments", "gemma3", OneRotaryForAllLayers()),
+    ("layer arguments", "llama", layout(LlamaAdapter(), rotary=None)),
+    ("window", "mistral", NoWindow()),
+    ("window", "mistral", WindowTooWide()),
+    ("layer output", "gptj", layout(GPTJAdapter(), returns_tuple=False)),
+    ("layer output", "llama", layout(LlamaAdapter(), returns_tuple=True)),
+    ("layer output", "llama", layout(LlamaAdapter(), final_norm=None)),
+    ("dense sequence", "gemma2", NoSoftCap()),
+    ("dense decode", "llama", PositionsFromZero()),
+    ("padding", "llama", PositionsOfFirstRow()),
+    ("keys and values", "llama", NoNormBeforeKeys()),
+    ("keys and values", "gpt2", QueriesFirstInReverse()),
+    ("keys and values", "gptj", NotRotated()),
+    ("keys and values", "llama", NextLayersKeys()),
+    ("keys and values", "qwen3", layout(PLUGINS.adapters["qwen3"], key_norm=None)),
+    ("skip", "llama", CallOfTheFirstLayer()),
+    ("exit", "llama", LastTokenOnly()),
+    ("parallel equals stepwise", "llama", DependsOnBlockLength()),
+    ("rows", "llama", MixesRows()),
+    ("causal effect", "llama", Forgetful()),
+    ("cost model", "llama", FreeKeys()),
+    ("cost model", "llama", WrongHeadWidth()),
+    ("cost model", "mixtral", AllExperts()),
+    ("budget", "llama", FreeKeys()),
+    ("budget", "llama", CheapLayers()),
+    ("rollback", "llama", Carries()),
+    ("reorder", "llama", Carries()),
+    ("generate", "llama", PositionsFromZero()),
+    ("save and load", "llama", KeepsFirstModel()),
+    ("hygiene", "llama", Patches()),
+    ("hygiene", "llama", ChangesConfig()),
+    ("hygiene", "llama", KeepsFirstModel()),
+    ("refusal", "llama", AcceptsAnything()),
+    ("refusal", "llama", RefusesEverything()),
+]
+
+
+def test_something_broken_is_tried_with_every_check():
+    assert {name for name, _, _ in BROKEN} == set(CHECKS)
+    assert {name for name, _ in BROKEN_POLICIES} == {check.name for check in POLICY_CHECKS}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "adapter"),
+    BROKEN,
+    ids=[f"{name}: {config}, {type(adapter).__name__} {i}" for i, (name, config, adapter) in enumerate(BROKEN)],
+)
+def test_broken_adapter_fails_the_check(name, config, adapter):
+    failure = CHECKS[name].failure(Subject(adapter, CONFIGS[config], plugins=PLUGINS))
+    assert failure is not None
+    assert failure.startswith("expected ")
+    assert "; found " in failure
+    assert "; look at " in failure
+    assert "\n" not in failure
+
+
+def test_failure_names_what_is_wrong():
+    subject = Subject(layout(LlamaAdapter(), key="self_attn.key_proj"), CONFIGS["llama"], plugins=PLUGINS)
+    failure = CHECKS["paths"].failure(subject)
+    assert "no 'key_proj' (of path 'self_attn.key_proj') in LlamaAttention; it has: q_proj, k_proj" in failure
+    assert failure.endswith("look at the paths of Layout")
+    failure = CHECKS["window"].failure(Subject(WindowTooWide(), CONFIGS["mistral"], plugins=PLUGINS))
+    assert "layer 0 to see 5 positions" in failure
+    assert "found 6 (ModelAdapter.window says 6)" in failure
+
+
+def skipping(decide):
+    """Return a layer policy class that decides all layers at once."""
+
+    @dataclass(frozen=True)
+    class Skipping(Controller):
+        name = "broken"
+
+        def decide(self, signals, context):
+            layers = torch.arange(context.layer_idx, context.num_layers)[:, None, None]
+            skip = decide(layers, context).expand(len(layers), *context.position_ids.shape)
+            return torch.where(skip, Action.SKIP, Action.PROCESS).to(torch.uint8)
+
+    return Skipping
+
+
+def keeping(keep):
+    """Return a token policy class."""
+
+    @dataclass(frozen=True)
+    class Keeping(CachePolicy):
+        name = "broken"
+
+        def keep(self, view):
+            return keep(view)
+
+    return Keeping
+
+
+class AnyOption(Controller):
+    """Takes an option and loses it."""
+
+    name = "broken"
+
+    def __init__(self, no_such_option: int = 0):
+        pass
+
+    @classmethod
+    def option_names(cls):
+        return ("no_such_option",)
+
+    def options(self):
+        return {}
+
+    def decide(self, signals, context):
+        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Booleans(Controller):
+    name = "broken"
+
+    def decide(self, signals, context):
+        return torch.zeros(1, *context.position_ids.shape, dtype=torch.bool)
+
+
+@dataclass
+class Counts(Controller):
+    """Skips on every other call, whoever asks."""
+
+    name = "broken"
+
+    def __post_init__(self):
+        self.calls = 0
+
+    def decide(self, signals, context):
+        if context.layer_idx == 0:
+            self.calls += 1
+        action = Action.SKIP if self.calls % 2 and context.layer_idx == 2 else Action.PROCESS
+        return torch.full((1, *context.position_ids.shape), action, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Multiplies(Controller):
+    """Does work that it does not report."""
+
+    name = "broken"
+
+    def decide(self, signals, context):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Overspends(Controller):
+    """Asks for more than it was given, where nothing stops it: without a hard budget."""
+
+    name = "broken"
+    default_budget = 0.5
+
+    def decide(self, signals, context):
+        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
+
+
+@dataclass
+class WeightOutsideOptions(Controller):
+    """Draws what it skips when it is made."""
+
+    name = "broken"
+
+    def __post_init__(self):
+        self.skipped = next(_draws)
+
+    def decide(self, signals, context):
+        layers = torch.arange(context.layer_idx, context.num_layers)[:, None, None]
+        return (layers == self.skipped).expand(-1, *context.position_ids.shape).to(torch.uint8)
+
+
+_draws = iter(range(1000))
+
+
+def of_all_rows(layers, context):
+    return (layers == 2) & (context.position_ids.float().mean() > 3)
+
+
+def of_the_last(layers, context):
+    """The block's last token decides for all."""
+    return (layers == 2) & (context.position_ids[:, -1:] % 2 == 0)
+
+
+def not_alone(layers, context):
+    """Works for several tokens at once only."""
+    return (layers == 2) & (context.position_ids[:, 1:2] > 0)
+
+
+def of_64(view):
+    """Knows 64 slots."""
+    return torch.ones(64, dtype=torch.bool)[: view.valid.shape[1]].expand(view.valid.shape)
+
+
+def in_single_precision(view):
+    return (view.keys @ torch.ones(view.keys.shape[-1])).sum(1) > 0
+
+
+BROKEN_POLICIES = [
+    ("spelling", AnyOption()),
+    ("answers", Booleans()),
+    ("answers", keeping(lambda view: view.valid.float())()),
+    ("parallel equals stepwise", skipping(of_the_last)()),
+    ("rows", skipping(of_all_rows)()),
+    ("rows", keeping(lambda view: view.position_ids > view.query_position.max() - 4)()),
+    ("budget", Overspends()),
+    ("cost", Multiplies()),
+    ("repeatable", Counts()),
+    ("combines", Counts()),
+    ("generation", skipping(not_alone)()),
+    ("memory", keeping(of_64)()),
+    ("save and load", WeightOutsideOptions()),
+    ("half precision", keeping(in_single_precision)()),
+]
+
+
+@pytest.mark.parametrize(("name", "policy"), BROKEN_POLICIES, ids=[f"{n} {i}" for i, (n, _) in enumerate(BROKEN_POLICIES)])
+def test_broken_policy_fails_the_check(name, policy):
+    check = next(check for check in POLICY_CHECKS if check.name == name)
+    failure = check.failure(PolicySubject(policy))
+    assert failure is not None
+    assert "; look at " in failure
+    assert "\n" not in failure
+
+
+def test_sound_policy_that_is_not_installed_passes_every_check():
+    subject = PolicySubject(skipping(lambda layers, context: (layers + context.position_ids) % 3 == 0)())
+    assert [check.failure(subject) for check in POLICY_CHECKS] == [None] * len(POLICY_CHECKS)
