@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from anee.develop import conformance, new_adapter
 from anee_core.errors import AneeError
 
 app = typer.Typer(
@@ -117,6 +118,10 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON l
     Console().print(table)
     for problem in found.problems():
         print(problem, file=sys.stderr)
+
+
+app.command()(conformance)
+app.command()(new_adapter)
 
 
 def main() -> None:

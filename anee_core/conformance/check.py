@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from anee_core.errors import InputError, suggestion
 
 S = TypeVar("S")
 
@@ -54,6 +56,19 @@ def check(name: str, look: str) -> Callable[[Callable[[S], None]], Check[S]]:
         return Check(name, promise[0].lower() + promise[1:], look, run)
 
     return wrap
+
+
+def named(checks: Sequence[Check[S]], names: Sequence[str] | None) -> tuple[Check[S], ...]:
+    """Return the checks with these names; all, if there are none.
+
+    Raises:
+        InputError: there is no such check.
+    """
+    known = {check.name: check for check in checks}
+    for name in names or ():
+        if name not in known:
+            raise InputError(f"there is no check '{name}'; {suggestion(name, known)}")
+    return tuple(known[name] for name in names) if names else tuple(checks)
 
 
 def expect(holds: object, expected: str, found: Any, look: str) -> None:

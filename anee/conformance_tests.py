@@ -1,0 +1,25 @@
+"""The conformance tests of the adapter that was named on pytest's command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from anee_core.conformance import ADAPTER_CHECKS, Check, Subject
+from anee_core.conformance.target import subjects
+from anee_core.plugins import Plugins
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """Make one test of each config and check."""
+    option = metafunc.config.getoption
+    paths = [Path(path) for path in option("--anee-config")]
+    found = subjects(option("--anee-adapter"), paths, None, Plugins.discover())
+    metafunc.parametrize("subject", [subject for *_, subject in found], ids=[name for name, *_ in found])
+    metafunc.parametrize("check", ADAPTER_CHECKS, ids=[check.name for check in ADAPTER_CHECKS])
+
+
+def test_conformance(subject: Subject, check: Check[Subject]) -> None:
+    """Run one check on one config."""
+    failure = check.failure(subject)
+    assert failure is None, failure

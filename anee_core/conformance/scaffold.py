@@ -1,0 +1,160 @@
+"""The start of an adapter plugin, with a table of names found in a small model of the family."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from anee_core.conformance.tiny import small_config
+from anee_core.errors import InputError
+
+_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+
+_PYPROJECT = """[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "anee-{name}"
+version = "0.1.0"
+description = "{family} for ANEE"
+readme = "README.md"
+requires-python = ">=3.10"
+dependencies = ["anee"]
+
+[project.optional-dependencies]
+test = ["pytest>=8"]
+
+[project.entry-points.anee]
+{name} = "anee_{name}"
+
+[tool.setuptools]
+packages = ["anee_{name}"]
+"""
+
+_README = """# anee-{name}
+
+An adapter that lets [ANEE](https://pypi.org/project/anee) run {family} models.
+
+    pip install anee-{name}
+    anee generate FOLDER_OR_HUB_ID "Once upon a time" --policy static:skip=3
+
+Its tests are ANEE's conformance suite: `pytest`, or `anee conformance anee_{name}:{Family}Adapter`.
+"""
+
+_PACKAGE = '''"""{family} for ANEE."""
+
+from anee_core.hookspecs import hookimpl
+from anee_core.interfaces import Layout, ModelAdapter
+
+
+class {Family}Adapter(ModelAdapter):
+    """{family}. Found by looking at a small model; the conformance suite says whether it is right."""
+
+    layout = Layout(
+{layout}
+    )
+
+
+@hookimpl
+def anee_adapters():
+    """Return the adapter by the model type it serves."""
+    return {{"{model_type}": {Family}Adapter()}}
+'''
+
+_TEST = '''"""The adapter keeps ANEE's promises."""
+
+from anee_{name} import {Family}Adapter
+
+from anee_core.conformance import AdapterConformance
+from anee_core.conformance.tiny import small_config
+
+
+class Test{Family}(AdapterConformance):
+    adapter = {Family}Adapter()
+    configs = {{"default": small_config("{model_type}")}}  # add the variants that your users have
+'''
+
+
+def write_plugin(model_type: str, output: Path) -> Path:
+    """Write ``output/anee-<model_type>`` and return it.
+
+    Raises:
+        InputError: transformers has no such family, ANEE cannot run it, or the folder exists.
+    """
+    layout = guess_layout(model_type)
+    name = re.sub(r"\W", "_", model_type.lower())
+    folder = output / f"anee-{name.replace('_', '-')}"
+    if folder.exists():
+        raise InputError(f"'{folder}' exists already; remove it or choose another --output")
+    words = {
+        "name": name,
+        "model_type": model_type,
+        "family": model_type,
+        "Family": "".join(part.capitalize() for part in name.split("_")),
+        "layout": "\n".join(f"        {key}={value!r}," for key, value in layout.items()).replace("'", '"'),
+    }
+    for path, text in (
+        ("pyproject.toml", _PYPROJECT),
+        ("README.md", _README),
+        (f"anee_{name}/__init__.py", _PACKAGE),
+        ("tests/test_conformance.py", _TEST),
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text.format(**words))
+    return folder
+
+
+def guess_layout(model_type: str) -> dict[str, Any]:
+    """Return the fields of a `Layout` as a small model of the family has them; only those that are needed."""
+    config = small_config(model_type)
+    try:
+        model = AutoModelForCausalLM.from_config(config).eval()
+    except ValueError as error:
+        raise InputError(f"transformers has no causal LM of the family '{model_type}'") from error
+    path, layers = next(
+        ((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers),
+        (None, None),
+    )
+    if path is None or layers is None:
+        raise InputError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers")
+    layer = layers[0]
+    argument = next((a for a in _CACHE_ARGUMENTS if a in inspect.signature(type(layer).forward).parameters), None)
+    attention = next((n for n, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
+    if argument is None or attention is None or model._is_stateful:
+        raise InputError(f"layers of '{model_type}' take no key/value cache: ANEE cannot run this family")
+    above, _, own = path.rpartition(".")
+    beside = [(n, m) for n, m in model.get_submodule(above).named_children() if n != own]
+    after = [n for n, m in beside if "norm" in n.lower() or re.fullmatch(r"ln_\w+", n)]
+    rotary = [n for n, m in beside if "rotary" in type(m).__name__.lower()]
+    table = [n for n, m in beside if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    found: dict[str, Any] = {"layers": path}
+    for field, names in (("final_norm", after), ("rotary", rotary), ("learned_positions", table)):
+        if names:
+            found[field] = f"{above}.{names[-1]}"
+    found["attention"] = attention
+    experts = {n.rpartition(".")[0] for item in layers for n, p in item.named_parameters() if p.dim() > 2}
+    if experts:
+        found["experts"] = min(experts, key=len)
+    if argument != _CACHE_ARGUMENTS[0]:
+        found["cache_argument"] = argument
+    if _returns_tuple(model, layer):
+        found["returns_tuple"] = True
+    return found
+
+
+def _returns_tuple(model: Any, layer: nn.Module) -> bool:
+    outputs: list[Any] = []
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long))
+    finally:
+        handle.remove()
+    return isinstance(outputs[0], tuple)

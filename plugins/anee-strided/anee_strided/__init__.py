@@ -1,0 +1,43 @@
+"""A token policy for ANEE: keep recent tokens, and every n-th older one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from anee_core.errors import PolicyError
+from anee_core.hookspecs import hookimpl
+from anee_core.interfaces import CachePolicy, CacheView
+
+
+@dataclass(frozen=True)
+class StridedCachePolicy(CachePolicy):
+    """Keep a recent window, and every n-th token before it.
+
+    Options:
+        every: distance between the older tokens that stay.
+        recent: how many most recent tokens stay, the current one included.
+    """
+
+    name: ClassVar[str] = "strided"
+
+    every: int = 4
+    recent: int = 64
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.recent < 1:
+            raise PolicyError(f"strided: every >= 1 and recent >= 1 are needed; got {self.every} and {self.recent}")
+
+    def keep(self, view: CacheView) -> Tensor:
+        """Return the slots to keep, [B, S]."""
+        recent = view.position_ids > view.query_position[:, None] - self.recent
+        return view.valid & (recent | (view.position_ids % self.every == 0))
+
+
+@hookimpl
+def anee_cache_policies() -> Mapping[str, type[CachePolicy]]:
+    """Return the policy by the name that a policy string uses."""
+    return {"strided": StridedCachePolicy}
