@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-real check format bench clean
+.PHONY: demo test test-real check format bench clean conformance conformance-oldest conformance-newest
 
 demo: .venv/demo.done  ## generate densely and under a layer-skipping policy
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,15 @@ format: .venv/dev.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+conformance: conformance-oldest conformance-newest  ## every family on the oldest and newest transformers; rewrites the README's table
+	.venv-newest/bin/python docs/support_table.py
+
+conformance-oldest conformance-newest: conformance-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --constraint constraints-$*.txt torch
+	.venv-$*/bin/pip install --quiet --upgrade --constraint constraints-$*.txt --editable . transformers
+	.venv-$*/bin/anee conformance --config tests/configs --json docs/results/conformance-$*.json
+
 bench: .venv/demo.done  ## ms per token against transformers
 	$(BIN)/python benchmarks/decode.py
 
@@ -34,8 +43,8 @@ bench: .venv/demo.done  ## ms per token against transformers
 	touch $@
 
 .venv/dev.done: .venv/demo.done
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[dev]" $(addprefix --editable ,$(wildcard plugins/*))
 	touch $@
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out
+	rm -rf .venv .venv-oldest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/out

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from anee_core.conformance import ADAPTER_CHECKS, Check, Subject
 from anee_core.conformance.target import subjects
+from anee_core.errors import AneeError
 from anee_core.plugins import Plugins
 
 
@@ -14,7 +17,10 @@ def pytest_generate_tests(metafunc: Any) -> None:
     """Make one test of each config and check."""
     option = metafunc.config.getoption
     paths = [Path(path) for path in option("--anee-config")]
-    found = subjects(option("--anee-adapter"), paths, None, Plugins.discover())
+    try:
+        found = subjects(option("--anee-adapter"), paths, option("--anee-model-type"), Plugins.discover())
+    except AneeError as error:
+        raise pytest.UsageError(str(error)) from error
     metafunc.parametrize("subject", [subject for *_, subject in found], ids=[name for name, *_ in found])
     metafunc.parametrize("check", ADAPTER_CHECKS, ids=[check.name for check in ADAPTER_CHECKS])
 

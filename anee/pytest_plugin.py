@@ -13,6 +13,7 @@ def pytest_addoption(parser: Any) -> None:
     """Add ANEE's options."""
     group = parser.getgroup("anee", "conformance of ANEE adapters")
     group.addoption("--anee-adapter", metavar="MODULE:ADAPTER", help="check this adapter, or a registered family's")
+    group.addoption("--anee-model-type", metavar="FAMILY", help="family of an adapter that is not registered")
     group.addoption(
         "--anee-config", metavar="FILE", action="append", default=[], help="a small config as JSON, or a folder of them"
     )

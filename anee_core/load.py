@@ -154,7 +154,7 @@ def _adapter_of(config: Any, plugins: Plugins) -> ModelAdapter:
     """Return the adapter of a model family, or raise `ModelError` saying why there is none."""
     kind = config.model_type
     if kind in plugins.adapters:
-        return plugins.adapters[kind]  # type: ignore[no-any-return]
+        return plugins.adapters[kind]
     if config.is_encoder_decoder:
         raise ModelError(f"'{kind}' has an encoder: ANEE runs decoder-only models")
     network = AutoModelForCausalLM._model_mapping.get(type(config), None)

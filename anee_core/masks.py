@@ -38,9 +38,7 @@ class MaskMaker:
     gets no mask for a first block (sdpa is, eager is not), ``always`` whether layers want a mask in any case.
     """
 
-    def __init__(
-        self, query_position: Tensor, dtype: torch.dtype, implicit_causal: bool, always: bool = False
-    ) -> None:
+    def __init__(self, query_position: Tensor, dtype: torch.dtype, implicit_causal: bool, always: bool = False) -> None:
         self._query_position, self._dtype, self._implicit_causal = query_position, dtype, implicit_causal
         self._always = always
         self._made: dict[tuple[int, int | None], Tensor] = {}

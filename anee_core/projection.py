@@ -28,10 +28,10 @@ def sliceable(fused: nn.Module) -> bool:
 
 def tail(fused: Any, states: Tensor, width: int) -> Tensor:
     """Return the last ``width`` outputs of a `sliceable` projection of ``states`` [B, T, D], [B, T, width]."""
-    bias = None if fused.bias is None else fused.bias[-width:]
     if type(fused).__name__ != _TRANSPOSED:
+        bias = None if fused.bias is None else fused.bias[-width:]
         return nn.functional.linear(states, fused.weight[-width:], bias)
-    flat = torch.addmm(bias, states.view(-1, states.shape[-1]), fused.weight[:, -width:])
+    flat = torch.addmm(fused.bias[-width:], states.view(-1, states.shape[-1]), fused.weight[:, -width:])
     return flat.view(*states.shape[:-1], width)
 
 

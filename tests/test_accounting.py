@@ -7,7 +7,6 @@ from tiny import FEW, adaptive, build, ragged, tokens
 from anee_core.accounting import executed_work, layer_work, stored_bytes
 from anee_core.conformance.cost import counted
 
-
 POLICIES = [
     "dense",
     "static:skip=1 4",

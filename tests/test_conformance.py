@@ -405,7 +405,9 @@ BROKEN_POLICIES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "policy"), BROKEN_POLICIES, ids=[f"{n} {i}" for i, (n, _) in enumerate(BROKEN_POLICIES)])
+@pytest.mark.parametrize(
+    ("name", "policy"), BROKEN_POLICIES, ids=[f"{n} {i}" for i, (n, _) in enumerate(BROKEN_POLICIES)]
+)
 def test_broken_policy_fails_the_check(name, policy):
     check = next(check for check in POLICY_CHECKS if check.name == name)
     failure = check.failure(PolicySubject(policy))

@@ -1,12 +1,16 @@
 """What the README and the examples show is run."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny import build
+from tiny import CONFIGS, build
+
+from anee_core.conformance import ADAPTER_CHECKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +33,51 @@ def test_snippet_of_the_front_page_runs(tiny_folder, capsys):
     exec(compile(tiny, "README.md", "exec"), names)
     assert "layers run per token" in capsys.readouterr().out
     assert names["ids"].shape[0] == 2
+
+
+@pytest.mark.parametrize("page", ["adapter", "policy"])
+def test_snippets_of_a_page_run_in_order(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    names = {}
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)):
+        exec(compile(code, f"{page}.md, block {i}", "exec"), names)
+
+
+def test_every_field_of_a_layout_is_explained():
+    from dataclasses import fields
+
+    from anee_core.interfaces import Layout
+
+    page = (ROOT / "docs" / "adapter.md").read_text(encoding="utf-8")
+    table = page[page.index("| field |") : page.index("A layer that a token skips")]
+    assert {field.name for field in fields(Layout)} - {"mlp"} == set(re.findall(r"`(\w+)`", table)) - {
+        "past_key_values"
+    }
+
+
+@pytest.fixture(scope="module")
+def support_table():
+    spec = importlib.util.spec_from_file_location("support_table", ROOT / "docs" / "support_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_support_table_is_that_of_the_reports(support_table):
+    reports = [json.loads(path.read_text()) for path in support_table.REPORTS]
+    assert support_table.with_table(README, support_table.support_table(reports)) == README, "run docs/support_table.py"
+
+
+def test_reports_cover_every_config_and_check_on_the_declared_versions(support_table):
+    oldest, newest = (json.loads(path.read_text()) for path in support_table.REPORTS)
+    for report in (oldest, newest):
+        assert report["passed"]
+        assert {r["subject"] for r in report["results"]} == set(CONFIGS)
+        assert {r["check"] for r in report["results"]} == {check.name for check in ADAPTER_CHECKS}
+    declared = re.search(r"transformers>=([\d.]+),<6", (ROOT / "pyproject.toml").read_text())[1]
+    assert oldest["versions"]["transformers"] == f"{declared}.0"
+    assert f"transformers=={declared}.0\n" in (ROOT / "constraints-oldest.txt").read_text()
+    assert f"transformers=={newest['versions']['transformers']}\n" in (ROOT / "constraints.txt").read_text()
 
 
 def test_adapter_of_the_front_page_works():

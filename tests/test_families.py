@@ -6,9 +6,11 @@ from tiny import CONFIGS, PLUGINS, adaptive, tokens
 from transformers import AutoModelForCausalLM, FalconConfig, Gemma3TextConfig, GPT2Config, MambaConfig, T5Config
 
 import anee
+from anee_adapters import LlamaAdapter, anee_adapters
 from anee_core.conformance import ADAPTER_CHECKS, PolicyConformance, Subject
 from anee_core.conformance.tiny import small_config
-from anee_core.errors import InputError, ModelError
+from anee_core.errors import AdapterError, InputError, ModelError
+from anee_core.model import AdaptiveModel
 
 REFUSED = {
     "falcon": (FalconConfig(alibi=True),),
@@ -54,10 +56,10 @@ class TestPolicies(PolicyConformance):
 
 
 def test_every_registered_family_has_a_config_and_every_config_an_adapter():
-    assert {config.model_type for config in CONFIGS.values()} == set(PLUGINS.adapters)
+    assert {config.model_type for config in CONFIGS.values()} == set(anee_adapters())
 
 
-@pytest.mark.parametrize("kind", sorted(PLUGINS.adapters))
+@pytest.mark.parametrize("kind", sorted(anee_adapters()))
 def test_default_config_of_every_family_can_be_made_small(kind):
     config = small_config(kind)
     assert (config.num_hidden_layers, config.hidden_size) == (6, 32)
@@ -121,10 +123,6 @@ def test_falcon_with_alibi_is_refused_with_the_reason():
 
 def test_stacked_weights_that_no_path_names_are_refused():
     """Otherwise a mixture of experts would be charged for its router alone."""
-    from anee_adapters import LlamaAdapter
-    from anee_core.errors import AdapterError
-    from anee_core.model import AdaptiveModel
-
     with pytest.raises(AdapterError, match=r"'mlp\.experts' of MixtralDecoderLayer holds stacked weights"):
         AdaptiveModel(AutoModelForCausalLM.from_config(CONFIGS["mixtral"]), LlamaAdapter())
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FEW, adaptive, build, ragged, tokens
+from tiny import FEW, PLUGINS, adaptive, build, ragged, tokens
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -12,6 +12,7 @@ from transformers import (
     pipeline,
 )
 
+from anee_core.conformance.subject import without_layers
 from anee_core.errors import InputError
 
 DENSE_AND_SKIPPING = [("dense", None), ("static:skip=1 4", None), ("random:p=0.4,protect=0 0", None)]
@@ -19,9 +20,11 @@ DENSE_AND_SKIPPING = [("dense", None), ("static:skip=1 4", None), ("random:p=0.4
 
 def matching_model(model, policy):
     """Return what generates the same without ANEE's engine: transformers, with skipped layers taken out."""
-    from test_skipping import without_layers
-
-    return model if policy == "dense" else without_layers(model, (1, 4))
+    return (
+        model
+        if policy == "dense"
+        else without_layers(model, PLUGINS.adapters[model.config.model_type].layout.layers, {1, 4})
+    )
 
 
 @pytest.mark.parametrize("policy", ["dense", "static:skip=1 4"])

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from tiny import SPECIAL, adaptive, build, ragged, tokens
+from tiny import adaptive, build, ragged, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -42,7 +42,9 @@ class HostReads(TorchDispatchMode):
 def deep(layers):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=97, num_hidden_layers=layers, **sizes, **SPECIAL)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=97, num_hidden_layers=layers, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    ).eval()
 
 
 @pytest.mark.parametrize(

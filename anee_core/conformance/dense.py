@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def paths(subject: Subject) -> None:
         stacked = [n for n, p in parts.layers[-1].named_parameters() if p.dim() > 2]
         inside = any(name.startswith(f"{layout.experts}.") for name in stacked)
         expect(inside, f"stacked weights in '{layout.experts}'", stacked or "none", "Layout.experts")
-    expect(parts.embedding is model.get_input_embeddings(), "the input embedding", parts.embedding, "ModelAdapter.parts")
+    expect(
+        parts.embedding is model.get_input_embeddings(), "the input embedding", parts.embedding, "ModelAdapter.parts"
+    )
     expect(parts.head is model.get_output_embeddings(), "the language-model head", parts.head, "ModelAdapter.parts")
     for layer_idx in range(subject.layers):
         hidden_states, call = subject.adapter.probe(parts, layer_idx)
@@ -146,7 +149,9 @@ def layer_output(subject: Subject) -> None:
         theirs = subject.model()(ids, output_hidden_states=True).hidden_states
         ours = adaptive(ids, output_hidden_states=True).hidden_states
     for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        where = ("ModelAdapter.embed" if i == 0 else "Layout.final_norm") if i in (0, subject.layers) else layer_output.look
+        where = (
+            ("ModelAdapter.embed" if i == 0 else "Layout.final_norm") if i in (0, subject.layers) else layer_output.look
+        )
         what = f"the input of layer {i}" if i < subject.layers else "the final hidden states"
         expect_same(mine, other, what, where)
 
@@ -172,7 +177,7 @@ def dense_decode(subject: Subject) -> None:
         for dtype in DTYPES:
             model = subject.model(dtype, attention)
             ours, mine, theirs = subject.adaptive(model=model), None, None
-            for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+            for start, end in pairwise(cuts):
                 with torch.no_grad():
                     found = ours(ids[:, start:end], past_key_values=mine)
                     wanted = model(ids[:, start:end], past_key_values=theirs, use_cache=True)
@@ -200,4 +205,10 @@ def padding(subject: Subject) -> None:
                 # Experts take the padding along, so that a token's sums may depend on it.
                 exact = dtype == torch.float32 and not subject.routed
                 real = mask.bool()
-                expect_same(mine[real], other[real], what, padding.look, None if exact else CLOSE if dtype == torch.float32 else LOOSE)
+                expect_same(
+                    mine[real],
+                    other[real],
+                    what,
+                    padding.look,
+                    None if exact else CLOSE if dtype == torch.float32 else LOOSE,
+                )

@@ -68,11 +68,13 @@ def generate(subject: Subject) -> None:
     # A second turn on the same cache: the first answer, and two more tokens.
     first = subject.tokens(1, 6)
     cache = ours.new_cache()
-    answer = ours.generate(first, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    answer = ours.generate(first, attention_mask=torch.ones_like(first), past_key_values=cache, **options)
     longer = torch.cat((answer, subject.tokens(1, 2, seed=4)), dim=1)
+    whole = torch.ones_like(longer)
     with torch.no_grad():
-        wanted = model.generate(longer, max_new_tokens=4, do_sample=False)
-    found = ours.generate(longer, max_new_tokens=4, do_sample=False, past_key_values=cache)
+        wanted = model.generate(longer, attention_mask=whole, **options)
+    found = ours.generate(longer, attention_mask=whole, past_key_values=cache, **options)
     expect_same(found, wanted, "generated ids, second turn", generate.look)
 
 
@@ -123,10 +125,8 @@ def hygiene(subject: Subject) -> None:
         alone = subject.build(seed=1)(ids).logits
         first = ours(ids[:, :5]).past_key_values
         expect_same(other(ids).logits, alone, "logits of a second model beside the first", hygiene.look)
-        expect_same(
-            ours(ids[:, 5:], past_key_values=first).logits, wanted[:, 5:], "logits after another model ran in between",
-            hygiene.look, CLOSE,
-        )  # fmt: skip
+        rest = ours(ids[:, 5:], past_key_values=first).logits
+        expect_same(rest, wanted[:, 5:], "logits after another model ran in between", hygiene.look, CLOSE)
         _fail_inside(subject, ours, ids, wanted)
         _expect_untouched(model, before, "an exception")
 
@@ -145,7 +145,9 @@ def _fail_inside(subject: Subject, ours: AdaptiveModel, ids: Any, wanted: Any) -
         pass
     finally:
         handle.remove()
-    expect(cache.get_seq_length() == 5, "5 tokens in the cache after an exception", cache.get_seq_length(), hygiene.look)
+    expect(
+        cache.get_seq_length() == 5, "5 tokens in the cache after an exception", cache.get_seq_length(), hygiene.look
+    )
     logits = ours(ids[:, 5:], past_key_values=cache).logits
     expect_same(logits, wanted[:, 5:], "logits after an exception", hygiene.look, CLOSE)
 

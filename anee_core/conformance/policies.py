@@ -62,7 +62,9 @@ class PolicySubject:
             )
         return self._models[family]
 
-    def adaptive(self, family: str, hard: bool = False, budget: float | None = None, model: Any = None) -> AdaptiveModel:
+    def adaptive(
+        self, family: str, hard: bool = False, budget: float | None = None, model: Any = None
+    ) -> AdaptiveModel:
         """Return a model under the policy."""
         return self.subject(family).adaptive(self.made, self.budget if budget is None else budget, hard, model)
 
@@ -86,7 +88,12 @@ def spelling(subject: PolicySubject) -> None:
     again = parse_policy(subject.text, subject.plugins)
     for name in ("controller", "cache_policy"):
         mine, other = getattr(made, name), getattr(again, name)
-        expect(type(mine) is type(other), f"a {type(mine).__name__} from '{subject.text}'", type(other).__name__, spelling.look)
+        expect(
+            type(mine) is type(other),
+            f"a {type(mine).__name__} from '{subject.text}'",
+            type(other).__name__,
+            spelling.look,
+        )
         expect(mine.options() == other.options(), f"options {mine.options()}", other.options(), spelling.look)
         try:
             parse_policy(f"{mine.name}:no_such_option=1", subject.plugins)
@@ -258,7 +265,9 @@ def memory(subject: PolicySubject) -> None:
         with torch.no_grad():
             cache = model(subject.subject(family).tokens(2, length)).past_key_values
         kept = cache.kept()
-        expect(int(kept.min()) >= 1, f"at least the newest token in every layer ({family})", int(kept.min()), memory.look)
+        expect(
+            int(kept.min()) >= 1, f"at least the newest token in every layer ({family})", int(kept.min()), memory.look
+        )
         newest = cache.next_positions().flatten().tolist()
         expect(newest == [length] * 2, f"position {length} to come next ({family})", newest, memory.look)
         per_slot = cache.nbytes() / sum(layer.keys.shape[2] for layer in cache.layers)

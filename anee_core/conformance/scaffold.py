@@ -119,7 +119,11 @@ def guess_layout(model_type: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"transformers has no causal LM of the family '{model_type}'") from error
     path, layers = next(
-        ((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers),
+        (
+            (n, m)
+            for n, m in model.named_modules()
+            if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
+        ),
         (None, None),
     )
     if path is None or layers is None:

@@ -62,8 +62,9 @@ def skip(subject: Subject) -> None:
         what = f"without layers {sorted(removed)}"
         with torch.no_grad():
             expect_same(ours(ids).logits, theirs(ids).logits, f"logits {what}", skip.look)
-            wanted = theirs.generate(ids, max_new_tokens=8, do_sample=False)
-        expect_same(ours.generate(ids, max_new_tokens=8, do_sample=False), wanted, f"generated ids {what}", skip.look)
+            options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+            wanted = theirs.generate(ids, max_new_tokens=8, **options)
+        expect_same(ours.generate(ids, max_new_tokens=8, **options), wanted, f"generated ids {what}", skip.look)
 
 
 @check("exit", look="ModelAdapter.project_kv: one key and value for each token")
@@ -92,7 +93,9 @@ def leave(subject: Subject) -> None:
             for t in range(3):  # a cache whose layers came out of step would fail here
                 last = logits[0].argmax(-1)[:, -1:]
                 found = leaving(last, past_key_values=caches[0])
-                expect(found.past_key_values.get_seq_length() == ids.shape[1] + 2 + t, "one more token", "not", leave.look)
+                expect(
+                    found.past_key_values.get_seq_length() == ids.shape[1] + 2 + t, "one more token", "not", leave.look
+                )
 
 
 @check("parallel equals stepwise", look="ModelAdapter.begin and project_kv: a token may depend on nothing after it")
@@ -141,4 +144,9 @@ def causal_effect(subject: Subject) -> None:
     for layer_idx in range(every):
         for part, name in enumerate(("keys", "values")):
             change = (next_logits(layer_idx, part) - clean).abs().max().item()
-            expect(change > 1e-4, f"other logits after disturbing the {name} of layer {layer_idx}", change, causal_effect.look)
+            expect(
+                change > 1e-4,
+                f"other logits after disturbing the {name} of layer {layer_idx}",
+                change,
+                causal_effect.look,
+            )

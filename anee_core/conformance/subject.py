@@ -47,7 +47,9 @@ class Subject:
                 chosen = {} if attention is None else {"attn_implementation": attention}
                 model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), **chosen)
             except ValueError as error:
-                raise AdapterError(f"transformers makes no causal LM of {type(self.config).__name__}: {error}") from error
+                raise AdapterError(
+                    f"transformers makes no causal LM of {type(self.config).__name__}: {error}"
+                ) from error
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.dim() > 1:

@@ -45,6 +45,7 @@ class AdapterConformance:
     adapter: ClassVar[ModelAdapter]
     configs: ClassVar[Mapping[str, Any]]
     refused: ClassVar[tuple[Any, ...]] = ()
+    _last: ClassVar[Subject | None] = None
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Make one test of each config and check (called by pytest)."""
@@ -54,9 +55,17 @@ class AdapterConformance:
 
     def test_conformance(self, anee_config: str, anee_check: Check[Subject]) -> None:
         """Run one check on one config."""
-        subject = Subject(self.adapter, self.configs[anee_config], anee_config, tuple(self.refused))
-        failure = anee_check.failure(subject)
+        failure = anee_check.failure(self._subject(anee_config))
         assert failure is None, failure
+
+    @classmethod
+    def _subject(cls, name: str) -> Subject:
+        """Return what is checked; the models of the last config are kept for its next check."""
+        last: Subject | None = vars(cls).get("_last")
+        if last is None or last.name != name:
+            last = Subject(cls.adapter, cls.configs[name], name, tuple(cls.refused))
+            cls._last = last
+        return last
 
 
 class PolicyConformance:
@@ -66,6 +75,7 @@ class PolicyConformance:
     """
 
     policies: ClassVar[Mapping[str, tuple[Any, float | None]]]
+    _last: ClassVar[tuple[str, PolicySubject] | None] = None
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Make one test of each policy and check (called by pytest)."""
@@ -75,6 +85,14 @@ class PolicyConformance:
 
     def test_conformance(self, anee_policy: str, anee_check: Check[PolicySubject]) -> None:
         """Run one check on one policy."""
-        policy, budget = self.policies[anee_policy]
-        failure = anee_check.failure(PolicySubject(policy, budget))
+        failure = anee_check.failure(self._subject(anee_policy))
         assert failure is None, failure
+
+    @classmethod
+    def _subject(cls, name: str) -> PolicySubject:
+        """Return what is checked; the models of the last policy are kept for its next check."""
+        last: tuple[str, PolicySubject] | None = vars(cls).get("_last")
+        if last is None or last[0] != name:
+            last = name, PolicySubject(*cls.policies[name])
+            cls._last = last
+        return last[1]

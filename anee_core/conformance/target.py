@@ -52,7 +52,7 @@ def find_adapter(target: str, plugins: Plugins) -> ModelAdapter:
                 f"no adapter for '{target}': name one as package.module:Adapter, or a registered family; "
                 f"{suggestion(target, plugins.adapters)}"
             )
-        return plugins.adapters[target]  # type: ignore[no-any-return]
+        return plugins.adapters[target]
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: an adapter under work need not be installed
     try:

@@ -1,6 +1,7 @@
 """The policy keeps ANEE's promises, and its own."""
 
 import pytest
+import torch
 from anee_staggered import StaggeredController
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +20,6 @@ class TestStaggered(PolicyConformance):
 
 def test_neighbours_skip_different_layers_and_the_same_number():
     model = anee.load(AutoModelForCausalLM.from_config(small_config("llama")), StaggeredController(0.5, (0, 0)))
-    import torch
-
     model(torch.arange(60)[None])
     ran = model.last_trace.ran[:, 0]
     assert abs(ran.float().mean().item() - 0.5) < 0.02
