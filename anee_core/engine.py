@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from anee_core.accounting import CostModel, Spent, executed_work, module_work
-from anee_core.adapter import LayerCall, ModelAdapter, Parts
+from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache, CacheWriter
 from anee_core.feedback import FeedbackLog
 from anee_core.interfaces import CacheView, Calibration, Setting
 from anee_core.layer_step import LayerStep, ReferenceStep, devices_of, skip_some
+from anee_core.layout import Parts
 from anee_core.ledger import Budget
 from anee_core.masks import MaskMaker
 from anee_core.plan import Block, Plan, Selection

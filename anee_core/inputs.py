@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anee_core.adapter import Parts
 from anee_core.cache import AdaptiveCache
 from anee_core.errors import InputError
+from anee_core.layout import Parts
 from anee_core.plan import Block
 
 

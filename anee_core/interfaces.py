@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from anee_core.accounting import CostModel
-from anee_core.adapter import LayerCall, Layout, ModelAdapter, Parts
+from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.errors import PolicyError
+from anee_core.layout import Layout, Parts
 
 __all__ = [
     "Action",

@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from anee_core.adapter import LayerCall, ModelAdapter, Parts
+from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache, CacheWriter
+from anee_core.layout import Parts
 from anee_core.plan import Selection
 
 

@@ -5,7 +5,8 @@ Three ways in: subclass `AdapterConformance` or `PolicyConformance` in a pytest 
 """
 
 from anee_core.conformance.check import Check, MismatchError
-from anee_core.conformance.policies import POLICY_CHECKS, PolicySubject
+from anee_core.conformance.policies import POLICY_CHECKS
+from anee_core.conformance.policy_subject import PolicySubject
 from anee_core.conformance.report import Report, Result, run_checks
 from anee_core.conformance.subject import Subject
 from anee_core.conformance.suite import ADAPTER_CHECKS, AdapterConformance, PolicyConformance

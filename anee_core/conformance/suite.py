@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from anee_core.adapter import ModelAdapter
 from anee_core.conformance import cost, dense, lifecycle, skipping
 from anee_core.conformance.check import Check
-from anee_core.conformance.policies import POLICY_CHECKS, PolicySubject
+from anee_core.conformance.policies import POLICY_CHECKS
+from anee_core.conformance.policy_subject import PolicySubject
 from anee_core.conformance.subject import Subject
 
 ADAPTER_CHECKS: tuple[Check[Subject], ...] = (
