@@ -47,5 +47,6 @@ class FalconAdapter(ModelAdapter):
         return {"alibi": None, **super().layer_arguments(parts, call, cache_view)}
 
     def kv_width(self, config: Any) -> int:
-        """Return one head with multi-query attention; only that layout is cut."""
-        return self.head_dim(config)
+        """Return the width of one head with multi-query attention, else of all: groups are spread before caching."""
+        shared = config.multi_query and not config.new_decoder_architecture
+        return (1 if shared else config.num_attention_heads) * self.head_dim(config)

@@ -48,11 +48,20 @@ def module_work(module: Any) -> Work:
 
 
 def experts_work(module: nn.Module, config: Any) -> Work:
-    """Return the work of stacked experts [experts, ...], of which each token runs ``num_experts_per_tok``."""
+    """Return the work of stacked experts [experts, ...], of which each token runs ``num_experts_per_tok``.
+
+    Raises:
+        AdapterError: the config calls that number something else.
+    """
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if chosen is None:
+        raise AdapterError(
+            f"{type(config).__name__} has no num_experts_per_tok: override ModelAdapter.layer_work to say what a token runs"
+        )
     flops = table = token = 0
     for weight in module._parameters.values():
         if weight is not None:
-            chosen, experts = int(config.num_experts_per_tok), weight.shape[0]
+            experts = weight.shape[0]
             flops += 2 * weight.numel() * chosen // experts if weight.dim() == 3 else 0
             table += stored_bytes(weight)
             token += stored_bytes(weight) * chosen // experts

@@ -160,8 +160,8 @@ def _adapter_of(config: Any, plugins: Plugins) -> ModelAdapter:
     network = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if network is not None and network._is_stateful:
         raise ModelError(
-            f"layers of '{kind}' keep no key/value cache but a state of their own: a token that skips such a layer "
-            "would leave no trace in it, so ANEE cannot run this family"
+            f"layers of '{kind}' keep no key/value cache but a state of their own, which a skipped token would not "
+            "enter: ANEE cannot run this family"
         )
     raise ModelError(
         f"no adapter for the model family '{kind}'; {suggestion(kind, plugins.adapters)}; "

@@ -57,10 +57,12 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         self.adapter = adapter
         self.tokenizer = tokenizer
         self.prefill = prefill
-        self.parts: Parts = adapter.parts(causal_lm(model))
+        inner = causal_lm(model)
+        _check_family(inner, adapter)
+        self.parts: Parts = adapter.parts(inner)
         self.config = self.parts.config
         self.generation_config = self.parts.model.generation_config
-        _check_runnable(self.parts, adapter)
+        _check_runnable(self.parts)
         self.last_trace: Trace | None = None
         self.engine = Engine(adapter, self.parts, Policy())
         self.training = model.training
@@ -291,16 +293,20 @@ def check_prefill(prefill: str) -> None:
         raise InputError(f"prefill is 'auto', 'adaptive' or 'dense'; got '{prefill}'")
 
 
-def _check_runnable(parts: Parts, adapter: ModelAdapter) -> None:
-    config = parts.config
-    reason = adapter.refuse(config)
-    if reason is not None:
-        raise ModelError(f"{type(parts.model).__name__} with this config is not supported: {reason}")
-    if parts.model._is_stateful:
+def _check_family(model: Any, adapter: ModelAdapter) -> None:
+    """Raise `ModelError` for a model that cannot be run whatever its parts are called."""
+    if model._is_stateful:
         raise ModelError(
-            f"layers of {type(parts.model).__name__} keep a state beside the key/value cache, which a skipped token "
-            "would not enter"
+            f"layers of {type(model).__name__} keep no key/value cache but a state of their own, which a skipped token "
+            "would not enter: ANEE cannot run this family"
         )
+    reason = adapter.refuse(model.config)
+    if reason is not None:
+        raise ModelError(f"{type(model).__name__} with this config is not supported: {reason}")
+
+
+def _check_runnable(parts: Parts) -> None:
+    config = parts.config
     if config._attn_implementation not in ("eager", "sdpa"):
         raise ModelError(
             f"attention backend '{config._attn_implementation}' cannot express per-token masks; "

@@ -56,9 +56,11 @@ class Report:
         return {"versions": self.versions, "passed": self.passed, "results": [asdict(r) for r in self.results]}
 
     def save(self, path: Path) -> None:
-        """Write the report as JSON."""
+        """Write the report as JSON, a result a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        whole = self.to_dict()
+        results = ",\n".join(json.dumps(result) for result in whole.pop("results"))
+        path.write_text(json.dumps(whole)[:-1] + f', "results": [\n{results}\n]}}\n')
 
     def print(self, console: Console) -> None:
         """Print a table of checks and subjects, then one line for each failure."""
