@@ -56,7 +56,7 @@ def experts_work(module: nn.Module, config: Any) -> Work:
     chosen = getattr(config, "num_experts_per_tok", None)
     if chosen is None:
         raise AdapterError(
-            f"{type(config).__name__} has no num_experts_per_tok: override ModelAdapter.layer_work to say what a token runs"
+            f"{type(config).__name__} has no num_experts_per_tok: override layer_work to say what a token runs"
         )
     flops = table = token = 0
     for weight in module._parameters.values():

@@ -12,6 +12,7 @@ from torch import Tensor
 from anee_core.conformance.check import Check, check, expect, expect_same
 from anee_core.conformance.cost import counted
 from anee_core.conformance.policy_subject import FAMILIES, PolicySubject
+from anee_core.conformance.skipping import expect_rows_alone
 from anee_core.conformance.subject import CLOSE, stepwise
 from anee_core.errors import PolicyError
 from anee_core.interfaces import CacheView, DecisionContext
@@ -98,16 +99,7 @@ def parallel(subject: PolicySubject) -> None:
 def rows(subject: PolicySubject) -> None:
     """Each row of a ragged batch, padded on either side, gets what it gets alone."""
     for family in FAMILIES:
-        model = subject.adaptive(family)
-        for side in ("left", "right"):
-            ids, mask = subject.subject(family).ragged((4, 9, 1), side)
-            with torch.no_grad():
-                batched = model(ids, attention_mask=mask).logits
-                for row in range(3):
-                    real = mask[row].bool()
-                    alone = model(ids[row, real][None]).logits[0]
-                    what = f"logits of row {row}, padded on the {side} ({family})"
-                    expect_same(batched[row, real], alone, what, rows.look, CLOSE)
+        expect_rows_alone(subject.subject(family), subject.adaptive(family), f"({family})", rows.look)
 
 
 @check("budget", look="decide: what it may spend is in the context and in the signal 'remaining'")

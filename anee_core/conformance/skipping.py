@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, Subject, stepwise, without_layers
+from anee_core.model import AdaptiveModel
 
 POLICIES = (
     "static:skip=1 3",
@@ -113,16 +114,21 @@ def parallel(subject: Subject) -> None:
 def rows(subject: Subject) -> None:
     """Each row of a ragged batch, padded on either side, gets what it gets alone."""
     for policy in ("dense", *POLICIES[-3:]):
-        model = subject.adaptive(policy)
-        for side in ("left", "right"):
-            ids, mask = subject.ragged((4, 9, 1), side)
-            with torch.no_grad():
-                batched = model(ids, attention_mask=mask).logits
-                for row in range(3):
-                    real = mask[row].bool()
-                    alone = model(ids[row, real][None]).logits[0]
-                    what = f"logits of row {row}, padded on the {side}, under '{policy}'"
-                    expect_same(batched[row, real], alone, what, rows.look, CLOSE)
+        expect_rows_alone(subject, subject.adaptive(policy), f"under '{policy}'", rows.look)
+
+
+def expect_rows_alone(subject: Subject, model: AdaptiveModel, what: str, look: str) -> None:
+    """Raise `MismatchError` unless the rows of a ragged batch get what they get alone."""
+    for side in ("left", "right"):
+        ids, mask = subject.ragged((4, 9, 1), side)
+        with torch.no_grad():
+            batched = model(ids, attention_mask=mask).logits
+            for row in range(3):
+                real = mask[row].bool()
+                alone = model(ids[row, real][None]).logits[0]
+                expect_same(
+                    batched[row, real], alone, f"logits of row {row}, padded on the {side}, {what}", look, CLOSE
+                )
 
 
 @check("causal effect", look="Layout.cache_argument and ModelAdapter.run: attention reads the cache it is given")
