@@ -13,19 +13,25 @@ from anee_core.interfaces import LayerCall, Layout, Parts
 
 
 class GemmaAdapter(LlamaAdapter):
-    """Gemma and Gemma 2. The embedding module scales by itself."""
+    """Gemma. The embedding module scales by itself."""
+
+
+class Gemma2Adapter(GemmaAdapter):
+    """Gemma 2: Gemma with windows in some layers, and soft caps."""
+
+    layout: ClassVar[Layout] = replace(GemmaAdapter.layout, windows="by type")
 
     def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:
-        """Apply the soft cap, where the config has one (Gemma 2, arXiv:2408.00118)."""
+        """Apply the soft cap, if the config has one (arXiv:2408.00118)."""
         logits = super().logits(parts, hidden_states)
-        cap = getattr(parts.config, "final_logit_softcapping", None)
+        cap = parts.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-class Gemma3Adapter(GemmaAdapter):
+class Gemma3Adapter(Gemma2Adapter):
     """Gemma 3, text only. Rotary frequencies differ between layers with and without a window."""
 
-    layout: ClassVar[Layout] = replace(GemmaAdapter.layout, key_norm="self_attn.k_norm")
+    layout: ClassVar[Layout] = replace(Gemma2Adapter.layout, key_norm="self_attn.k_norm")
 
     def refuse(self, config: Any) -> str | None:
         """Refuse attention to the future."""

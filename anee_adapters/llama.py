@@ -8,7 +8,7 @@ from anee_core.interfaces import Layout, ModelAdapter
 
 
 class LlamaAdapter(ModelAdapter):
-    """LLaMA, SmolLM2 (which is one) and Qwen2: grouped-query attention, rotary positions given by the model."""
+    """LLaMA, and SmolLM2, which is one: grouped-query attention, rotary positions given by the model."""
 
     layout: ClassVar[Layout] = Layout(
         layers="model.layers",

@@ -12,6 +12,8 @@ from anee_core.interfaces import Layout
 class MistralAdapter(LlamaAdapter):
     """Mistral: LLaMA with a sliding window in every layer, unless its config says ``sliding_window=None``."""
 
+    layout: ClassVar[Layout] = replace(LlamaAdapter.layout, windows="all")
+
 
 class MixtralAdapter(MistralAdapter):
     """Mixtral: Mistral with experts for its MLP."""

@@ -12,4 +12,6 @@ from anee_core.interfaces import Layout
 class Phi3Adapter(LlamaAdapter):
     """Phi-3, with or without a sliding window; with LongRoPE up to the length that its short factors are made for."""
 
-    layout: ClassVar[Layout] = replace(LlamaAdapter.layout, key=None, value=None, fused="self_attn.qkv_proj")
+    layout: ClassVar[Layout] = replace(
+        LlamaAdapter.layout, key=None, value=None, fused="self_attn.qkv_proj", windows="all"
+    )

@@ -42,9 +42,16 @@ def module_work(module: Any) -> Work:
         return Work(0, 0, stored_bytes(module.weight) // module.num_embeddings, size)
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return Work(2 * int(module.in_features) * int(module.out_features), size)
+    return Work(_own_product(module), size)
+
+
+def _own_product(module: nn.Module) -> int:
+    """Return the FLOPs of a matrix called ``weight``, whichever way round it is stored: GPT-2's projections, routers of
+    experts. One norm per head is a matrix too, but is not multiplied with.
+    """
     weight = module._parameters.get("weight")
-    # A matrix is multiplied with, whichever way round it is stored: GPT-2's projections, routers of experts.
-    return Work(2 * weight.numel() if weight is not None and weight.dim() == 2 else 0, size)
+    matrix = weight is not None and weight.dim() == 2 and "norm" not in type(module).__name__.lower()
+    return 2 * weight.numel() if weight is not None and matrix else 0
 
 
 def experts_work(module: nn.Module, config: Any) -> Work:
@@ -87,7 +94,7 @@ def layer_work(layer: nn.Module, experts: str | None, config: Any) -> Work:
         elif not module._modules:
             work = work + module_work(module)
         else:
-            work = work + Work(0, sum(stored_bytes(parameter) for parameter in own))
+            work = work + Work(_own_product(module), sum(stored_bytes(parameter) for parameter in own))
     return work
 
 

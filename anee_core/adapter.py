@@ -68,6 +68,10 @@ class ModelAdapter(ABC):
 
     def refuse(self, config: Any) -> str | None:
         """Return why a config of this family cannot be run exactly, or None if it can."""
+        if not getattr(config, "is_causal", True):
+            return (
+                "is_causal=False lets tokens see the future: what a layer computed for one would change with the next"
+            )
         if getattr(config, "add_cross_attention", False):
             return "add_cross_attention=True needs an encoder's states; ANEE runs decoder-only models"
         known = {"full_attention", "sliding_attention"}
@@ -116,6 +120,10 @@ class ModelAdapter(ABC):
     def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> tuple[LayerCall, ...]:
         """Build what each layer receives for these tokens ([B, T, D] and [B, T]); layers alike share one call."""
         embeddings = None if parts.rotary is None else parts.rotary(hidden_states, position_ids=position_ids)
+        if embeddings is not None and not (isinstance(embeddings, tuple) and len(embeddings) == 2):
+            raise AdapterError(
+                f"{type(parts.rotary).__name__} gives a {type(embeddings).__name__}, not (cos, sin): override begin"
+            )
         return (LayerCall(position_ids=position_ids, position_embeddings=embeddings),) * len(parts.layers)
 
     def layer_arguments(self, parts: Parts, call: LayerCall, cache_view: Any) -> dict[str, Any]:
@@ -212,10 +220,10 @@ class ModelAdapter(ABC):
 
     def window(self, config: Any, layer_idx: int) -> int | None:
         """Return how many positions back layer ``layer_idx`` sees, itself included, or None for all."""
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None or kinds[layer_idx] == "sliding_attention":
-            return getattr(config, "sliding_window", None)
-        return None
+        windows = self.layout_for(config).windows
+        if windows is None or (windows == "by type" and config.layer_types[layer_idx] != "sliding_attention"):
+            return None
+        return config.sliding_window
 
     def max_positions(self, config: Any) -> int | None:
         """Return the longest sequence that the model is made for, or None if it has no limit."""

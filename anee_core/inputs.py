@@ -37,6 +37,7 @@ def read_block(
     batch, tokens = given.shape[:2]
     device = parts.embedding.weight.device
     real = _real_tokens(attention_mask, batch, tokens, cache, device)
+    given_positions = position_ids is not None
     if position_ids is None:
         position_ids = _count_positions(real, attention_mask, batch, tokens, cache, device)
     elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
@@ -47,6 +48,10 @@ def read_block(
         raise InputError(
             f"{cache.seen + tokens} tokens do not fit the model's context of {position_limit}; shorten the prompt"
         )
+    if position_limit is not None and given_positions and (cache.seen == 0 or tokens > 1):
+        furthest = int(position_ids.max())
+        if furthest >= position_limit:
+            raise InputError(f"position {furthest} does not exist: the model's context is {position_limit}")
     if input_ids is not None and cache.seen == 0:
         _check_ids(input_ids, parts.embedding.weight.shape[0])
     embeddings = parts.embedding(input_ids.to(device)) if input_ids is not None else inputs_embeds

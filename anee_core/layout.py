@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -39,6 +39,8 @@ class Layout:
     key_norm: str | None = None
     """Norm over each head's keys, before rotary."""
 
+    windows: Literal["all", "by type"] | None = None
+    """Which layers have the config's ``sliding_window``: all, or those that its ``layer_types`` say."""
     cache_argument: str = "past_key_values"
     returns_tuple: bool = False
     always_masked: bool = False
@@ -49,6 +51,8 @@ class Layout:
             raise AdapterError("a Layout names both key and value projections, or neither")
         if self.key is not None and self.fused is not None:
             raise AdapterError("a Layout names separate key and value projections or a fused one, not both")
+        if self.windows not in (None, "all", "by type"):
+            raise AdapterError(f"Layout.windows is 'all', 'by type' or None; got '{self.windows}'")
         for item in fields(self):
             path = getattr(self, item.name)
             if isinstance(path, str) and not path:

@@ -15,6 +15,8 @@ from anee_core.errors import InputError, suggestion
 
 S = TypeVar("S")
 
+_CORE = Path(__file__).parents[1]
+
 
 class MismatchError(AssertionError):
     """A promise is broken: what was expected, what was found, and where to look."""
@@ -31,6 +33,8 @@ class Check(Generic[S]):
     promise: str
     look: str
     run: Callable[[S], None]
+    first: bool = False
+    """Whether later checks of a subject make no sense if this one fails."""
 
     def failure(self, subject: S) -> str | None:
         """Run the check and return one line on what is wrong, or None if nothing is."""
@@ -39,21 +43,25 @@ class Check(Generic[S]):
         except MismatchError as error:
             return str(error)
         except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
             kind, text = type(error).__name__, " ".join(str(error).split())
-            return (
-                f"expected {self.promise}; found {kind}: {text} (raised in {Path(at.filename).name}, line {at.lineno}, "
-                f"by {at.name}); look at {self.look}"
-            )
+            return f"expected {self.promise}; found {kind}: {text} ({_where(error)}); look at {self.look}"
         return None
 
 
-def check(name: str, look: str) -> Callable[[Callable[[S], None]], Check[S]]:
+def _where(error: Exception) -> str:
+    """Return the last line of the traceback, and the last one that is neither ANEE's nor a library's, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "site-packages" not in f.filename and not Path(f.filename).is_relative_to(_CORE)]
+    shown = [frames[-1], *own[-1:]] if own and own[-1] is not frames[-1] else frames[-1:]
+    return ", from ".join(f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}" for frame in shown)
+
+
+def check(name: str, look: str, first: bool = False) -> Callable[[Callable[[S], None]], Check[S]]:
     """Turn a function into a `Check`; the first line of its docstring is the promise."""
 
     def wrap(run: Callable[[S], None]) -> Check[S]:
         promise = (run.__doc__ or name).strip().split("\n")[0].rstrip(".")
-        return Check(name, promise[0].lower() + promise[1:], look, run)
+        return Check(name, promise[0].lower() + promise[1:], look, run, first)
 
     return wrap
 
@@ -82,6 +90,7 @@ def expect_same(
 ) -> None:
     """Raise `MismatchError` unless two tensors are equal, or close within (absolute, relative) ``tolerance``."""
     expect(isinstance(found, Tensor), f"{what} as a tensor {list(expected.shape)}", f"a {type(found).__name__}", look)
+    expect(found.dtype == expected.dtype, f"{what} in {expected.dtype}", found.dtype, look)
     expect(found.shape == expected.shape, f"{what} of shape {list(expected.shape)}", list(found.shape), look)
     if tolerance is None:
         same = torch.equal(found, expected)

@@ -68,6 +68,7 @@ def cost_model(subject: Subject) -> None:
             reported = adaptive.last_trace.flops["spent"]  # type: ignore[union-attr]
             what = f"FLOPs of a sequence under '{policy}' ({attention})"
             expect(reported == executed, f"{executed} {what}", reported, cost_model.look)
+    _check_bytes(subject)
     adaptive = subject.adaptive("random:p=0.5,protect=0 0")
     executed = counted(lambda: adaptive.decode(ids, max_new_tokens=5), adaptive.parts.rotary)
     reported = adaptive.last_trace.flops["spent"]  # type: ignore[union-attr]
@@ -77,6 +78,19 @@ def cost_model(subject: Subject) -> None:
     dense(ids)
     reported = dense.last_trace.flops["dense"]  # type: ignore[union-attr]
     expect(reported == with_counter, f"{with_counter} FLOPs of the dense model", reported, cost_model.look)
+
+
+def _check_bytes(subject: Subject) -> None:
+    """Raise unless a run layer is charged the bytes that it holds, and a skipped one no more than that."""
+    adaptive = subject.adaptive()
+    for i, layer in enumerate(adaptive.parts.layers):
+        work = adaptive.engine.costs.run[i]
+        held = sum(p.numel() * p.element_size() for p in layer.parameters())
+        beside = sum(b.numel() * b.element_size() for b in layer.buffers())
+        charged = work.weight_bytes + work.table_bytes
+        expect(held <= charged <= held + beside, f"{held} bytes of weights in layer {i}", charged, cost_model.look)
+        projected = adaptive.engine.costs.propagate[i].read(1)
+        expect(0 < projected < charged, f"fewer bytes for keys and values in layer {i}", projected, cost_model.look)
 
 
 @check("budget", look="ModelAdapter.layer_work and kv_work: a skipped layer costs what its keys and values cost")

@@ -19,7 +19,7 @@ from anee_core.layout import find
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@check("paths", look="the paths of Layout")
+@check("paths", look="the paths of Layout", first=True)
 def paths(subject: Subject) -> None:
     """Every path of the layout leads to a module of every layer, and every layer stores keys and values."""
     model = subject.model()
@@ -41,6 +41,7 @@ def paths(subject: Subject) -> None:
         hidden_states, call = subject.adapter.probe(parts, layer_idx)
         keys, _ = subject.adapter.capture_kv(parts, layer_idx, hidden_states, call)
         expect(keys.dim() == 4, "keys [B, H, T, Dh]", list(keys.shape), "Layout.cache_argument")
+    subject.adaptive()  # counts the cost of every part
 
 
 @contextmanager
@@ -117,7 +118,8 @@ def window(subject: Subject) -> None:
     """Each layer sees as many positions back as in transformers."""
     widths = [subject.adapter.window(subject.config, i) for i in range(subject.layers)]
     configured = getattr(subject.config, "sliding_window", None)
-    length = min(max(11, max((w for w in (*widths, configured) if w is not None), default=0) + 4), 96)
+    length = min(max(11, max((w for w in (*widths, configured) if w is not None), default=0) + 4), 300)
+    length = min(length, subject.adapter.max_positions(subject.config) or length)
     ids, mask = subject.ragged((length - 3, length), "left", extra=0)
     real = mask.bool()
     for layer_idx, (theirs, ours) in enumerate(_calls(subject, ids, mask)):
@@ -166,6 +168,14 @@ def dense_sequence(subject: Subject) -> None:
             with torch.no_grad():
                 mine, other = subject.adaptive(model=model)(ids).logits, model(ids).logits
             expect_same(mine, other, f"logits ({attention}, {dtype})", dense_sequence.look)
+    model, far = subject.model(), subject.far
+    with torch.no_grad():
+        mine, other = subject.adaptive()(far).logits, model(far).logits
+        expect_same(mine, other, f"logits of {far.shape[1]} tokens", dense_sequence.look, CLOSE)
+        offset = torch.arange(far.shape[1] - 8, far.shape[1])[None]
+        mine = subject.adaptive()(ids[:1, :8], position_ids=offset).logits
+        other = model(ids[:1, :8], position_ids=offset).logits
+    expect_same(mine, other, f"logits at positions from {far.shape[1] - 8} on", dense_sequence.look, CLOSE)
 
 
 @check("dense decode", look="ModelAdapter.begin: positions go on where the cache ends")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from anee_core.conformance.check import check, expect, expect_same
-from anee_core.conformance.subject import CLOSE, Subject
+from anee_core.conformance.subject import CLOSE, Subject, code_of
 from anee_core.errors import AneeError
 from anee_core.model import AdaptiveModel
+from anee_core.rotary import length_limit
 
 _MIXED = ("dense", "random:p=0.5,protect=0 0", "random:p=0.5,protect=0 0+window:sinks=1,recent=4")
 
@@ -93,17 +94,16 @@ def save_and_load(subject: Subject) -> None:
 
 
 def _state(model: Any) -> dict[str, Any]:
-    """Return what a forward must leave as it is: of the process, of the classes, of the modules."""
-    state: dict[str, Any] = {"attention functions": dict(ALL_ATTENTION_FUNCTIONS)}
+    """Return what a forward must leave as it is in a model."""
+    state: dict[str, Any] = {"config": copy.deepcopy(model.config.to_dict())}
     for name, module in model.named_modules():
         kept = {k: v for k, v in vars(module).items() if k not in ("_buffers", "_is_hf_initialized")}
-        state[f"{name or 'model'}: attributes"] = {k: id(v) for k, v in kept.items() if callable(v)} | {
-            k: v for k, v in kept.items() if isinstance(v, (bool, int, float, str))
+        state[f"{name or 'model'}: attributes"] = {
+            k: v if isinstance(v, (bool, int, float, str)) else id(v) if callable(v) else None for k, v in kept.items()
         }
         state[f"{name or 'model'}: hooks"] = [len(v) for k, v in kept.items() if k.endswith("_hooks")]
-        state[f"class {type(module).__name__}"] = {k: id(v) for k, v in vars(type(module)).items() if callable(v)}
-    state["config"] = copy.deepcopy(model.config.to_dict())
-    state["weights"] = {name: (id(p), p._version) for name, p in model.named_parameters()}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        state[f"weights of {name}"] = tensor.detach().clone().tolist()
     return state
 
 
@@ -116,19 +116,36 @@ def _expect_untouched(model: Any, before: dict[str, Any], after_what: str) -> No
 def hygiene(subject: Subject) -> None:
     """Nothing is patched, two models do not interact, and an exception leaves nothing behind."""
     model, ids = subject.build(), subject.tokens()
+    with torch.no_grad():
+        model(ids)  # some keep what they compute the first time
     before = _state(model)
     ours = subject.adaptive("random:p=0.5,protect=0 0", model=model)
     with torch.no_grad():
         wanted = ours(ids).logits
         _expect_untouched(model, before, "a forward")
-        other = subject.adaptive(model=subject.build(seed=1))
-        alone = subject.build(seed=1)(ids).logits
+        different = _turned(subject.config)
+        other = subject.adaptive(model=subject.build(seed=1, config=different))
+        alone = subject.build(seed=1, config=different)(ids).logits
         first = ours(ids[:, :5]).past_key_values
         expect_same(other(ids).logits, alone, "logits of a second model beside the first", hygiene.look)
         rest = ours(ids[:, 5:], past_key_values=first).logits
         expect_same(rest, wanted[:, 5:], "logits after another model ran in between", hygiene.look, CLOSE)
         _fail_inside(subject, ours, ids, wanted)
         _expect_untouched(model, before, "an exception")
+    now = code_of(model)
+    for what, code in subject.pristine.items():
+        changed = [name for name in code if now[what].get(name) is not code[name]]
+        expect(not changed, f"{what} of transformers as it was", f"another {', '.join(changed)}", hygiene.look)
+
+
+def _turned(config: Any) -> Any:
+    """Return a config with other rotary frequencies, where it has some: what is computed once cannot be right for both."""
+    other = copy.deepcopy(config)
+    given = getattr(other, "rope_parameters", None) or {}
+    for parameters in (given, *given.values()):
+        if isinstance(parameters, dict) and "rope_theta" in parameters:
+            parameters["rope_theta"] = parameters["rope_theta"] / 7
+    return other
 
 
 def _fail_inside(subject: Subject, ours: AdaptiveModel, ids: Any, wanted: Any) -> None:
@@ -161,7 +178,9 @@ def refusal(subject: Subject) -> None:
     impossible = []
     for name, value in (
         ("add_cross_attention", True),
+        ("is_causal", False),
         ("layer_types", ["linear_attention"] * subject.layers),
+        ("layer_types", ["chunked_attention"] * subject.layers),
     ):
         config = copy.deepcopy(subject.config)
         setattr(config, name, value)
@@ -172,8 +191,33 @@ def refusal(subject: Subject) -> None:
         expect(isinstance(reason, str) and reason, f"a reason why {what} is refused", repr(reason), refusal.look)
     model = subject.build()
     model.config._attn_implementation = "flash_attention_2"
+    refused = _refuses(lambda: AdaptiveModel(model, adapter))
+    expect(refused, "an attention backend without per-token masks to be refused", "no error", refusal.look)
+    _check_length(subject)
+
+
+def _refuses(run: Callable[[], Any]) -> bool:
     try:
-        AdaptiveModel(model, adapter)
+        run()
     except AneeError:
+        return True
+    return False
+
+
+def _check_length(subject: Subject) -> None:
+    """Raise unless sequences end where the model's positions do, and nowhere before."""
+    limit = subject.adapter.max_positions(subject.config)
+    if limit is None or limit > 512:
         return
-    expect(False, "an attention backend without per-token masks to be refused", "none", refusal.look)
+    ids, model, look = subject.tokens(1, limit + 1), subject.adaptive(), "ModelAdapter.max_positions and position_limit"
+    try:
+        with torch.no_grad():
+            subject.model()(ids)
+        ends = length_limit(subject.config) is not None
+    except (IndexError, RuntimeError):
+        ends = True
+    refused = _refuses(lambda: model(ids))
+    what = f"{limit + 1} tokens to be {'refused, which transformers cannot place' if ends else 'run, as transformers does'}"
+    expect(refused == ends, what, "an error" if refused else "none", look)
+    longest = subject.tokens(1, limit)
+    expect(not _refuses(lambda: model(longest)), f"{limit} tokens to be run", "an error", look)

@@ -73,6 +73,8 @@ class Report:
                 table.add_row(name, *(_cell(cells.get(subject)) for subject in shown))
             console.print(table)
         for result in self.failures:
+            if str(result.failure).startswith("not run"):
+                continue
             console.print(f"{result.subject}: {result.check}: {result.failure}", markup=False, soft_wrap=True)
         console.print(
             f"{len(self.results) - len(self.failures)} of {len(self.results)} checks passed "
@@ -84,6 +86,8 @@ class Report:
 def _cell(result: Result | None) -> str:
     if result is None:
         return ""
+    if str(result.failure).startswith("not run"):
+        return "not run"
     return "[green]passed[/green]" if result.passed else "[red]FAILED[/red]"
 
 
@@ -106,10 +110,13 @@ def run_checks(
     with Progress(console=console, transient=True, disable=console is None) as progress:
         task = progress.add_task("", total=len(listed) * len(checks))
         for name, kind, subject in listed:
+            stopped: str | None = None
             for one in checks:
                 progress.update(task, description=f"{name}: {one.name}")
                 started = time.perf_counter()
-                failure = one.failure(subject)
+                failure = one.failure(subject) if stopped is None else f"not run, because '{stopped}' failed"
+                if failure is not None and one.first and stopped is None:
+                    stopped = one.name
                 seconds = round(time.perf_counter() - started, 3)
                 report.results.append(Result(name, kind, one.name, failure is None, seconds, failure))
                 progress.advance(task)

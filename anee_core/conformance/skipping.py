@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from anee_core.accounting import leaves
 from anee_core.conformance.check import check, expect, expect_same
-from anee_core.conformance.subject import CLOSE, Subject, stepwise, without_layers
+from anee_core.conformance.subject import CLOSE, LOOSE, Subject, stepwise, without_layers
 from anee_core.model import AdaptiveModel
 
 POLICIES = (
@@ -22,31 +23,53 @@ POLICIES = (
 )
 
 
-def _causal(length: int) -> Tensor:
+def _causal(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the additive mask of two rows of a sequence, [2, 1, T, T]."""
-    return torch.full((length, length), torch.finfo(torch.float32).min).triu(1).expand(2, 1, -1, -1)
+    return torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1).expand(2, 1, -1, -1)
 
 
-@check("keys and values", look="Layout.input_norm, key, value, fused, key_norm, or ModelAdapter.project_kv")
+@check(
+    "keys and values",
+    look="Layout.input_norm, key, value, fused, key_norm, or ModelAdapter.head_dim, kv_width and project_kv",
+)
 def keys_and_values(subject: Subject) -> None:
     """A skipped layer gets the keys and values that transformers' own cache holds for the same hidden states."""
-    model, ids = subject.model(), subject.tokens()
-    adaptive = subject.adaptive()
+    ids = subject.tokens()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    for dtype, tolerance in ((torch.float32, CLOSE), (torch.bfloat16, LOOSE)):
+        model = subject.model(dtype)
+        adaptive = subject.adaptive(model=model)
+        # A cache without windows: transformers drops what has left one, which is not the question here.
+        theirs = DynamicCache()
+        with torch.no_grad():
+            states = model(ids, past_key_values=theirs, use_cache=True, output_hidden_states=True).hidden_states
+            ours = adaptive(ids).past_key_values
+            calls = subject.adapter.begin(adaptive.parts, states[0], positions)
+            for i in range(subject.layers):
+                wanted = theirs.layers[i].keys, theirs.layers[i].values
+                call = calls[i].with_mask(_causal(ids.shape[1], dtype))
+                skipped = subject.adapter.project_kv(adaptive.parts, i, states[i], call)
+                for name, ran, given, other in zip(("keys", "values"), ours.held(i), skipped, wanted, strict=True):
+                    expect_same(ran, other, f"stored {name} of layer {i}, run", "Layout.cache_argument")
+                    what = f"{name} of layer {i}, skipped ({dtype})"
+                    expect_same(given, other, what, keys_and_values.look, tolerance)
+    _follow_hooks(subject, positions)
+
+
+def _follow_hooks(subject: Subject, positions: Tensor) -> None:
+    """Raise unless modules are called where someone has hooked them: LoRA, quantisation and offloading depend on it."""
+    adaptive = subject.adaptive(model=subject.build())
     adapter, parts = subject.adapter, adaptive.parts
-    # A cache without windows: transformers drops what has left one, which is not the question here.
-    theirs = DynamicCache()
+    states = torch.randn(2, positions.shape[1], parts.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    call = adapter.begin(parts, states, positions)[0].with_mask(_causal(positions.shape[1]))
+    for leaf in leaves(parts.layers[0]):
+        leaf.register_forward_hook(lambda module, args, output: output * 1.5 if isinstance(output, Tensor) else output)
     with torch.no_grad():
-        states = model(ids, past_key_values=theirs, use_cache=True, output_hidden_states=True).hidden_states
-        ours = adaptive(ids).past_key_values
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        for i in range(subject.layers):
-            wanted = theirs.layers[i].keys, theirs.layers[i].values
-            call = adapter.begin(parts, states[i], positions)[i]
-            skipped = adapter.project_kv(parts, i, states[i], call.with_mask(_causal(ids.shape[1])))
-            for name, ran, projected, other in zip(("keys", "values"), ours.held(i), skipped, wanted, strict=True):
-                expect_same(ran, other, f"stored {name} of layer {i}, run", "Layout.cache_argument")
-                what = f"{name} of layer {i}, skipped"
-                expect_same(projected, other, what, keys_and_values.look, CLOSE)
+        wanted = adapter.capture_kv(parts, 0, states, call)
+        found = adapter.project_kv(parts, 0, states, call)
+    for name, mine, other in zip(("keys", "values"), found, wanted, strict=True):
+        what, look = f"{name} from hooked modules", "ModelAdapter.project_kv: it calls modules, never their weights"
+        expect_same(mine, other, what, look, CLOSE)
 
 
 @check("skip", look="ModelAdapter.project_kv and run: neither may rely on the layer before")
@@ -66,6 +89,10 @@ def skip(subject: Subject) -> None:
             options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
             wanted = theirs.generate(ids, max_new_tokens=8, **options)
         expect_same(ours.generate(ids, max_new_tokens=8, **options), wanted, f"generated ids {what}", skip.look)
+    half = subject.model(torch.bfloat16)
+    theirs, ours = without_layers(half, path, {1}), subject.adaptive("static:skip=1", model=half)
+    with torch.no_grad():
+        expect_same(ours(ids).logits, theirs(ids).logits, "logits without layer 1 in bf16", skip.look)
 
 
 @check("exit", look="ModelAdapter.project_kv: one key and value for each token")

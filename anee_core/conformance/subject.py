@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from anee_core.adapter import ModelAdapter
-from anee_core.errors import AdapterError
+from anee_core.errors import AdapterError, InputError
 from anee_core.interfaces import Calibration
 from anee_core.model import AdaptiveModel
 from anee_core.plugins import Plugins
@@ -38,25 +40,44 @@ class Subject:
     refused: tuple[Any, ...] = ()
     plugins: Plugins = field(default_factory=Plugins.discover)
     _built: dict[tuple[torch.dtype, str | None], nn.Module] = field(default_factory=dict)
+    _pristine: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0) -> Any:
+    def __post_init__(self) -> None:
+        least = {"num_hidden_layers": 4, "max_position_embeddings": 64, "vocab_size": 32}
+        for name, size in least.items():
+            given = getattr(self.config, name, None)
+            if given is not None and given < size:
+                raise InputError(f"the config '{self.name}' has {name}={given}; the checks need at least {size}")
+        self.config = copy.deepcopy(self.config)
+        self.config.use_cache = True  # checkpoints saved after training often say otherwise
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0, config: Any = None
+    ) -> Any:
         """Return a new transformers model with seeded weights, in ``attention`` or its default backend."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 chosen = {} if attention is None else {"attn_implementation": attention}
-                model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), **chosen)
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(config or self.config), **chosen)
             except ValueError as error:
                 raise AdapterError(
                     f"transformers makes no causal LM of {type(self.config).__name__}: {error}"
                 ) from error
             with torch.no_grad():
                 for parameter in model.parameters():
-                    if parameter.dim() > 1:
-                        parameter.mul_(_GAIN / parameter.shape[-1] ** 0.5 / parameter.std().clamp(min=1e-6))
+                    if parameter.dim() > 1 and parameter.std() > 1e-4:
+                        parameter.mul_(_GAIN / parameter.shape[-1] ** 0.5 / parameter.std())
                     else:  # norms and biases: not all alike, so that leaving one out shows
                         parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        if not self._pristine:  # before the adapter has seen any model
+            self._pristine.update(code_of(model))
         return model.to(dtype).eval()
+
+    @property
+    def pristine(self) -> dict[str, Any]:
+        """The code of transformers that a model of this family runs, as it was before the adapter was used."""
+        return self._pristine
 
     def model(self, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
         """Return the transformers model that all checks share; they leave it as it is."""
@@ -99,6 +120,11 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, int(self.config.vocab_size), (batch, length), generator=generator)
 
+    @property
+    def far(self) -> Tensor:
+        """One sequence [1, T] that reaches as far as the model does, up to 128 tokens."""
+        return self.tokens(1, min(self.adapter.max_positions(self.config) or 128, 128), seed=11)
+
     def ragged(self, lengths: tuple[int, ...], side: str, extra: int = 2) -> tuple[Tensor, Tensor]:
         """Return ids and mask [B, T] of rows with these lengths, padded on one side, by ``extra`` more than needed."""
         width = max(lengths) + extra
@@ -108,6 +134,18 @@ class Subject:
             ids[row, at] = self.tokens(1, length, seed=row + 1)[0]
             mask[row, at] = 1
         return ids, mask
+
+
+def code_of(model: nn.Module) -> dict[str, Any]:
+    """Return what a model's classes and their modules define, by name: whoever patches transformers changes it."""
+    kinds = {type(module) for module in model.modules()} | set(type(model).__mro__)
+    kinds = {kind for kind in kinds if kind.__module__.startswith("transformers.")}
+    found: dict[str, Any] = {"attention functions": dict(ALL_ATTENTION_FUNCTIONS)}
+    for kind in kinds:
+        found[f"class {kind.__name__}"] = {k: v for k, v in vars(kind).items() if callable(v)}
+        module = sys.modules[kind.__module__]
+        found[f"module {kind.__module__}"] = {k: v for k, v in vars(module).items() if callable(v)}
+    return found
 
 
 def positions_of(mask: Tensor) -> Tensor:
