@@ -47,6 +47,10 @@ def conformance(
 
     if policy and (target or config or model_type):
         raise InputError("--policy checks policies: leave the adapter and its configs out")
+    if budget is not None and not policy:
+        raise InputError("--budget is for --policy")
+    if model_type and config:
+        raise InputError("--model-type is for an adapter without --config: a config says its family itself")
     for path in config or ():
         if not path.exists():
             raise InputError(f"there is no config '{path}'")

@@ -21,8 +21,9 @@ def pytest_addoption(parser: Any) -> None:
 
 def pytest_configure(config: Any) -> None:
     """Collect the conformance tests, alone unless tests are named as well."""
-    if not (config.getoption("--anee-adapter") or config.getoption("--anee-config")):
-        return
+    options = ("--anee-adapter", "--anee-config", "--anee-model-type")
+    if hasattr(config, "workerinput") or not any(config.getoption(option) for option in options):
+        return  # with xdist the workers are told by the first process
     spec = find_spec("anee")
     assert spec is not None
     assert spec.origin is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 from anee_core.accounting import CostModel, Spent, executed_work, module_work
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache, CacheWriter
+from anee_core.errors import BudgetError
 from anee_core.feedback import FeedbackLog
 from anee_core.interfaces import CacheView, Calibration, Setting
 from anee_core.layer_step import LayerStep, ReferenceStep, devices_of, skip_some
@@ -64,6 +65,11 @@ class Engine:
         self.adapter, self.parts = adapter, parts
         self.costs = costs or cost_model(adapter, parts)
         limit = budget_of(policy, budget)
+        if policy.controller.runs_all and limit is not None and limit < 1.0:
+            raise BudgetError(
+                f"policy '{policy}' runs every layer, so it cannot keep a budget of {limit:g}; "
+                "choose one that skips layers, or leave the budget out"
+            )
         hard = hard or policy.hard
         protected = policy.controller.protected(self.costs.num_layers)
         self.budget = Budget(self.costs, protected, limit, hard)

@@ -1,15 +1,18 @@
 """The conformance suite catches wrong adapters and policies: for every check something broken fails it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from tiny import CONFIGS, PLUGINS
+from torch.nn import functional
+from transformers.models.llama import modeling_llama
 
-from anee_adapters import Gemma3Adapter, GemmaAdapter, GPT2Adapter, GPTJAdapter, LlamaAdapter, MixtralAdapter
+from anee_adapters import Gemma2Adapter, Gemma3Adapter, GPT2Adapter, GPTJAdapter, LlamaAdapter, MixtralAdapter
 from anee_core.accounting import Work
 from anee_core.conformance import ADAPTER_CHECKS, POLICY_CHECKS, PolicySubject, Subject
 from anee_core.interfaces import Action, CachePolicy, Controller
+from anee_core.rotary import rotate
 
 CHECKS = {check.name: check for check in ADAPTER_CHECKS}
 
@@ -56,7 +59,7 @@ class WindowTooWide(LlamaAdapter):
         return config.sliding_window + 1
 
 
-class NoSoftCap(GemmaAdapter):
+class NoSoftCap(Gemma2Adapter):
     def logits(self, parts, hidden_states):
         return parts.head(hidden_states)
 
@@ -172,6 +175,89 @@ class ChangesConfig(LlamaAdapter):
         return super().parts(model)
 
 
+class PatchesTransformers(LlamaAdapter):
+    """Takes rotary positions away from every model in the process."""
+
+    def parts(self, model):
+        modeling_llama.apply_rotary_pos_emb = lambda queries, keys, *_: (queries, keys)
+        return super().parts(model)
+
+
+class ChangesBuffers(LlamaAdapter):
+    def parts(self, model):
+        model.model.rotary_emb.original_inv_freq.zero_()
+        return super().parts(model)
+
+
+class RemembersAngles(LlamaAdapter):
+    """Computes rotary angles once, whatever the model."""
+
+    def begin(self, parts, hidden_states, position_ids):
+        key = position_ids.tolist().__repr__()
+        self.angles = getattr(self, "angles", {})
+        if key not in self.angles:
+            self.angles[key] = super().begin(parts, hidden_states, position_ids)
+        return self.angles[key]
+
+
+class OnlyInSinglePrecision(LlamaAdapter):
+    def project_kv(self, parts, layer_idx, hidden_states, call):
+        keys, values = super().project_kv(parts, layer_idx, hidden_states, call)
+        return (keys, values) if keys.dtype == torch.float32 else (keys * 0, values * 0)
+
+
+class MultipliesWeights(LlamaAdapter):
+    """Reads the weights past their modules, whatever wraps those."""
+
+    def project_kv(self, parts, layer_idx, hidden_states, call):
+        attention = parts.layers[layer_idx].self_attn
+        normed = parts.layers[layer_idx].input_layernorm(hidden_states)
+        keys, values = (
+            functional.linear(normed, part.weight).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for part in (attention.k_proj, attention.v_proj)
+        )
+        return rotate(keys, *call.position_embeddings), values
+
+
+class EndsEarly(LlamaAdapter):
+    """Places no token beyond position 40."""
+
+    def begin(self, parts, hidden_states, position_ids):
+        return super().begin(parts, hidden_states, position_ids.clamp(max=40))
+
+
+class FullPrecisionLogits(LlamaAdapter):
+    def logits(self, parts, hidden_states):
+        return super().logits(parts, hidden_states).float()
+
+
+class WeightlessLayers(MixtralAdapter):
+    def layer_work(self, parts, layer_idx):
+        return replace(super().layer_work(parts, layer_idx), token_bytes=0, table_bytes=0)
+
+
+class NoEnd(GPT2Adapter):
+    def position_limit(self, parts):
+        return None
+
+
+class EndsTooSoon(LlamaAdapter):
+    def position_limit(self, parts):
+        return 64
+
+
+class KnowsOneReason(LlamaAdapter):
+    """Forgets what every family refuses."""
+
+    def refuse(self, config):
+        return "no" if "linear_attention" in (getattr(config, "layer_types", None) or ()) else None
+
+
+class HeadWidthFromWidth(type(PLUGINS.adapters["qwen3"])):
+    def head_dim(self, config):
+        return config.hidden_size // config.num_attention_heads
+
+
 class AcceptsAnything(LlamaAdapter):
     def refuse(self, config):
         return None
@@ -196,6 +282,8 @@ BROKEN = [
     ("layer output", "llama", layout(LlamaAdapter(), returns_tuple=True)),
     ("layer output", "llama", layout(LlamaAdapter(), final_norm=None)),
     ("dense sequence", "gemma2", NoSoftCap()),
+    ("dense sequence", "llama", EndsEarly()),
+    ("dense sequence", "llama", FullPrecisionLogits()),
     ("dense decode", "llama", PositionsFromZero()),
     ("padding", "llama", PositionsOfFirstRow()),
     ("keys and values", "llama", NoNormBeforeKeys()),
@@ -203,6 +291,9 @@ BROKEN = [
     ("keys and values", "gptj", NotRotated()),
     ("keys and values", "llama", NextLayersKeys()),
     ("keys and values", "qwen3", layout(PLUGINS.adapters["qwen3"], key_norm=None)),
+    ("keys and values", "llama", OnlyInSinglePrecision()),
+    ("keys and values", "llama", MultipliesWeights()),
+    ("paths", "qwen3", HeadWidthFromWidth()),
     ("skip", "llama", CallOfTheFirstLayer()),
     ("exit", "llama", LastTokenOnly()),
     ("parallel equals stepwise", "llama", DependsOnBlockLength()),
@@ -211,6 +302,7 @@ BROKEN = [
     ("cost model", "llama", FreeKeys()),
     ("cost model", "llama", WrongHeadWidth()),
     ("cost model", "mixtral", AllExperts()),
+    ("cost model", "mixtral", WeightlessLayers()),
     ("budget", "llama", FreeKeys()),
     ("budget", "llama", CheapLayers()),
     ("rollback", "llama", Carries()),
@@ -219,9 +311,15 @@ BROKEN = [
     ("save and load", "llama", KeepsFirstModel()),
     ("hygiene", "llama", Patches()),
     ("hygiene", "llama", ChangesConfig()),
+    ("hygiene", "llama", PatchesTransformers()),
+    ("hygiene", "llama", ChangesBuffers()),
+    ("hygiene", "llama", RemembersAngles()),
     ("hygiene", "llama", KeepsFirstModel()),
     ("refusal", "llama", AcceptsAnything()),
     ("refusal", "llama", RefusesEverything()),
+    ("refusal", "llama", KnowsOneReason()),
+    ("refusal", "gpt2", NoEnd()),
+    ("refusal", "llama", EndsTooSoon()),
 ]
 
 
@@ -235,7 +333,8 @@ def test_something_broken_is_tried_with_every_check():
     BROKEN,
     ids=[f"{name}: {config}, {type(adapter).__name__} {i}" for i, (name, config, adapter) in enumerate(BROKEN)],
 )
-def test_broken_adapter_fails_the_check(name, config, adapter):
+def test_broken_adapter_fails_the_check(name, config, adapter, monkeypatch):
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # put back after
     failure = CHECKS[name].failure(Subject(adapter, CONFIGS[config], plugins=PLUGINS))
     assert failure is not None
     assert failure.startswith("expected ")
@@ -387,7 +486,68 @@ def in_single_precision(view):
     return (view.keys @ torch.ones(view.keys.shape[-1])).sum(1) > 0
 
 
+@dataclass(frozen=True)
+class Unwritable(Controller):
+    """Has an option that no string can set."""
+
+    name = "broken"
+    layers: list = field(default_factory=list)
+
+    def decide(self, signals, context):
+        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
+
+
+@dataclass
+class BindsItself(Controller):
+    """Takes on the last model it was bound to."""
+
+    name = "broken"
+
+    def bind(self, setting):
+        self.middle = setting.num_layers // 2
+        return self
+
+    def decide(self, signals, context):
+        layers = torch.arange(context.layer_idx, context.num_layers)[:, None, None]
+        return (layers == self.middle).expand(-1, *context.position_ids.shape).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class SeedsTheWorld(Controller):
+    name = "broken"
+
+    def decide(self, signals, context):
+        torch.manual_seed(0)
+        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class NeedsIds(Controller):
+    name = "broken"
+
+    def decide(self, signals, context):
+        return (context.input_ids % 2)[None].to(torch.uint8)
+
+
+def sees_far_ahead(layers, context):
+    """Later tokens decide, once there are many."""
+    many = context.position_ids.shape[1] > 12
+    return (layers == 2) & (context.position_ids[:, -1:] % 2 == 1) & many
+
+
+def erase(view):
+    view.keys.zero_()
+    return view.valid
+
+
 BROKEN_POLICIES = [
+    ("spelling", Unwritable()),
+    ("answers", NeedsIds()),
+    ("answers", keeping(erase)()),
+    ("parallel equals stepwise", skipping(sees_far_ahead)()),
+    ("parallel equals stepwise", skipping(lambda layers, context: layers[:6] == 2)()),
+    ("repeatable", BindsItself()),
+    ("repeatable", SeedsTheWorld()),
     ("spelling", AnyOption()),
     ("answers", Booleans()),
     ("answers", keeping(lambda view: view.valid.float())()),

@@ -49,7 +49,7 @@ class Check(Generic[S]):
 
 
 def _where(error: Exception) -> str:
-    """Return the last line of the traceback, and the last one that is neither ANEE's nor a library's, if there is one."""
+    """Return the last line of the traceback, and the last one that is neither ANEE's nor a library's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "site-packages" not in f.filename and not Path(f.filename).is_relative_to(_CORE)]
     shown = [frames[-1], *own[-1:]] if own and own[-1] is not frames[-1] else frames[-1:]

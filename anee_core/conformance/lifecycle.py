@@ -139,7 +139,7 @@ def hygiene(subject: Subject) -> None:
 
 
 def _turned(config: Any) -> Any:
-    """Return a config with other rotary frequencies, where it has some: what is computed once cannot be right for both."""
+    """Return a config with other rotary frequencies, if it has any: what is computed once cannot be right for both."""
     other = copy.deepcopy(config)
     given = getattr(other, "rope_parameters", None) or {}
     for parameters in (given, *given.values()):
@@ -217,7 +217,8 @@ def _check_length(subject: Subject) -> None:
     except (IndexError, RuntimeError):
         ends = True
     refused = _refuses(lambda: model(ids))
-    what = f"{limit + 1} tokens to be {'refused, which transformers cannot place' if ends else 'run, as transformers does'}"
+    outcome = "refused, which transformers cannot place" if ends else "run, as transformers does"
+    what = f"{limit + 1} tokens to be {outcome}"
     expect(refused == ends, what, "an error" if refused else "none", look)
     longest = subject.tokens(1, limit)
     expect(not _refuses(lambda: model(longest)), f"{limit} tokens to be run", "an error", look)

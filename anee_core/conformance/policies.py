@@ -14,7 +14,7 @@ from anee_core.conformance.cost import counted
 from anee_core.conformance.policy_subject import FAMILIES, PolicySubject
 from anee_core.conformance.skipping import expect_rows_alone
 from anee_core.conformance.subject import CLOSE, stepwise
-from anee_core.errors import PolicyError
+from anee_core.errors import BudgetError, PolicyError
 from anee_core.interfaces import CacheView, DecisionContext
 from anee_core.model import AdaptiveModel
 from anee_core.policy import parse_policy
@@ -36,6 +36,10 @@ def spelling(subject: PolicySubject) -> None:
             spelling.look,
         )
         expect(mine.options() == other.options(), f"options {mine.options()}", other.options(), spelling.look)
+        for option, value in mine.options().items():
+            # Whatever cannot be written in a string cannot be saved either.
+            written = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            parse_policy(f"{mine.name}:{option}={written}", subject.plugins)
         try:
             parse_policy(f"{mine.name}:no_such_option=1", subject.plugins)
         except PolicyError:
@@ -58,6 +62,8 @@ def answers(subject: PolicySubject) -> None:
                 layer_idx, layers, positions[:, :tokens], ids[:, :tokens], "decode", adaptive.engine.budget.limit
             )
             _check_actions(policy.controller.decide(signals, context), layers - layer_idx, tokens)
+            embedded = replace(context, input_ids=None)  # embeddings were given in their place
+            _check_actions(policy.controller.decide(signals, embedded), layers - layer_idx, tokens)
     held = 9
     view = CacheView(
         hidden_states=torch.randn(3, 1, 32, generator=generator),
@@ -67,7 +73,10 @@ def answers(subject: PolicySubject) -> None:
         query_position=torch.full((3,), held - 1),
         layer_idx=1,
     )
+    before = {name: value.clone() for name, value in vars(view).items() if isinstance(value, Tensor)}
     keep = policy.cache_policy.keep(view)
+    for name, value in before.items():
+        expect(torch.equal(getattr(view, name), value), f"'{name}' as it was", "changed by keep", answers.look)
     expect(isinstance(keep, Tensor) and keep.dtype == torch.bool, "keep to return a bool tensor", keep, answers.look)
     expect(tuple(keep.shape) in ((3, held), (1, held)), f"keep of shape [3, {held}]", list(keep.shape), answers.look)
 
@@ -84,7 +93,7 @@ def parallel(subject: PolicySubject) -> None:
     """A whole sequence in one forward gives the logits of decoding it token by token."""
     for family in FAMILIES:
         model = subject.adaptive(family)
-        ids = subject.subject(family).tokens()
+        ids = subject.subject(family).tokens(length=40 if family == "llama" else 11)
         with torch.no_grad():
             whole, ran = model(ids).logits, model.last_trace.ran  # type: ignore[union-attr]
             steps = stepwise(model, ids)
@@ -104,20 +113,27 @@ def rows(subject: PolicySubject) -> None:
 
 @check("budget", look="decide: what it may spend is in the context and in the signal 'remaining'")
 def budget(subject: PolicySubject) -> None:
-    """A hard budget is exceeded by no token, a soft one not on average; without a budget there is nothing to keep."""
+    """A hard budget is exceeded by no token, whatever it is; the given one, if not hard, not on average."""
     for family in FAMILIES:
         limit = subject.adaptive(family).budget
-        if limit is None:
-            continue
-        shares = {hard: _spent(subject, family, hard) for hard in (True, False)}
-        worst, mean = shares[True].max().item(), shares[False].mean().item()
-        expect(worst <= limit + 1e-6, f"no token above the hard budget {limit} ({family})", f"{worst:.4f}", budget.look)
-        expect(mean <= limit + 0.03, f"at most {limit} on average ({family})", f"{mean:.4f}", budget.look)
+        for hard in dict.fromkeys((limit, 0.7, 0.9)):
+            if hard is None:
+                continue
+            try:
+                worst = _spent(subject, family, True, hard).max().item()
+            except BudgetError:
+                continue  # a given set of layers that costs more says so
+            expect(
+                worst <= hard + 1e-6, f"no token above the hard budget {hard} ({family})", f"{worst:.4f}", budget.look
+            )
+        if limit is not None:
+            mean = _spent(subject, family, False, limit).mean().item()
+            expect(mean <= limit + 0.03, f"at most {limit} on average ({family})", f"{mean:.4f}", budget.look)
 
 
-def _spent(subject: PolicySubject, family: str, hard: bool) -> Tensor:
+def _spent(subject: PolicySubject, family: str, hard: bool, limit: float) -> Tensor:
     """Return what each token of a batch spent, [B, T], as a share of a dense token's layer FLOPs."""
-    model = subject.adaptive(family, hard)
+    model = subject.adaptive(family, hard, limit)
     with torch.no_grad():
         model(subject.subject(family).tokens(4, 60))
     run, skip = model.engine.costs.token_shares(torch.arange(60).expand(4, -1))
@@ -140,21 +156,21 @@ def cost(subject: PolicySubject) -> None:
 
 @check("repeatable", look="bind: it returns a copy for one model; random choices come from positions and token ids")
 def repeatable(subject: PolicySubject) -> None:
-    """The same tokens get the same twice, also with another model under the same policy in between."""
+    """The same tokens get the same again, whatever other model the policy is bound to in between."""
     made = subject.made
-    options = (made.controller.options(), made.cache_policy.options())
-    text = str(made)
-    models = {family: subject.adaptive(family) for family in FAMILIES}
-    for family, model in models.items():
-        ids = subject.subject(family).tokens(seed=3)
-        other = models["llama" if family != "llama" else "gpt2"]
+    before = made.controller.options(), made.cache_policy.options(), str(made)
+    for family in FAMILIES:
+        model, ids = subject.adaptive(family), subject.subject(family).tokens(seed=3)
+        state = torch.get_rng_state()
         with torch.no_grad():
             first = model(ids).logits
+            other = subject.adaptive("llama" if family != "llama" else "gpt2")
             other(subject.subject("llama").tokens(3, 5))
             for _ in range(2):
                 expect_same(model(ids).logits, first, f"the same logits again ({family})", repeatable.look)
-    after = (made.controller.options(), made.cache_policy.options())
-    expect(after == options and str(made) == text, f"the policy still to be '{text}'", str(made), repeatable.look)
+        expect(torch.equal(torch.get_rng_state(), state), "torch's random state as it was", "another", repeatable.look)
+    after = made.controller.options(), made.cache_policy.options(), str(made)
+    expect(after == before, f"the policy still to be '{before[-1]}'", after[-1], repeatable.look)
 
 
 @check("combines", look="decide and keep: neither kind may count on the other's absence")
@@ -203,7 +219,8 @@ def memory(subject: PolicySubject) -> None:
         newest = cache.next_positions().flatten().tolist()
         expect(newest == [length] * 2, f"position {length} to come next ({family})", newest, memory.look)
         per_slot = cache.nbytes() / sum(layer.keys.shape[2] for layer in cache.layers)
-        allowed = sum(max(int(k) / 0.9 + 32, 1) for k in kept.amax(1)) * per_slot
+        # What is held fills at least nine tenths of what was not grown by doubling; a little slack is for growing into.
+        allowed = sum(max(int(k) / 0.9 + 32, 2 * int(k)) for k in kept.amax(1)) * per_slot
         if not made.cache_policy.keeps_all:
             expect(cache.nbytes() <= allowed, f"at most {allowed:.0f} bytes ({family})", cache.nbytes(), memory.look)
 

@@ -13,8 +13,8 @@ from anee_core.model import AdaptiveModel
 from anee_core.plugins import Plugins
 from anee_core.policy import Policy, make_policy
 
-FAMILIES = ("gpt2", "llama", "mistral")
-"""Learned positions; rotary ones and grouped queries; a sliding window."""
+FAMILIES = {"gpt2": 9, "llama": 6, "mistral": 4}
+"""Number of layers, by family: learned positions; rotary ones and grouped queries; a sliding window."""
 
 
 @dataclass
@@ -51,7 +51,10 @@ class PolicySubject:
         """Return the models of a family, shared by all checks."""
         if family not in self._models:
             self._models[family] = Subject(
-                self.plugins.adapters[family], small_config(family), family, plugins=self.plugins
+                self.plugins.adapters[family],
+                small_config(family, num_hidden_layers=FAMILIES[family]),
+                family,
+                plugins=self.plugins,
             )
         return self._models[family]
 

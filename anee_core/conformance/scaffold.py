@@ -16,6 +16,8 @@ from anee_core.errors import InputError
 
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
+_PASSED = (*_CACHE_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
+
 _PYPROJECT = """[build-system]
 requires = ["setuptools>=77"]
 build-backend = "setuptools.build_meta"
@@ -114,10 +116,18 @@ def write_plugin(model_type: str, output: Path) -> Path:
 def guess_layout(model_type: str) -> dict[str, Any]:
     """Return the fields of a `Layout` as a small model of the family has them; only those that are needed."""
     config = small_config(model_type)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(f"transformers has no causal LM of the family '{model_type}'")
     try:
         model = AutoModelForCausalLM.from_config(config).eval()
-    except ValueError as error:
-        raise InputError(f"transformers has no causal LM of the family '{model_type}'") from error
+        _check_causal(model)
+    except InputError:
+        raise
+    except Exception as error:  # each family fails in its own way on sizes that it does not expect
+        raise InputError(
+            f"a small {type(config).__name__} cannot be run ({' '.join(str(error).split())}): "
+            "start from another family's adapter and name the paths by hand"
+        ) from error
     path, layers = next(
         (
             (n, m)
@@ -133,6 +143,17 @@ def guess_layout(model_type: str) -> dict[str, Any]:
     attention = next((n for n, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
     if argument is None or attention is None or model._is_stateful:
         raise InputError(f"layers of '{model_type}' take no key/value cache: ANEE cannot run this family")
+    required = [
+        name
+        for name, parameter in inspect.signature(type(layer).forward).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    unknown = [name for name in required[2:] if name not in _PASSED]
+    if unknown:
+        raise InputError(
+            f"layers of '{model_type}' must be given '{unknown[0]}', which ANEE does not know: a bias such as ALiBi's "
+            "cannot follow a cache whose layers hold different tokens; for anything else, override layer_arguments"
+        )
     above, _, own = path.rpartition(".")
     beside = [(n, m) for n, m in model.get_submodule(above).named_children() if n != own]
     after = [n for n, m in beside if "norm" in n.lower() or re.fullmatch(r"ln_\w+", n)]
@@ -146,11 +167,25 @@ def guess_layout(model_type: str) -> dict[str, Any]:
     experts = {n.rpartition(".")[0] for item in layers for n, p in item.named_parameters() if p.dim() > 2}
     if experts:
         found["experts"] = min(experts, key=len)
+    kinds = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in kinds or getattr(config, "sliding_window", None) is not None:
+        found["windows"] = "by type" if "sliding_attention" in kinds else "all"
     if argument != _CACHE_ARGUMENTS[0]:
         found["cache_argument"] = argument
     if _returns_tuple(model, layer):
         found["returns_tuple"] = True
     return found
+
+
+def _check_causal(model: Any) -> None:
+    """Raise `InputError` if a token changes what comes before it."""
+    ids = torch.arange(3, 9)[None]
+    changed = ids.clone()
+    changed[0, -1] = 20
+    with torch.no_grad():
+        first, second = model(ids).logits, model(changed).logits
+    if not torch.allclose(first[:, :-1], second[:, :-1], atol=1e-5):
+        raise InputError(f"{type(model).__name__} lets tokens see the future: ANEE runs causal models")
 
 
 def _returns_tuple(model: Any, layer: nn.Module) -> bool:

@@ -37,6 +37,8 @@ def subjects(
     listed = []
     for name, config in found.items():
         kind = config.model_type
+        if target in plugins.adapters and kind != target:
+            raise InputError(f"the config '{name}' is of the family '{kind}', not '{target}'")
         if adapter is None and kind not in plugins.adapters:
             raise AdapterError(f"no adapter for the model family '{kind}'; {suggestion(kind, plugins.adapters)}")
         listed.append((name, kind, Subject(adapter or plugins.adapters[kind], config, name, plugins=plugins)))

@@ -10,33 +10,34 @@ from transformers import CONFIG_MAPPING
 
 from anee_core.errors import InputError, suggestion
 
+# All different, so that one cannot be taken for another unnoticed.
 _SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 64,
     "ffn_dim": 64,
-    "word_embed_proj_dim": 32,
+    "word_embed_proj_dim": 24,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_kv_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "rotary_dim": 4,
-    "query_pre_attn_scalar": 8,
+    "query_pre_attn_scalar": 12,
     "max_position_embeddings": 128,
     "original_max_position_embeddings": 128,
     "sliding_window": 5,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
+    "num_experts": 6,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
 }
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 
-def small_config(model_type: str) -> Any:
-    """Return the default config of a transformers family with every size made small.
+def small_config(model_type: str, **sizes: int) -> Any:
+    """Return the default config of a transformers family with every size made small, or as ``sizes`` say.
 
     Raises:
         InputError: transformers has no such family, or its config cannot be made small this way.
@@ -46,10 +47,11 @@ def small_config(model_type: str) -> Any:
     make = CONFIG_MAPPING[model_type]
     default = make()
     names = getattr(make, "attribute_map", {})
-    given = {k: v for k, v in _SMALL.items() if getattr(default, k, None) is not None}
-    sizes = {names.get(k, k): v for k, v in given.items() if not isinstance(getattr(make, k, None), property)}
+    wanted = _SMALL | sizes
+    given = {k: v for k, v in wanted.items() if getattr(default, k, None) is not None}
+    fields = {names.get(k, k): v for k, v in given.items() if not isinstance(getattr(make, k, None), property)}
     try:
-        return make(**sizes, **_SPECIAL)
+        return make(**fields, **_SPECIAL)
     except Exception as error:  # each family checks its sizes in its own way
         raise InputError(
             f"the config of '{model_type}' cannot be made small by itself ({' '.join(str(error).split())}); "
