@@ -85,6 +85,13 @@ def test_budget_below_the_least_possible_names_it():
         adaptive(model, "heuristic:protect=1 1", 0.2)
 
 
+@pytest.mark.parametrize("policy", ["dense", "window:recent=4"])
+def test_budget_of_a_policy_that_runs_everything_is_refused(policy):
+    with pytest.raises(BudgetError, match=r"runs every layer, so it cannot keep a budget of 0\.5"):
+        adaptive(build("llama"), policy, 0.5)
+    assert adaptive(build("llama"), policy, 1.0).budget == 1.0
+
+
 def test_given_set_that_spends_more_than_the_budget_is_refused():
     with pytest.raises(BudgetError, match=r"spends 0\.8"):
         adaptive(build("llama"), "static:skip=2", 0.5)

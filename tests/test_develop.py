@@ -54,7 +54,7 @@ def test_wrong_adapter_fails_with_one_line_and_code_1(run_anee, wrong, tmp_path)
     assert done.code == 1
     assert "1 of 2 checks passed" in done.out
     line = next(line for line in done.out.splitlines() if line.startswith("llama: keys and values:"))
-    assert "expected keys of layer 0, skipped within" in line
+    assert "expected keys of layer 0, skipped (torch.float32) within" in line
     assert "look at Layout.input_norm" in line
     assert not json.loads(report.read_text())["passed"]
 
@@ -89,6 +89,13 @@ def test_policies_are_checked(run_anee):
         (["llama", "--config", "wrong.json"], "the config 'wrong.json' is wrong"),
         (["llama", "--config", "empty"], "the folder 'empty' has no .json config"),
         (["--config", "mamba.json"], "no adapter for the model family 'mamba'"),
+        (["llama", "--budget", "0.5"], "--budget is for --policy"),
+        (["gpt2", "--config", "small.json"], "the config 'small' is of the family 'llama', not 'gpt2'"),
+        (
+            ["llama", "--config", "small.json", "--model-type", "llama"],
+            "--model-type is for an adapter without --config",
+        ),
+        (["llama", "--config", "small.json"], "has num_hidden_layers=2; the checks need at least 4"),
         (["llama", "--policy", "dense"], "--policy checks policies: leave the adapter and its configs out"),
         (["--policy", "no-such"], "unknown policy 'no-such'"),
     ],
@@ -99,6 +106,7 @@ def test_wrong_input_is_one_line_that_says_what_to_do(run_anee, wrong, arguments
     Path("unknown.json").write_text('{"model_type": "lamma"}')
     Path("wrong.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     Path("mamba.json").write_text('{"model_type": "mamba"}')
+    Path("small.json").write_text('{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32}')
     Path("empty").mkdir()
     done = run_anee("conformance", *arguments)
     assert done.code == 2
@@ -125,6 +133,9 @@ def test_new_adapter_writes_a_plugin(run_anee, tmp_path):
         ("stabelm", "transformers has no model family 'stabelm'; did you mean 'stablelm'?"),
         ("t5", "transformers has no causal LM of the family 't5'"),
         ("mamba", "take no key/value cache"),
+        ("bloom", "must be given 'alibi'"),
+        ("bert", "lets tokens see the future"),
+        ("nemotron", "cannot be run"),
         ("qwen3_next", "take no key/value cache"),
     ],
 )
@@ -143,6 +154,8 @@ def test_new_adapter_for_what_cannot_be_served_says_why(run_anee, tmp_path, name
         ("gptj", {"cache_argument": "layer_past", "returns_tuple": True}),
         ("gpt_neox", {"attention": "attention", "cache_argument": "layer_past"}),
         ("mixtral", {"experts": "mlp.experts"}),
+        ("gemma2", {"windows": "by type"}),
+        ("mistral", {"windows": "all"}),
     ],
 )
 def test_table_of_names_is_found_in_the_model(kind, expected):
@@ -165,7 +178,7 @@ def test_pytest_option_runs_the_suite(tmp_path):
     options = ["--anee-adapter", "wrong_adapter:Wrong", "--anee-config", config]
     done = pytest_run(*options, "-k", "paths or keys", folder=tmp_path)
     assert "1 failed, 1 passed" in done.stdout
-    assert "expected keys of layer 0, skipped within" in done.stdout
+    assert "expected keys of layer 0, skipped (torch.float32) within" in done.stdout
     done = pytest_run(*options, "--collect-only", folder=tmp_path)
     assert f"{len(ADAPTER_CHECKS)} tests collected" in done.stdout
     done = pytest_run("--anee-adapter", "lama", folder=tmp_path)

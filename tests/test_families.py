@@ -109,6 +109,42 @@ def test_families_that_no_adapter_could_serve_are_refused_with_the_reason(config
         anee.load(str(tmp_path))
 
 
+def changed(name, **options):
+    """Return a config of ``tests/configs`` with other options."""
+    return type(CONFIGS[name])(**{**CONFIGS[name].to_dict(), **options})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        changed("llama", sliding_window=3),
+        changed("gpt-neox", sliding_window=3),
+        changed("mistral", layer_types=["full_attention", "sliding_attention"] * 3),
+        changed("phi3-sliding", layer_types=["full_attention"] * 6),
+    ],
+    ids=["llama", "gpt-neox", "mistral", "phi3"],
+)
+def test_window_is_what_the_family_makes_of_its_config(config):
+    """Some families ignore ``sliding_window``, some ``layer_types``."""
+    torch.manual_seed(0)
+    network, ids = AutoModelForCausalLM.from_config(config).eval(), tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(adaptive(network)(ids).logits, network(ids).logits)
+
+
+def test_attention_to_the_future_is_refused():
+    config = changed("llama")
+    config.is_causal = False
+    with pytest.raises(ModelError, match="is_causal=False lets tokens see the future"):
+        anee.load(AutoModelForCausalLM.from_config(config))
+
+
+def test_given_position_that_does_not_exist_is_refused():
+    model = adaptive(AutoModelForCausalLM.from_config(CONFIGS["gpt2"]))
+    with pytest.raises(InputError, match="position 128 does not exist"):
+        model(tokens(1, 2), position_ids=torch.tensor([[0, 128]]))
+
+
 def test_family_with_recurrent_layers_is_refused_with_the_reason_when_loaded():
     config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
     with pytest.raises(ModelError, match="keep no key/value cache"):
