@@ -340,7 +340,9 @@ def test_wrapper_generates_text_under_the_default_policy_and_meets_the_budget(de
 
 
 def test_wrapper_passes_device_dtype_and_generation_options_on(llama_folder):
-    config = anee.ANEEConfig(model_name=str(llama_folder), policy="dense", dtype="bfloat16", device="cpu")
+    config = anee.ANEEConfig(
+        model_name=str(llama_folder), policy="dense", energy_budget=1.0, dtype="bfloat16", device="cpu"
+    )
     wrapper = ANEEWrapper(config)
     assert wrapper.model.dtype == torch.bfloat16
     options = {"do_sample": True, "top_k": 40, "max_new_tokens": 12}

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-pytestmark = pytest.mark.xdist_group("wheels")
-
 ROOT = Path(__file__).parents[1]
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 OWN = ("anee", "__editable__", "torchao")  # torchao slows each start by seconds and is not needed
@@ -25,9 +23,7 @@ TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidde
 def build(source: Path, wheels: Path) -> None:
     """Build the wheel of a distribution, from a copy: building leaves things behind."""
     copy = wheels.parent / f"source-{source.name}"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", "build", "*.egg-info", "__pycache__", "plugins", "tests", ".*_cache"
-    )
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "plugins", "tests")
     shutil.copytree(source, copy, ignore=ignored)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheels)]
     subprocess.run([*command, str(copy)], check=True, capture_output=True, text=True)
