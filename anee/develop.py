@@ -38,6 +38,7 @@ def conformance(
     Without a target, the adapters registered for the given configs are checked; without configs, a small default of
     each family that the target is registered for. The exit code is 1 if a check fails.
     """
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from anee_core.conformance import ADAPTER_CHECKS, POLICY_CHECKS, PolicySubject, run_checks
@@ -54,6 +55,7 @@ def conformance(
     for path in config or ():
         if not path.exists():
             raise InputError(f"there is no config '{path}'")
+    torch.set_num_threads(1)  # models this small only get slower on several
     transformers_logging.disable_progress_bar()  # each check saves and loads a model
     logging.getLogger("transformers").setLevel(logging.ERROR)
     plugins, console = Plugins.discover(), Console()

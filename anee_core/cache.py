@@ -85,7 +85,7 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """Return -1: the name of `get_max_length` before transformers 5.13."""
+        """Return -1: the name of `get_max_length` in older versions of transformers."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -313,7 +313,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens: transformers counts them as a negative number.
 
-        A positive number is the length to keep, as it was before transformers 5.13. What is left has been accepted,
+        A positive number is the length to keep, as in older versions. What is left has been accepted,
         so slots dropped because of it are freed.
         """
         self.rollback(max(self.seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)

@@ -511,7 +511,7 @@ def test_crop_takes_a_number_to_remove_or_a_length_to_keep():
     cache.crop(-3)
     assert_same(before, snapshot(cache))
     feed(cache, 3, seed=1)
-    cache.crop(5)  # as transformers before 5.13 says it
+    cache.crop(5)  # as older versions of transformers say it
     assert_same(before, snapshot(cache))
     cache.crop(9)
     assert_same(before, snapshot(cache))
