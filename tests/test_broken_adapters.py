@@ -1,6 +1,6 @@
-"""The conformance suite catches wrong adapters and policies: for every check something broken fails it."""
+"""The conformance suite catches wrong adapters: for every check something broken fails it."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from anee_adapters import Gemma2Adapter, Gemma3Adapter, GPT2Adapter, GPTJAdapter, LlamaAdapter, MixtralAdapter
 from anee_core.accounting import Work
-from anee_core.conformance import ADAPTER_CHECKS, POLICY_CHECKS, PolicySubject, Subject
-from anee_core.interfaces import Action, CachePolicy, Controller
+from anee_core.conformance import ADAPTER_CHECKS, Subject
 from anee_core.rotary import rotate
 
 CHECKS = {check.name: check for check in ADAPTER_CHECKS}
@@ -325,7 +324,6 @@ BROKEN = [
 
 def test_something_broken_is_tried_with_every_check():
     assert {name for name, _, _ in BROKEN} == set(CHECKS)
-    assert {name for name, _ in BROKEN_POLICIES} == {check.name for check in POLICY_CHECKS}
 
 
 @pytest.mark.parametrize(
@@ -351,231 +349,3 @@ def test_failure_names_what_is_wrong():
     failure = CHECKS["window"].failure(Subject(WindowTooWide(), CONFIGS["mistral"], plugins=PLUGINS))
     assert "layer 0 to see 5 positions" in failure
     assert "found 6 (ModelAdapter.window says 6)" in failure
-
-
-def skipping(decide):
-    """Return a layer policy class that decides all layers at once."""
-
-    @dataclass(frozen=True)
-    class Skipping(Controller):
-        name = "broken"
-
-        def decide(self, signals, context):
-            layers = torch.arange(context.layer_idx, context.num_layers)[:, None, None]
-            skip = decide(layers, context).expand(len(layers), *context.position_ids.shape)
-            return torch.where(skip, Action.SKIP, Action.PROCESS).to(torch.uint8)
-
-    return Skipping
-
-
-def keeping(keep):
-    """Return a token policy class."""
-
-    @dataclass(frozen=True)
-    class Keeping(CachePolicy):
-        name = "broken"
-
-        def keep(self, view):
-            return keep(view)
-
-    return Keeping
-
-
-class AnyOption(Controller):
-    """Takes an option and loses it."""
-
-    name = "broken"
-
-    def __init__(self, no_such_option: int = 0):
-        pass
-
-    @classmethod
-    def option_names(cls):
-        return ("no_such_option",)
-
-    def options(self):
-        return {}
-
-    def decide(self, signals, context):
-        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class Booleans(Controller):
-    name = "broken"
-
-    def decide(self, signals, context):
-        return torch.zeros(1, *context.position_ids.shape, dtype=torch.bool)
-
-
-@dataclass
-class Counts(Controller):
-    """Skips on every other call, whoever asks."""
-
-    name = "broken"
-
-    def __post_init__(self):
-        self.calls = 0
-
-    def decide(self, signals, context):
-        if context.layer_idx == 0:
-            self.calls += 1
-        action = Action.SKIP if self.calls % 2 and context.layer_idx == 2 else Action.PROCESS
-        return torch.full((1, *context.position_ids.shape), action, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class Multiplies(Controller):
-    """Does work that it does not report."""
-
-    name = "broken"
-
-    def decide(self, signals, context):
-        torch.ones(8, 8) @ torch.ones(8, 8)
-        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class Overspends(Controller):
-    """Asks for more than it was given, where nothing stops it: without a hard budget."""
-
-    name = "broken"
-    default_budget = 0.5
-
-    def decide(self, signals, context):
-        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
-
-
-@dataclass
-class WeightOutsideOptions(Controller):
-    """Draws what it skips when it is made."""
-
-    name = "broken"
-
-    def __post_init__(self):
-        self.skipped = next(_draws)
-
-    def decide(self, signals, context):
-        layers = torch.arange(context.layer_idx, context.num_layers)[:, None, None]
-        return (layers == self.skipped).expand(-1, *context.position_ids.shape).to(torch.uint8)
-
-
-_draws = iter(range(1000))
-
-
-def of_all_rows(layers, context):
-    return (layers == 2) & (context.position_ids.float().mean() > 3)
-
-
-def of_the_last(layers, context):
-    """The block's last token decides for all."""
-    return (layers == 2) & (context.position_ids[:, -1:] % 2 == 0)
-
-
-def not_alone(layers, context):
-    """Works for several tokens at once only."""
-    return (layers == 2) & (context.position_ids[:, 1:2] > 0)
-
-
-def of_64(view):
-    """Knows 64 slots."""
-    return torch.ones(64, dtype=torch.bool)[: view.valid.shape[1]].expand(view.valid.shape)
-
-
-def in_single_precision(view):
-    return (view.keys @ torch.ones(view.keys.shape[-1])).sum(1) > 0
-
-
-@dataclass(frozen=True)
-class Unwritable(Controller):
-    """Has an option that no string can set."""
-
-    name = "broken"
-    layers: list = field(default_factory=list)
-
-    def decide(self, signals, context):
-        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
-
-
-@dataclass
-class BindsItself(Controller):
-    """Takes on the last model it was bound to."""
-
-    name = "broken"
-
-    def bind(self, setting):
-        self.middle = setting.num_layers // 2
-        return self
-
-    def decide(self, signals, context):
-        layers = torch.arange(context.layer_idx, context.num_layers)[:, None, None]
-        return (layers == self.middle).expand(-1, *context.position_ids.shape).to(torch.uint8)
-
-
-@dataclass(frozen=True)
-class SeedsTheWorld(Controller):
-    name = "broken"
-
-    def decide(self, signals, context):
-        torch.manual_seed(0)
-        return torch.zeros(1, *context.position_ids.shape, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class NeedsIds(Controller):
-    name = "broken"
-
-    def decide(self, signals, context):
-        return (context.input_ids % 2)[None].to(torch.uint8)
-
-
-def sees_far_ahead(layers, context):
-    """Later tokens decide, once there are many."""
-    many = context.position_ids.shape[1] > 12
-    return (layers == 2) & (context.position_ids[:, -1:] % 2 == 1) & many
-
-
-def erase(view):
-    view.keys.zero_()
-    return view.valid
-
-
-BROKEN_POLICIES = [
-    ("spelling", Unwritable()),
-    ("answers", NeedsIds()),
-    ("answers", keeping(erase)()),
-    ("parallel equals stepwise", skipping(sees_far_ahead)()),
-    ("parallel equals stepwise", skipping(lambda layers, context: layers[:6] == 2)()),
-    ("repeatable", BindsItself()),
-    ("repeatable", SeedsTheWorld()),
-    ("spelling", AnyOption()),
-    ("answers", Booleans()),
-    ("answers", keeping(lambda view: view.valid.float())()),
-    ("parallel equals stepwise", skipping(of_the_last)()),
-    ("rows", skipping(of_all_rows)()),
-    ("rows", keeping(lambda view: view.position_ids > view.query_position.max() - 4)()),
-    ("budget", Overspends()),
-    ("cost", Multiplies()),
-    ("repeatable", Counts()),
-    ("combines", Counts()),
-    ("generation", skipping(not_alone)()),
-    ("memory", keeping(of_64)()),
-    ("save and load", WeightOutsideOptions()),
-    ("half precision", keeping(in_single_precision)()),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "policy"), BROKEN_POLICIES, ids=[f"{n} {i}" for i, (n, _) in enumerate(BROKEN_POLICIES)]
-)
-def test_broken_policy_fails_the_check(name, policy):
-    check = next(check for check in POLICY_CHECKS if check.name == name)
-    failure = check.failure(PolicySubject(policy))
-    assert failure is not None
-    assert "; look at " in failure
-    assert "\n" not in failure
-
-
-def test_sound_policy_that_is_not_installed_passes_every_check():
-    subject = PolicySubject(skipping(lambda layers, context: (layers + context.position_ids) % 3 == 0)())
-    assert [check.failure(subject) for check in POLICY_CHECKS] == [None] * len(POLICY_CHECKS)
