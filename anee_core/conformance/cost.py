@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from anee_core.conformance.check import check, expect
 from anee_core.conformance.subject import Subject
+from anee_core.model import AdaptiveModel
+from anee_core.trace import Trace
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -56,6 +58,21 @@ def counted(run: Callable[[], Any], rotary: Any = None) -> int:
     return int(counter.get_total_flops()) - aside
 
 
+def expect_counted(model: AdaptiveModel, run: Callable[[], Any], what: str, look: str) -> None:
+    """Raise `MismatchError` unless the FLOPs that a model reports for ``run`` are those that a counter sees."""
+    executed = counted(run, model.parts.rotary)
+    reported = cast(Trace, model.last_trace).flops["spent"]
+    expect(reported == executed, f"{executed} FLOPs of {what}", reported, look)
+
+
+def spent_by_token(model: AdaptiveModel, ids: Tensor) -> Tensor:
+    """Run unpadded ``ids`` [B, T] and return what each token spent of a dense token's layer FLOPs, [B, T]."""
+    with torch.no_grad():
+        model(ids)
+    run, skip = model.engine.costs.token_shares(torch.arange(ids.shape[1]).expand_as(ids))
+    return torch.where(cast(Trace, model.last_trace).ran, run, skip).sum(0)
+
+
 @check("cost model", look="ModelAdapter.layer_work, kv_work and attention_width")
 def cost_model(subject: Subject) -> None:
     """Reported FLOPs equal a counter on the executed operations, dense, skipping and generating."""
@@ -64,19 +81,15 @@ def cost_model(subject: Subject) -> None:
         model = subject.model(attention=attention)
         for policy in ("dense", "random:p=0.5,protect=0 0", "static:exit=2"):
             adaptive = subject.adaptive(policy, model=model)
-            executed = counted(lambda adaptive=adaptive: adaptive(ids), adaptive.parts.rotary)  # type: ignore[misc]
-            reported = adaptive.last_trace.flops["spent"]  # type: ignore[union-attr]
-            what = f"FLOPs of a sequence under '{policy}' ({attention})"
-            expect(reported == executed, f"{executed} {what}", reported, cost_model.look)
+            what = f"a sequence under '{policy}' ({attention})"
+            expect_counted(adaptive, lambda adaptive=adaptive: adaptive(ids), what, cost_model.look)  # type: ignore[misc]
     _check_bytes(subject)
     adaptive = subject.adaptive("random:p=0.5,protect=0 0")
-    executed = counted(lambda: adaptive.decode(ids, max_new_tokens=5), adaptive.parts.rotary)
-    reported = adaptive.last_trace.flops["spent"]  # type: ignore[union-attr]
-    expect(reported == executed, f"{executed} FLOPs of a generation", reported, cost_model.look)
+    expect_counted(adaptive, lambda: adaptive.decode(ids, max_new_tokens=5), "a generation", cost_model.look)
     dense = subject.adaptive("static:skip=1")
     with_counter = counted(lambda: subject.model()(ids), dense.parts.rotary)
     dense(ids)
-    reported = dense.last_trace.flops["dense"]  # type: ignore[union-attr]
+    reported = cast(Trace, dense.last_trace).flops["dense"]
     expect(reported == with_counter, f"{with_counter} FLOPs of the dense model", reported, cost_model.look)
 
 
@@ -108,15 +121,6 @@ def budget(subject: Subject) -> None:
         expect(spent <= limit + 1e-6, f"at most {limit} of the dense layers' FLOPs", f"{spent:.4f}", budget.look)
         dearest = max(shares.run_shares)
         expect(spent > limit - dearest - 0.02, f"as many layers as {limit} pays for", f"{spent:.4f}", budget.look)
-    exceeded = _worst(subject, 0.7)
-    expect(exceeded <= 0.7 + 1e-6, "no token of a sequence above 0.7", f"{exceeded:.4f}", budget.look)
-
-
-def _worst(subject: Subject, limit: float) -> float:
-    """Return what the dearest token of a sequence spent, from what ran and what layers cost at its position."""
-    adaptive = subject.adaptive("random:p=0.1,protect=0 0", limit, hard=True)
-    with torch.no_grad():
-        adaptive(subject.tokens(2, 20))
-    ran: Tensor = adaptive.last_trace.ran  # type: ignore[union-attr]
-    run, propagate = adaptive.engine.costs.token_shares(torch.arange(20).expand(2, -1))
-    return float(torch.where(ran, run, propagate).sum(0).max())
+    adaptive = subject.adaptive("random:p=0.1,protect=0 0", 0.7, hard=True)
+    dearest_token = spent_by_token(adaptive, subject.tokens(2, 20)).max().item()
+    expect(dearest_token <= 0.7 + 1e-6, "no token of a sequence above 0.7", f"{dearest_token:.4f}", budget.look)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anee_core.conformance.check import Check, check, expect, expect_same
-from anee_core.conformance.cost import counted
+from anee_core.conformance.cost import expect_counted, spent_by_token
 from anee_core.conformance.policy_subject import FAMILIES, PolicySubject
 from anee_core.conformance.skipping import expect_rows_alone
 from anee_core.conformance.subject import CLOSE, stepwise
@@ -132,12 +132,8 @@ def budget(subject: PolicySubject) -> None:
 
 
 def _spent(subject: PolicySubject, family: str, hard: bool, limit: float) -> Tensor:
-    """Return what each token of a batch spent, [B, T], as a share of a dense token's layer FLOPs."""
-    model = subject.adaptive(family, hard, limit)
-    with torch.no_grad():
-        model(subject.subject(family).tokens(4, 60))
-    run, skip = model.engine.costs.token_shares(torch.arange(60).expand(4, -1))
-    return torch.where(model.last_trace.ran, run, skip).sum(0)  # type: ignore[union-attr]
+    """Return what each token of a batch spent under a budget, [B, T]."""
+    return spent_by_token(subject.adaptive(family, hard, limit), subject.subject(family).tokens(4, 60))
 
 
 @check("cost", look="decide: it may run no part of the model")
@@ -149,9 +145,7 @@ def cost(subject: PolicySubject) -> None:
             ("a sequence", lambda model=model, ids=ids: model(ids)),
             ("a generation", lambda model=model, ids=ids: model.decode(ids, max_new_tokens=6)),
         ):
-            executed = counted(run, model.parts.rotary)
-            reported = model.last_trace.flops["spent"]  # type: ignore[union-attr]
-            expect(reported == executed, f"{executed} FLOPs of {what} ({family})", reported, cost.look)
+            expect_counted(model, run, f"{what} ({family})", cost.look)
 
 
 @check("repeatable", look="bind: it returns a copy for one model; random choices come from positions and token ids")

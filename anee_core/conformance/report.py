@@ -20,6 +20,7 @@ from anee_core.conformance.check import Check
 
 _COLUMNS = 6
 """Subjects side by side in one table."""
+_NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Result:
     passed: bool
     seconds: float
     failure: str | None = None
+
+    @property
+    def not_run(self) -> bool:
+        """Whether it failed only because an earlier check did, without which it makes no sense."""
+        return self.failure is not None and self.failure.startswith(_NOT_RUN)
 
 
 @dataclass
@@ -73,7 +79,7 @@ class Report:
                 table.add_row(name, *(_cell(cells.get(subject)) for subject in shown))
             console.print(table)
         for result in self.failures:
-            if str(result.failure).startswith("not run"):
+            if result.not_run:
                 continue
             console.print(f"{result.subject}: {result.check}: {result.failure}", markup=False, soft_wrap=True)
         console.print(
@@ -86,7 +92,7 @@ class Report:
 def _cell(result: Result | None) -> str:
     if result is None:
         return ""
-    if str(result.failure).startswith("not run"):
+    if result.not_run:
         return "not run"
     return "[green]passed[/green]" if result.passed else "[red]FAILED[/red]"
 
@@ -114,7 +120,7 @@ def run_checks(
             for one in checks:
                 progress.update(task, description=f"{name}: {one.name}")
                 started = time.perf_counter()
-                failure = one.failure(subject) if stopped is None else f"not run, because '{stopped}' failed"
+                failure = one.failure(subject) if stopped is None else f"{_NOT_RUN}, because '{stopped}' failed"
                 if failure is not None and one.first and stopped is None:
                     stopped = one.name
                 seconds = round(time.perf_counter() - started, 3)
