@@ -192,6 +192,7 @@ class Spent:
 
     layer_flops: int = 0
     propagation_flops: int = 0
+    policy_flops: int = 0
     dense_layer_flops: int = 0
     head_flops: int = 0
     embedding_flops: int = 0

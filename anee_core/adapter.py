@@ -143,6 +143,11 @@ class ModelAdapter(ABC):
         output = parts.layers[layer_idx](hidden_states, **self.layer_arguments(parts, call, cache_view))
         return output[0] if parts.layout.returns_tuple else output
 
+    def attention_input(self, parts: Parts, layer_idx: int, hidden_states: Tensor) -> Tensor:
+        """Return what a layer's attention is given for hidden states [B, T, D]: normed, where the layout names a norm."""
+        norm = parts.layout.input_norm
+        return hidden_states if norm is None else find(parts.layers[layer_idx], norm)(hidden_states)
+
     def project_kv(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Return the keys and values [B, H, T, Dh] that a layer would cache for these hidden states.
 
@@ -153,7 +158,7 @@ class ModelAdapter(ABC):
         fused = None if layout.fused is None else find(layer, layout.fused)
         if (layout.key is None or layout.value is None) and (fused is None or not sliceable(fused)):
             return self.capture_kv(parts, layer_idx, hidden_states, call)
-        normed = hidden_states if layout.input_norm is None else find(layer, layout.input_norm)(hidden_states)
+        normed = self.attention_input(parts, layer_idx, hidden_states)
         shape = (*normed.shape[:-1], -1, self.head_dim(parts.config))
         if fused is not None:
             keys, values = tail(fused, normed, 2 * self.kv_width(parts.config)).chunk(2, dim=-1)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from anee_core.cache_policies import FullCachePolicy, WindowCachePolicy
+from anee_core.cache_policies import (
+    FullCachePolicy,
+    H2OCachePolicy,
+    KeyNormCachePolicy,
+    RandomTokensCachePolicy,
+    SnapKVCachePolicy,
+    TovaCachePolicy,
+    WindowCachePolicy,
+)
 from anee_core.controllers import DenseController, HeuristicController, RandomController, StaticController
 from anee_core.hookspecs import hookimpl
 from anee_core.interfaces import CachePolicy, Controller, Profiler
@@ -23,5 +31,6 @@ def anee_controllers() -> dict[str, type[Controller]]:
 
 @hookimpl
 def anee_cache_policies() -> dict[str, type[CachePolicy]]:
-    """Return the token policies."""
-    return {p.name: p for p in (FullCachePolicy, WindowCachePolicy)}
+    """Return the token policies that need no training."""
+    scored = (H2OCachePolicy, TovaCachePolicy, KeyNormCachePolicy, SnapKVCachePolicy, RandomTokensCachePolicy)
+    return {p.name: p for p in (FullCachePolicy, WindowCachePolicy, *scored)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,7 +24,10 @@ _SLACK = 16
 
 
 class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships without types
-    """Preallocated keys and values [B, H, capacity, Dh] of one layer, in the dtype they arrive in."""
+    """Preallocated keys and values [B, H, capacity, Dh] of one layer, in the dtype they arrive in.
+
+    ``state`` holds what a token policy remembers of each slot, by name, [B, capacity, ...].
+    """
 
     is_compileable = False
 
@@ -33,6 +37,7 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
         self._layer_idx = layer_idx
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.state: dict[str, Tensor] = {}
 
     @torch.inference_mode(False)
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -54,6 +59,10 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
                 new = self._allocate(old, slots.capacity)
                 new[:, :, : old.shape[2]] = old
                 setattr(self, name, new)
+        for name, known in self.state.items():
+            if known.shape[1] < slots.capacity:
+                extra = known.new_zeros(known.shape[0], slots.capacity - known.shape[1], *known.shape[2:])
+                self.state[name] = torch.cat((known, extra), dim=1)
 
     def held(self, used: int) -> tuple[Tensor, Tensor]:
         """Return views of the used slots' keys and values, [B, H, used, Dh]."""
@@ -69,6 +78,11 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
             new = self._allocate(old, capacity)
             new[:, :, : source.shape[1]] = old.gather(2, index)
             setattr(self, name, new)
+        for name, known in self.state.items():
+            taken = known.new_zeros(known.shape[0], capacity, *known.shape[2:])
+            rows = torch.arange(known.shape[0], device=known.device)[:, None]
+            taken[:, : source.shape[1]] = known[rows, source.to(known.device)]
+            self.state[name] = taken
 
     # What transformers asks of a cache layer.
 
@@ -137,6 +151,9 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.recording = False
         self._pending = 0
         self._horizon = 0
+        self._final = 0
+        self._staged: dict[int, dict[str, Tensor]] = {}
+        self._snapshots: dict[int, list[dict[str, Tensor]]] = {}
 
     @property
     def is_croppable(self) -> bool:
@@ -196,20 +213,54 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         return held
 
     @torch.inference_mode(False)
-    def evict(self, layer_idx: int, keep: Tensor) -> None:
-        """Drop the slots of one layer where ``keep`` [B, S] is False. Memory is freed by `commit`."""
+    def remember(self, layer_idx: int, state: Mapping[str, Tensor]) -> None:
+        """Store what a policy wants to know later of the current block's tokens, by name, [B, T, ...]."""
+        store, start = self.layers[layer_idx], self._starts[layer_idx]
+        for name, rows in state.items():
+            if name not in store.state:
+                capacity = self.slots[layer_idx].capacity
+                store.state[name] = rows.new_zeros(rows.shape[0], capacity, *rows.shape[2:])
+            store.state[name].narrow(1, start, rows.shape[1]).copy_(rows.detach())
+
+    def state(self, layer_idx: int) -> dict[str, Tensor]:
+        """Return what is remembered of one layer's slots, [B, S, ...]."""
+        used = self.slots[layer_idx].used
+        return {name: known.narrow(1, 0, used) for name, known in self.layers[layer_idx].state.items()}
+
+    @torch.inference_mode(False)
+    def evict(self, layer_idx: int, alive: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
+        """Drop slots of one layer: ``alive`` [B, T, S] says what is held after each of the T newest tokens.
+
+        ``state`` is what is remembered from now on, [B, S, ...]. Memory is freed by `commit`.
+        """
         slots = self.slots[layer_idx]
         if any(other is slots for i, other in enumerate(self.slots) if i != layer_idx):
             slots = self.slots[layer_idx] = slots.clone()
-        slots.evict(keep, self.seen + self._pending)
+        slots.evict(alive, self.seen + self._pending)
+        if state:
+            self._staged[layer_idx] = {name: known.detach() for name, known in state.items()}
 
     @torch.inference_mode(False)
     def commit(self) -> None:
         """End the forward: its tokens count as seen; dropped slots are freed unless `recording`."""
+        if self.recording and self._staged:
+            self._snapshots[self.seen] = [dict(layer.state) for layer in self.layers]
+            for layer_idx in self._staged:
+                store = self.layers[layer_idx]
+                store.state = {name: known.clone() for name, known in store.state.items()}
+        for layer_idx, state in self._staged.items():
+            for name, known in state.items():
+                self.layers[layer_idx].state[name].narrow(1, 0, known.shape[1]).copy_(known)
+        if not self.recording and (self._staged or self._snapshots):
+            # What was remembered before is overwritten.
+            self._horizon = self.seen + (self._pending if self._staged else 0)
+            self._snapshots = {}
         self.seen += self._pending
+        self._staged = {}
         self._pending = 0
         self._detach()
         if not self.recording:
+            self._final = self.seen
             self._free()
 
     def abort(self) -> None:
@@ -218,6 +269,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             for slots in self._distinct():
                 slots.rollback(self.seen, self.seen + self._pending)
             self._pending = 0
+            self._staged = {}
             self._detach()
 
     def _detach(self) -> None:
@@ -234,18 +286,21 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         return list({id(slots): slots for slots in self.slots}.values())
 
     def _free(self) -> None:
-        evicting = [i for i, slots in enumerate(self.slots) if slots.evicting]
-        if not evicting:
+        """Compact the layers that have dropped enough for it to be worth while."""
+        due = [i for i, slots in enumerate(self.slots) if slots.evicting and slots.used >= slots.check_at]
+        if not due:
             return
-        # The one host read of a forward that drops: for each such layer, its fullest row and its last drop.
-        figures = [torch.stack((self.slots[i].held().max(), self.slots[i].last_drop())) for i in evicting]
-        known = torch.stack(figures).tolist()
-        for layer_idx, (most, dropped) in zip(evicting, known, strict=True):
+        # The one host read of a forward that frees: for each such layer, its fullest and emptiest row and last drop.
+        figures = []
+        for slots in (self.slots[i] for i in due):
+            held = slots.held()
+            figures.append(torch.stack((held.max(), held.min(), slots.last_drop(self.seen))))
+        for layer_idx, (most, least, dropped) in zip(due, torch.stack(figures).tolist(), strict=True):
             slots = self.slots[layer_idx]
-            self._horizon = max(self._horizon, dropped)
-            slots.bury()
+            slots.check_at = int(most / _LOAD_FACTOR) + _SLACK
             if most < _LOAD_FACTOR * slots.used:
-                source = slots.compact(max(most, 1), int(most / _LOAD_FACTOR) + _SLACK)
+                self._horizon = max(self._horizon, dropped)
+                source = slots.compact(max(most, 1), slots.check_at, full=most == least > 0)
                 self.layers[layer_idx].take(source, slots.capacity)
 
     # Between forwards.
@@ -260,14 +315,27 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         to = self.seen - count
         if count < 0 or to < 0:
             raise CacheError(f"cannot roll back {count} tokens: {self.seen} were seen")
-        if count and to < self._horizon:
+        if count and to < (horizon := self._last_final_drop()):
             raise CacheError(
-                f"cannot roll back to token {to}: slots dropped up to token {self._horizon} are freed; "
+                f"cannot roll back to token {to}: what was dropped up to token {horizon} is freed; "
                 "call activate_past_recording() before the tokens that may be taken back"
             )
+        if to not in self._snapshots and any(seen > to for seen in self._snapshots):
+            raise CacheError(f"cannot roll back to token {to}: it lies inside a block; see Policy.stepwise")
         for slots in self._distinct():
             slots.rollback(to, self.seen)
         self.seen = to
+        self._restore_state(to)
+
+    def _last_final_drop(self) -> int:
+        """Return the number of tokens seen at the last drop that cannot be taken back."""
+        final = [slots.last_drop(self._final) for slots in self._distinct() if slots.evicting]
+        return max([self._horizon, *torch.stack(final).tolist()]) if final else self._horizon
+
+    def _restore_state(self, to: int) -> None:
+        for layer, state in zip(self.layers, self._snapshots.get(to, ()), strict=False):
+            layer.state = state
+        self._snapshots = {seen: states for seen, states in self._snapshots.items() if seen < to}
 
     @torch.inference_mode(False)
     def reorder(self, rows: Tensor) -> None:
@@ -282,6 +350,9 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             if layer.keys is not None:
                 index = rows.to(layer.keys.device)
                 layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+                layer.state = _rows(layer.state, rows)
+        for states in self._snapshots.values():
+            states[:] = [_rows(state, rows) for state in states]
 
     def next_positions(self) -> Tensor:
         """Return the position after the last held token of each row, [B, 1]. The newest token is never dropped."""
@@ -290,10 +361,14 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             return slots.position.new_zeros(self.batch, 1)
         return torch.where(slots.valid(), slots.positions(), -1).amax(1, keepdim=True) + 1
 
+    def layer_nbytes(self) -> list[int]:
+        """Return the bytes that each layer has allocated for keys, values and what its policy remembers of them."""
+        stores = [(layer.keys, layer.values, *layer.state.values()) for layer in self.layers]
+        return [sum(t.untyped_storage().nbytes() for t in parts if t is not None) for parts in stores]
+
     def nbytes(self) -> int:
-        """Return the bytes allocated for keys and values."""
-        stores = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
-        return sum(t.untyped_storage().nbytes() for t in stores)
+        """Return the bytes allocated for keys, values and what a policy remembers of them."""
+        return sum(self.layer_nbytes())
 
     def kept(self) -> Tensor:
         """Return the number of valid slots of each layer and row, [L, B]."""
@@ -317,6 +392,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         so slots dropped because of it are freed.
         """
         self.rollback(max(self.seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)
+        self._final, self._snapshots = self.seen, {}
         self._free()
 
     def activate_past_recording(self) -> None:
@@ -337,8 +413,14 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
-        self.seen = self.batch = self.capacity = self._pending = self._horizon = 0
+        self.seen = self.batch = self.capacity = self._pending = self._horizon = self._final = 0
         self.slots, self.feedback = [], None
+        self._staged, self._snapshots = {}, {}
         for layer in self.layers:
             layer.keys = layer.values = None
+            layer.state = {}
             layer.is_initialized = False
+
+
+def _rows(state: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: known.index_select(0, rows.to(known.device)) for name, known in state.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from anee_core.accounting import CostModel, Spent, executed_work, module_work
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache, CacheWriter
+from anee_core.dropping import Drop
 from anee_core.errors import BudgetError
 from anee_core.feedback import FeedbackLog
-from anee_core.interfaces import CacheView, Calibration, Setting
+from anee_core.interfaces import Calibration, Setting
 from anee_core.layer_step import LayerStep, ReferenceStep, devices_of, skip_some
 from anee_core.layout import Parts
 from anee_core.ledger import Budget
@@ -75,7 +77,8 @@ class Engine:
         self.budget = Budget(self.costs, protected, limit, hard)
         setting = Setting(self.costs, limit, hard, calibration or policy.calibration)
         controller = policy.controller.bind(setting)
-        self.policy = Policy(controller, policy.cache_policy, policy.profiler, setting.calibration, limit, hard)
+        cache_policy = policy.cache_policy.bind(setting)
+        self.policy = Policy(controller, cache_policy, policy.profiler, setting.calibration, limit, hard)
         self._step = step or ReferenceStep(adapter, parts)
         self._devices = devices_of(parts)
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
@@ -106,10 +109,12 @@ class Engine:
                 hidden_states = hidden_states.to(self._devices[layer_idx])
                 selection = plan.at(layer_idx, hidden_states, previous)
                 previous = hidden_states
-                hidden_states = self._layer(layer_idx, hidden_states, calls[layer_idx], masks, cache, selection)
+                drop = self._dropping(layer_idx, hidden_states, block, selection, cache)
+                hidden_states = self._layer(layer_idx, hidden_states, calls[layer_idx], masks, cache, selection, drop)
                 self._charge(spent, layer_idx, selection, block, cache)
-                if not dense and not self.policy.cache_policy.keeps_all:
-                    self._drop(layer_idx, previous, block, cache)
+                if drop is not None:
+                    drop.finish()
+                    spent.policy_flops += drop.flops
                 if keep_states:
                     states.append(hidden_states)
             hidden_states = parts.final_norm(hidden_states.to(self._devices[-1]))
@@ -129,6 +134,7 @@ class Engine:
         masks: MaskMaker,
         cache: AdaptiveCache,
         selection: Selection,
+        drop: Drop | None,
     ) -> Tensor:
         slots, window, device = cache.slots[layer_idx], self._windows[layer_idx], self._devices[layer_idx]
         if device != call.position_ids.device:
@@ -138,26 +144,23 @@ class Engine:
             cache.write(layer_idx, keys, values)
             return hidden_states
         subset = selection.kind == "some"
-        mask = masks.mask(slots, window).to(device) if masks.needed(slots, window, subset) else None
-        if subset:
-            return skip_some(self._step, layer_idx, hidden_states, call, cache, selection, mask)
-        return self._step.run(layer_idx, hidden_states, call.with_mask(mask), CacheWriter(cache, layer_idx))
+        held = None if drop is None else drop.visible()
+        needed = held is not None or masks.needed(slots, window, subset)
+        mask = masks.mask(slots, window, held).to(device) if needed else None
+        with nullcontext() if drop is None else drop.around(hidden_states.dtype):
+            if subset:
+                return skip_some(self._step, layer_idx, hidden_states, call, cache, selection, mask)
+            return self._step.run(layer_idx, hidden_states, call.with_mask(mask), CacheWriter(cache, layer_idx))
 
-    def _drop(self, layer_idx: int, layer_input: Tensor, block: Block, cache: AdaptiveCache) -> None:
-        slots = cache.slots[layer_idx]
-        view = CacheView(
-            hidden_states=layer_input,
-            keys=cache.held(layer_idx)[0],
-            position_ids=slots.positions(),
-            valid=slots.valid(),
-            query_position=block.position_ids[:, -1],
-            layer_idx=layer_idx,
-        )
-        keep = self.policy.cache_policy.keep(view).to(slots.died.device)
-        keep = keep | (torch.arange(slots.used, device=keep.device) == slots.used - 1)
-        if block.real is not None:  # a row whose newest token is padding asked for nothing to be dropped
-            keep = keep | ~block.real[:, -1:].to(keep.device)
-        cache.evict(layer_idx, keep)
+    def _dropping(
+        self, layer_idx: int, hidden_states: Tensor, block: Block, selection: Selection, cache: AdaptiveCache
+    ) -> Drop | None:
+        """Return what a layer drops; None under a policy that keeps all tokens."""
+        policy = self.policy.cache_policy
+        if policy.keeps_all:
+            return None
+        attention_input = self.adapter.attention_input(self.parts, layer_idx, hidden_states)
+        return Drop(policy, layer_idx, attention_input, block, selection, cache, self._windows[layer_idx])
 
     def _charge(self, spent: Spent, layer_idx: int, selection: Selection, block: Block, cache: AdaptiveCache) -> None:
         """Count what one layer executed, and what the dense model would have."""
@@ -169,6 +172,8 @@ class Engine:
         if selection.run is not None and selection.skip is not None:
             running, skipping = selection.run[1].numel(), selection.skip[1].numel()
         spent.layer_flops += running * (run.flops + slots * costs.pair_flops)
+        per_token, per_pair = self.policy.cache_policy.work(layer_idx)
+        spent.policy_flops += everyone * (per_token + slots * per_pair)
         spent.propagation_flops += skipping * propagate.flops
         spent.dense_layer_flops += everyone * (run.flops + (cache.seen + tokens) * costs.pair_flops)
         spent.layer_bytes += run.read(running)

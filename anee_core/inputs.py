@@ -108,7 +108,7 @@ def _count_positions(
     before = torch.full((batch, 1), cache.seen, device=device)
     if mask is not None and mask.shape[1] == cache.seen + tokens:
         before = (mask[:, : cache.seen] != 0).sum(1, keepdim=True).to(device)
-    elif cache.slots and not cache.slots[0].full:
+    elif cache.slots and (cache.slots[0].gaps or not cache.slots[0].full):
         before = cache.next_positions()
     ahead = torch.arange(1, tokens + 1, device=device).expand(batch, -1) if real is None else real.cumsum(1)
     return (before + ahead - 1).clamp(min=0)

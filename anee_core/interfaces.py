@@ -6,6 +6,7 @@ Policies see tensors, never modules, so none of them can depend on a model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
@@ -174,33 +175,78 @@ class Controller(Configurable, ABC):
 
 @dataclass(frozen=True)
 class CacheView:
-    """One layer's cache as a `CachePolicy` sees it, after attention for the newest token.
+    """One layer's cache as a `CachePolicy` sees it: S slots in the order of their tokens, the T newest at the end.
 
-    ``hidden_states`` [B, 1, D] is the layer's input, ``keys`` [B, H, S, Dh], ``position_ids`` and ``valid`` [B, S],
-    ``query_position`` [B].
+    ``hidden_states`` [B, T, D] is what the layer's attention gets of the new tokens, normed. ``query_position`` [B, T]
+    are their positions, ``ran`` [B, T] says which of them run the layer and so attend, ``real`` [B, T] which are no
+    padding. ``position_ids`` and ``valid`` are [B, S]. ``state`` is what the policy remembered of each slot,
+    [B, S, ...].
+
+    Only for a policy that wants them: ``keys`` [B, H, S, Dh], and ``attention`` [B, H, T, S], the logits before softmax
+    (-inf where a new token cannot see a slot, whatever was dropped; of tokens that do not run, they say nothing).
     """
 
+    layer_idx: int
     hidden_states: Tensor
-    keys: Tensor
     position_ids: Tensor
     valid: Tensor
     query_position: Tensor
-    layer_idx: int
+    ran: Tensor
+    real: Tensor
+    state: Mapping[str, Tensor]
+    keys: Tensor | None = None
+    attention: Tensor | None = None
 
 
 class CachePolicy(Configurable, ABC):
-    """Decides which cached tokens a layer keeps."""
+    """Decides which cached tokens a layer keeps.
+
+    Tokens are taken in order: each attends to what is held, then the layer drops what the policy no longer wants. What
+    was dropped once stays dropped.
+    """
 
     name: ClassVar[str]
+    wants: ClassVar[frozenset[Literal["keys", "attention"]]] = frozenset()
+    """Which costly parts of the view it needs."""
+    before_attention: ClassVar[bool] = False
+    """Whether what a token makes the layer drop is hidden from that token's own attention already."""
+    rewrites: ClassVar[bool] = False
+    """Whether `decide` changes what is remembered of slots."""
 
     @property
     def keeps_all(self) -> bool:
         """Whether nothing is ever dropped, so that the engine need not ask."""
         return False
 
+    def bind(self, setting: Setting) -> CachePolicy:
+        """Return a policy for one model; this one stays as it is and can serve others.
+
+        Raises:
+            PolicyError: the options or the weights do not fit the model.
+        """
+        return self
+
+    def work(self, layer_idx: int) -> tuple[int, int]:
+        """Return the FLOPs of matrix products that it executes per new token, and per pair of new token and slot."""
+        return 0, 0
+
+    def remember(self, view: CacheView) -> Mapping[str, Tensor]:
+        """Return what to store of the new tokens beside their keys and values, by name, [B, T, ...].
+
+        ``view.state`` and ``view.attention`` are not there yet.
+        """
+        return {}
+
     @abstractmethod
-    def keep(self, view: CacheView) -> Tensor:
-        """Return a bool tensor [B, S]: True for the slots to keep. The newest token's slot is kept in any case."""
+    def retain(self, view: CacheView) -> Tensor:
+        """Return what to keep after each new token, a bool tensor that broadcasts to [B, T, S].
+
+        The newest token's own slot is kept in any case, and later ones are not asked about.
+        """
+
+    def decide(self, view: CacheView) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return what `retain` does, and what is remembered of all slots from now on, [B, S, ...], where that changed."""
+        return self.retain(view), {}
 
 
 def protect_ends(protect: tuple[int, ...], num_layers: int) -> frozenset[int]:

@@ -45,14 +45,19 @@ class MaskMaker:
 
     def needed(self, slots: Slots, window: int | None, subset: bool) -> bool:
         """Return whether a layer needs a mask; ``subset`` if it runs only some tokens of the block."""
-        if self._always or not slots.full or (window is not None and slots.used > window):
+        if self._always or not slots.full or (window is not None and (slots.gaps or slots.used > window)):
             return True
         tokens = self._query_position.shape[1]
         first_block = slots.used == tokens
         return tokens > 1 and (subset or not (first_block and self._implicit_causal))
 
-    def mask(self, slots: Slots, window: int | None) -> Tensor:
-        """Return the additive mask [B, 1, T, S]."""
+    def mask(self, slots: Slots, window: int | None, held: Tensor | None = None) -> Tensor:
+        """Return the additive mask [B, 1, T, S].
+
+        ``held`` [B, T, S] says what the layer still holds when each token's turn comes, if that is not all the same.
+        """
+        if held is not None:
+            return additive(visible(slots, self._query_position, window) & held[:, None], self._dtype)
         key = (id(slots), window)
         if key not in self._made:
             self._made[key] = additive(visible(slots, self._query_position, window), self._dtype)

@@ -40,6 +40,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         tokenizer: for `generate` with text; may be None.
         prefill: how `generate` reads the prompt. ``"adaptive"``: under the policy. ``"dense"``: with all layers.
             ``"auto"``: under the policy, unless that would have to go token by token.
+        prefill_chunk: tokens of a prompt that are read at once under a policy that drops tokens: the cache never holds
+            more than these and what is kept of those before.
 
     Raises:
         ModelError: the adapter refuses the model's config, or the model cannot be run.
@@ -49,10 +51,18 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
     _is_stateful = False
 
     def __init__(
-        self, model: nn.Module, adapter: ModelAdapter, tokenizer: Any = None, prefill: Prefill = "auto"
+        self,
+        model: nn.Module,
+        adapter: ModelAdapter,
+        tokenizer: Any = None,
+        prefill: Prefill = "auto",
+        prefill_chunk: int = 256,
     ) -> None:
         super().__init__()
         check_prefill(prefill)
+        if prefill_chunk < 1:
+            raise InputError(f"prefill_chunk is at least 1; got {prefill_chunk}")
+        self.prefill_chunk = prefill_chunk
         self.model = model
         self.adapter = adapter
         self.tokenizer = tokenizer
@@ -124,8 +134,9 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         return True
 
     def new_cache(self, capacity: int | None = None) -> AdaptiveCache:
-        """Return an empty cache with room for ``capacity`` tokens; it grows if that is not enough."""
-        return AdaptiveCache(self.engine.costs.num_layers, capacity)
+        """Return an empty cache with room for ``capacity`` tokens, if all are kept; it grows as it must."""
+        kept = capacity if self.policy.cache_policy.keeps_all else None
+        return AdaptiveCache(self.engine.costs.num_layers, kept)
 
     def forward(
         self,
@@ -205,13 +216,11 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
     def _run(
         self, block: Block, cache: AdaptiveCache, keep: int, trace: Trace, states: bool
     ) -> tuple[Tensor, list[Output]]:
-        """Run a block whole, or token by token where the policy needs that, and return logits and outputs."""
+        """Run a block in as few pieces as the policy allows, and return logits and outputs."""
         engine = self.engine
         tokens = block.position_ids.shape[1]
         dense, cache.read_densely = cache.read_densely, False
-        blocks = [block]
-        if engine.policy.stepwise and not dense and tokens > 1:
-            blocks = [block.column(t) for t in range(tokens)]
+        blocks = block.split(self._block_length(cache, dense) or tokens)
         outputs: list[Output] = []
         logits: list[Tensor] = []
         for part in blocks:
@@ -221,12 +230,22 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
                 last = engine.logits(_last_real(output.hidden_states, part.real), trace)
                 engine.feed_back(part, cache, output, last[:, -1])
                 logits.append(last)
-        if logits and (keep == 1 or len(logits) == tokens):
+        if logits and (len(blocks) == tokens or (keep == 1 and len(blocks) == 1)):
             known = torch.cat(logits, dim=1)
             return _last_real(known, block.real) if keep == 1 else known[:, -keep:], outputs
         hidden_states = torch.cat([output.hidden_states for output in outputs], dim=1)
         wanted = _last_real(hidden_states, block.real) if keep == 1 else hidden_states[:, -keep:]
         return engine.logits(wanted, trace), outputs
+
+    def _block_length(self, cache: AdaptiveCache, dense: bool) -> int | None:
+        """Return how many tokens to run at once; None for all."""
+        policy = self.engine.policy
+        if policy.feeds_back and not dense:
+            return 1
+        if policy.cache_policy.keeps_all:
+            return None
+        # What a policy rewrites can be restored at the end of a block only.
+        return 1 if cache.recording and policy.cache_policy.rewrites else self.prefill_chunk
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, **kwargs: Any) -> Any:
@@ -272,7 +291,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
     def prefill_mode(self) -> Prefill:
         """How a prompt is read by `generate`: ``"adaptive"`` or ``"dense"``."""
         if self.prefill == "auto":
-            return "dense" if self.policy.stepwise else "adaptive"
+            return "dense" if self.policy.feeds_back else "adaptive"
         return self.prefill
 
     def save_pretrained(self, folder: str, **kwargs: Any) -> None:

@@ -27,9 +27,11 @@ class Block:
     real: Tensor | None = None
     phase: Literal["prefill", "decode"] = "decode"
 
-    def column(self, t: int) -> Block:
-        """Return the block of token ``t`` of every row."""
-        at = slice(t, t + 1)
+    def split(self, length: int) -> list[Block]:
+        """Return the block in pieces of at most ``length`` tokens."""
+        return [self._piece(slice(t, t + length)) for t in range(0, self.position_ids.shape[1], length)]
+
+    def _piece(self, at: slice) -> Block:
         return Block(
             self.embeddings[:, at],
             self.position_ids[:, at],

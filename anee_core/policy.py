@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import types
@@ -47,11 +48,6 @@ class Policy:
     def feeds_back(self) -> bool:
         """Whether a token's decisions depend on the model's output for earlier tokens."""
         return any(name in self.profiler.feedback for name in self.controller.signals)
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether whole sequences have to run token by token."""
-        return self.feeds_back or not self.cache_policy.keeps_all
 
     def __str__(self) -> str:
         """Return the policy string that makes this policy."""
@@ -226,7 +222,7 @@ def _configure(factory: type[Configurable], name: str, text: str) -> Any:
 
 
 def _convert(text: str, hint: Any, what: str) -> Any:
-    """Read ``text`` as the annotated type of an option: int, float, bool, str, tuple[int, ...], or None if allowed."""
+    """Read ``text`` as the annotated type of an option: int, float, bool, str, tuples of numbers, or None if allowed."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if type(None) in kinds and text.lower() == "none":
         return None
@@ -237,6 +233,7 @@ def _convert(text: str, hint: Any, what: str) -> Any:
         str: (str, "text"),
         bool: (lambda t: {"true": True, "false": False}[t.lower()], "true or false"),
         tuple[int, ...]: (lambda t: tuple(int(i) for i in t.split()), "whole numbers separated by spaces"),
+        tuple[float, ...]: (lambda t: tuple(float(i) for i in t.split()), "numbers separated by spaces"),
     }
     if kind not in readers:
         raise PolicyError(f"{what} cannot be set in a policy string (it is of type {kind}); build the policy in Python")
@@ -245,7 +242,8 @@ def _convert(text: str, hint: Any, what: str) -> Any:
         value = read(text)
     except (ValueError, KeyError) as error:
         raise PolicyError(f"{what} takes {wanted}; got '{text}'") from error
-    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
         raise PolicyError(f"{what} takes a finite number; got '{text}'")
     return value
 

@@ -19,8 +19,10 @@ class Slots:
 
     For each row and slot: ``position`` (the token's position id), ``born`` (its index in the sequence of tokens seen)
     and ``died`` (how many tokens had been seen when it was dropped), all [B, capacity] int64. A slot is valid while
-    ``died`` is NEVER. ``used`` slots have been handed out. ``full`` is known on the host: True while every used slot
-    of every row is valid.
+    ``died`` is NEVER. ``used`` slots have been handed out. Known on the host: ``full``, True while every used slot of
+    every row is valid; ``gaps``, whether tokens between others may have been
+    dropped; ``evicting``, whether some were since the last compaction; ``check_at``, the number of
+    used slots from which on it is worth looking whether to compact.
     """
 
     def __init__(self, batch: int, device: torch.device, capacity: int) -> None:
@@ -30,6 +32,8 @@ class Slots:
         self.used = 0
         self.full = True
         self.evicting = False
+        self.gaps = False
+        self.check_at = 0
         # Slots from here on were appended one block after another: slot s of every row is token s - offset.
         self._aligned_from = 0
 
@@ -43,7 +47,8 @@ class Slots:
         twin = Slots.__new__(Slots)
         twin.position, twin.born, twin.died = self.position.clone(), self.born.clone(), self.died.clone()
         twin.used, twin.full, twin.evicting = self.used, self.full, self.evicting
-        twin._aligned_from = self._aligned_from
+        twin.gaps = self.gaps
+        twin.check_at, twin._aligned_from = self.check_at, self._aligned_from
         return twin
 
     def valid(self) -> Tensor:
@@ -76,18 +81,17 @@ class Slots:
         self.born = torch.cat((self.born, self.born.new_zeros(batch, extra)), dim=1)
         self.died = torch.cat((self.died, self.died.new_full((batch, extra), EMPTY)), dim=1)
 
-    def evict(self, keep: Tensor, seen: int) -> None:
-        """Drop the valid slots where ``keep`` [B, used] is False; they can come back until `bury`."""
-        died = self.died[:, : self.used]
-        dropped = (died == NEVER) & ~keep
-        self.died[:, : self.used] = torch.where(dropped, seen, died)
-        self.full = False
-        self.evicting = True
+    def evict(self, alive: Tensor, seen: int) -> None:
+        """Drop valid slots: ``alive`` [B, T, used] says after each of the T newest tokens what is still held.
 
-    def bury(self) -> None:
-        """Make drops final."""
-        self.died[self.died != NEVER] = EMPTY
-        self.evicting = False
+        ``seen`` tokens are there, those included. What is dropped can come back until it is compacted away.
+        """
+        died = self.died[:, : self.used]
+        dropped = (died == NEVER) & ~alive[:, -1]
+        # The count of tokens that it outlived says when it went.
+        self.died[:, : self.used] = torch.where(dropped, seen - alive.shape[1] + 1 + alive.sum(1), died)
+        self.full = False
+        self.evicting = self.gaps = True
 
     def rollback(self, to: int, seen: int) -> None:
         """Forget the tokens from index ``to`` on, and bring back what was dropped when more than ``to`` were seen."""
@@ -100,14 +104,15 @@ class Slots:
         """Return the number of valid slots of each row, [B]."""
         return self.valid().sum(1)
 
-    def last_drop(self) -> Tensor:
-        """Return the largest ``died`` of a slot that can still come back, a scalar; EMPTY if there is none."""
-        return torch.where(self.died == NEVER, EMPTY, self.died).max()
+    def last_drop(self, until: int) -> Tensor:
+        """Return the largest ``died`` that is at most ``until``, a scalar; EMPTY if nothing was dropped by then."""
+        return torch.where(self.died <= until, self.died, EMPTY).max()
 
-    def compact(self, longest: int, capacity: int) -> Tensor:
+    def compact(self, longest: int, capacity: int, full: bool) -> Tensor:
         """Move each row's valid slots to the front, in order, and return the slot each came from, [B, longest].
 
-        ``longest`` is the largest number of valid slots in a row, ``capacity`` how many slots to make room for.
+        ``longest`` is the largest number of valid slots in a row, ``capacity`` how many slots to make room for,
+        ``full`` whether all rows have that many.
         """
         valid = self.valid()
         source = torch.argsort(~valid, dim=1, stable=True)[:, :longest]
@@ -115,7 +120,7 @@ class Slots:
         self.born = self.born.gather(1, source)
         self.died = torch.where(valid.gather(1, source), NEVER, EMPTY)
         self.used = self._aligned_from = longest
-        self.full = False
+        self.full, self.evicting = full, False
         self.grow(capacity)
         return source
 

@@ -99,9 +99,10 @@ class Trace:
         return {
             "layers": s.layer_flops,
             "propagation": s.propagation_flops,
+            "token_policy": s.policy_flops,
             "head": s.head_flops,
             "embedding": s.embedding_flops,
-            "spent": s.layer_flops + s.propagation_flops + shared,
+            "spent": s.layer_flops + s.propagation_flops + s.policy_flops + shared,
             "dense": s.dense_layer_flops + shared,
         }
 
@@ -143,6 +144,7 @@ class Trace:
             ("FLOPs spent", f"{_units(flops['spent'])} of {_units(flops['dense'])} dense"),
             ("  layers", _units(flops["layers"])),
             ("  K/V of skipped layers", _units(flops["propagation"])),
+            ("  token policy", _units(flops["token_policy"])),
             ("  head and embedding", _units(flops["head"] + flops["embedding"])),
             ("FLOPs saved", f"{_units(flops['dense'] - flops['spent'])} ({1 - _ratio(flops):.1%})"),
             ("weights read", f"{_units(weights['spent'])}B of {_units(weights['dense'])}B dense"),

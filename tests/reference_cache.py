@@ -52,11 +52,11 @@ class ReferenceCache:
             if token.index == self.seen + column:
                 token.key, token.value = key.clone(), value.clone()
 
-    def evict(self, layer, row, positions):
-        """Drop the tokens at these positions."""
+    def evict(self, layer, row, positions, ago=0):
+        """Drop the tokens at these positions, when ``ago`` tokens less had been seen than now."""
         for token in self.held(layer, row):
             if token.position in positions:
-                token.dropped_at = self.seen + self.pending
+                token.dropped_at = self.seen + self.pending - ago
 
     def commit(self):
         """Close the forward, and free what was dropped unless recording."""

@@ -24,14 +24,16 @@ def skipping(decide):
     return Skipping
 
 
-def keeping(keep):
+def keeping(keep, *wants):
     """Return a token policy class."""
+    needed = frozenset(wants)
 
     @dataclass(frozen=True)
     class Keeping(CachePolicy):
         name = "broken"
+        wants = needed
 
-        def keep(self, view):
+        def retain(self, view):
             return keep(view)
 
     return Keeping
@@ -135,11 +137,32 @@ def not_alone(layers, context):
 
 def of_64(view):
     """Knows 64 slots."""
-    return torch.ones(64, dtype=torch.bool)[: view.valid.shape[1]].expand(view.valid.shape)
+    return torch.ones(64, dtype=torch.bool)[: view.valid.shape[1]].expand(view.valid.shape)[:, None]
 
 
 def in_single_precision(view):
-    return (view.keys @ torch.ones(view.keys.shape[-1])).sum(1) > 0
+    return (view.keys @ torch.ones(view.keys.shape[-1])).sum(1)[:, None] > 0
+
+
+def looks_ahead(view):
+    """The block's last token decides for all."""
+    return view.position_ids[:, None] > view.query_position[:, -1:, None] - 4
+
+
+@dataclass(frozen=True)
+class LosesItsNotes(CachePolicy):
+    """Counts what it sees in a place that a rollback does not reach."""
+
+    name = "broken"
+
+    def remember(self, view):
+        return {"note": view.query_position.float()}
+
+    def retain(self, view):
+        return view.valid[:, None]
+
+    def decide(self, view):
+        return self.retain(view), {"note": view.state["note"] + 1}
 
 
 @dataclass(frozen=True)
@@ -193,23 +216,26 @@ def sees_far_ahead(layers, context):
 
 def erase(view):
     view.keys.zero_()
-    return view.valid
+    return view.valid[:, None]
 
 
 BROKEN_POLICIES = [
     ("spelling", Unwritable()),
     ("answers", NeedsIds()),
-    ("answers", keeping(erase)()),
+    ("answers", keeping(erase, "keys")()),
+    ("answers", keeping(lambda view: view.valid)()),
+    ("answers", LosesItsNotes()),
+    ("parallel equals stepwise", keeping(looks_ahead)()),
     ("parallel equals stepwise", skipping(sees_far_ahead)()),
     ("parallel equals stepwise", skipping(lambda layers, context: layers[:6] == 2)()),
     ("repeatable", BindsItself()),
     ("repeatable", SeedsTheWorld()),
     ("spelling", AnyOption()),
     ("answers", Booleans()),
-    ("answers", keeping(lambda view: view.valid.float())()),
+    ("answers", keeping(lambda view: view.valid[:, None].float())()),
     ("parallel equals stepwise", skipping(of_the_last)()),
     ("rows", skipping(of_all_rows)()),
-    ("rows", keeping(lambda view: view.position_ids > view.query_position.max() - 4)()),
+    ("rows", keeping(lambda view: view.position_ids[:, None] > view.query_position.amax(0)[None, :, None] - 4)()),
     ("budget", Overspends()),
     ("cost", Multiplies()),
     ("repeatable", Counts()),
@@ -217,7 +243,7 @@ BROKEN_POLICIES = [
     ("generation", skipping(not_alone)()),
     ("memory", keeping(of_64)()),
     ("save and load", WeightOutsideOptions()),
-    ("half precision", keeping(in_single_precision)()),
+    ("half precision", keeping(in_single_precision, "keys")()),
 ]
 
 

@@ -155,12 +155,18 @@ class CacheMachine(RuleBasedStateMachine):
 
     def drop(self, layer, chance):
         """Drop tokens at random; what is said of slots without a token must not matter."""
-        slots = self.cache.slots[layer]
-        keep = ~self.flips(self.rows, slots.used, chance=chance)
-        dropped = slots.valid() & ~keep
-        for row in range(self.rows):
-            self.twin.evict(layer, row, set(slots.positions()[row, dropped[row]].tolist()))
-        self.cache.evict(layer, keep)
+        slots, tokens = self.cache.slots[layer], max(self.twin.pending, 1)
+        dropped = self.flips(self.rows, slots.used, chance=chance)
+        # After which token of the block each is still held: the first in its own time, some after all of them.
+        first = slots.born[:, : slots.used] - (self.twin.seen + self.twin.pending - tokens)
+        outlives = (self.some(self.rows, slots.used).abs() * tokens).long().clamp(max=tokens - 1)
+        outlives = torch.where(dropped, torch.maximum(outlives, first.clamp(max=tokens - 1)), tokens)
+        alive = torch.arange(tokens)[None, :, None] < outlives[:, None]
+        for row, valid in enumerate(slots.valid()):
+            for t in range(tokens):
+                gone = valid & (outlives[row] == t)
+                self.twin.evict(layer, row, set(slots.positions()[row, gone].tolist()), tokens - 1 - t)
+        self.cache.evict(layer, alive)
 
     def compare_attention(self, layer, position_ids, rows, held=None):
         """Compare what queries at positions [R, T] of some rows get from a layer."""
@@ -305,7 +311,7 @@ def feed(cache, count, **options):
 def evict_but_last(cache, count):
     """Drop all but the last ``count`` slots of every layer."""
     for layer, slots in enumerate(cache.slots):
-        cache.evict(layer, (torch.arange(slots.used) >= slots.used - count).expand(cache.batch, -1))
+        cache.evict(layer, (torch.arange(slots.used) >= slots.used - count).expand(cache.batch, 1, -1))
 
 
 def snapshot(cache):
@@ -361,7 +367,7 @@ def test_layers_that_hold_the_same_tokens_share_their_bookkeeping():
     cache = AdaptiveCache(LAYERS)
     feed(cache, 4)
     assert len({id(slots) for slots in cache.slots}) == 1
-    cache.evict(1, torch.ones(2, 4, dtype=torch.bool))
+    cache.evict(1, torch.ones(2, 1, 4, dtype=torch.bool))
     assert cache.slots[0] is cache.slots[2]
     assert cache.slots[0] is not cache.slots[1]
 
@@ -400,8 +406,8 @@ def test_eviction_frees_memory_at_commit():
 def test_layers_shrink_each_to_their_own_size():
     cache = AdaptiveCache(LAYERS)
     feed(cache, 100)
-    cache.evict(0, (torch.arange(100) >= 91).expand(2, -1))
-    cache.evict(1, torch.stack((torch.arange(100) >= 55, torch.arange(100) >= 99)))
+    cache.evict(0, (torch.arange(100) >= 91).expand(2, 1, -1))
+    cache.evict(1, torch.stack((torch.arange(100) >= 55, torch.arange(100) >= 99))[:, None])
     cache.commit()
     assert [store.keys.shape[2] for store in cache.layers] == [26, 66, 100]
     assert cache.kept().tolist() == [[9, 9], [45, 1], [100, 100]]
@@ -411,7 +417,7 @@ def test_dropping_few_tokens_moves_nothing():
     cache = AdaptiveCache(LAYERS)
     feed(cache, 100)
     place = cache.layers[0].keys.data_ptr()
-    cache.evict(0, (torch.arange(100) >= 9).expand(2, -1))
+    cache.evict(0, (torch.arange(100) >= 9).expand(2, 1, -1))
     cache.commit()
     assert cache.layers[0].keys.data_ptr() == place
     assert cache.kept()[0].tolist() == [91, 91]
@@ -570,7 +576,7 @@ def test_a_failed_forward_leaves_no_trace(reached, recording):
     cache.begin(torch.arange(21, 321).expand(2, -1), torch.rand(2, 300) < 0.5)
     for layer in range(reached):
         cache.write(layer, *(some(2, HEADS, 300, WIDTH, seed=9) for _ in range(2)))
-        cache.evict(layer, torch.rand(2, cache.slots[layer].used) < 0.5)
+        cache.evict(layer, torch.rand(2, 1, cache.slots[layer].used) < 0.5)
     cache.abort()
     assert_same(snapshot(undisturbed), snapshot(cache))
     for each in (cache, undisturbed):
@@ -657,13 +663,13 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(change, trained):
         feed(cache, 40)
         cache.recording = change == "a drop"
         if change in ("a drop", "compaction"):
-            cache.evict(1, torch.arange(40).expand(2, -1) > 25)
+            cache.evict(1, torch.arange(40).expand(2, 1, -1) > 25)
         cache.commit()
         if change == "a reordering":
             cache.reorder(torch.tensor([1, 0]))
         feed(cache, 10, seed=1)
     cache.rollback(1)
-    cache.evict(1, torch.arange(cache.slots[1].used).expand(2, -1) > 5)
+    cache.evict(1, torch.arange(cache.slots[1].used).expand(2, 1, -1) > 5)
     cache.begin(torch.full((2, 1), 49), None)
     for layer in range(LAYERS):
         cache.write(layer, *(some(2, HEADS, 1, WIDTH).requires_grad_(trained) for _ in range(2)))
@@ -734,7 +740,7 @@ def test_copies_of_a_row_go_their_own_way():
     cache = AdaptiveCache(LAYERS)
     feed(cache, 3, batch=1)
     cache.batch_repeat_interleave(2)
-    cache.evict(0, torch.tensor([[True, True, True], [False, False, True]]))
+    cache.evict(0, torch.tensor([[[True, True, True]], [[False, False, True]]]))
     written = feed(cache, 1, batch=2, seed=1)
     assert cache.kept().tolist() == [[4, 2], [4, 4], [4, 4]]
     _, keys, _ = snapshot(cache)[1][1]
@@ -785,7 +791,7 @@ def patchy_slots(batch=3, count=12, seed=0):
     position = torch.randint(1, 3, (batch, count), generator=generator).cumsum(1)
     slots = Slots(batch, torch.device("cpu"), count + 5)
     slots.extend(position, torch.rand(batch, count, generator=generator) < 0.7, seen=0)
-    slots.evict(torch.rand(batch, count, generator=generator) < 0.7, seen=count)
+    slots.evict(torch.rand(batch, 1, count, generator=generator) < 0.7, seen=count)
     return slots
 
 
@@ -822,7 +828,7 @@ def test_a_mask_is_left_out_only_where_attention_needs_none(implicit_causal, sub
         if first:
             feed(cache, first, real=(torch.arange(first) > 0).expand(2, -1) if padded else None)
         if dropped and first:
-            cache.evict(0, (torch.arange(first) != 2).expand(2, -1))
+            cache.evict(0, (torch.arange(first) != 2).expand(2, 1, -1))
             cache.commit()
         position_ids = torch.arange(first, first + count).expand(2, -1)
         cache.begin(position_ids, None)
@@ -841,7 +847,7 @@ def test_a_mask_is_left_out_only_where_attention_needs_none(implicit_causal, sub
 def test_one_mask_serves_the_layers_that_hold_the_same_tokens():
     cache = AdaptiveCache(LAYERS)
     feed(cache, 5)
-    cache.evict(2, (torch.arange(5) > 1).expand(2, -1))
+    cache.evict(2, (torch.arange(5) > 1).expand(2, 1, -1))
     cache.begin(torch.full((2, 1), 5), None)
     masks = MaskMaker(torch.full((2, 1), 5), torch.float32, implicit_causal=True)
     first = masks.mask(cache.slots[0], None)
@@ -855,7 +861,7 @@ def test_compaction_changes_no_attention_output():
     feed(cache, 90, batch=3, real=torch.arange(90) >= torch.tensor([[0], [7], [40]]))
     open_block(cache, 4, batch=3, seed=1)
     for layer, chance in enumerate((0.2, 0.5, 0.05)):
-        cache.evict(layer, torch.rand(3, 94, generator=torch.Generator().manual_seed(layer)) < chance)
+        cache.evict(layer, torch.rand(3, 1, 94, generator=torch.Generator().manual_seed(layer)) < chance)
     query, position = some(3, HEADS, 2, WIDTH), torch.tensor([[92, 94]] * 3)
     before = [attend(cache, layer, query, position, window) for layer in range(LAYERS) for window in (None, 20)]
     capacities = [slots.capacity for slots in cache.slots]

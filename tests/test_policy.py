@@ -44,7 +44,7 @@ class Demanding(Controller):
     share: float = 0.5
     limit: float | None = 1.0
     layers: tuple[int, ...] = (1, 2)
-    table: tuple[float, ...] = ()
+    table: tuple[str, ...] = ()
 
     def decide(self, signals, context):
         """Skip nothing."""
@@ -130,7 +130,7 @@ def test_string_as_long_as_a_deep_model_needs_is_read():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("statik", r"unknown policy 'statik'; did you mean 'static'\? known: dense, full, heuristic"),
+        ("statik", r"unknown policy 'statik'; did you mean 'static'\? known: dense, full, h2o, heuristic"),
         ("static:skip=1+windw", r"unknown policy 'windw'; did you mean 'window'\?"),
         ("no/such/folder", r"unknown policy 'no/such/folder'"),
         ("static:skp=1", r"static: unknown option 'skp'; did you mean 'skip'\? known: exit, protect, skip"),
@@ -174,7 +174,7 @@ def test_wrong_string_is_one_line_that_says_what_is_wrong(text, message):
     [
         ("demanding", "demanding: .*missing 1 required positional argument: 'folder'; its options are: folder, flag"),
         ("demanding:folder=x,flag=yes", "demanding: flag takes true or false; got 'yes'"),
-        ("demanding:folder=x,table=1 2", r"demanding: table cannot be set in a policy string .*tuple\[float"),
+        ("demanding:folder=x,table=1 2", r"demanding: table cannot be set in a policy string .*tuple\[str"),
         ("bundle:depth=1", "bundle: .*unexpected keyword argument 'depth'"),
         ("bundle+static:skip=1", "names two layer policies"),
         ("bundle:tokens=window+window", "names two token policies"),

@@ -112,8 +112,8 @@ def test_policy_that_keeps_nothing_drops_nothing_for_padding(side):
         def option_names(cls):
             return ()
 
-        def keep(self, view):
-            return torch.zeros_like(view.valid)
+        def retain(self, view):
+            return torch.zeros_like(view.valid)[:, None]
 
     model = adaptive(build("llama"), KeepNothing())
     ids, mask = ragged([3, 6], side)

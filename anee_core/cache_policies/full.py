@@ -21,6 +21,6 @@ class FullCachePolicy(CachePolicy):
         """Whether nothing is ever dropped: yes."""
         return True
 
-    def keep(self, view: CacheView) -> Tensor:
+    def retain(self, view: CacheView) -> Tensor:
         """Return the valid slots."""
-        return view.valid
+        return view.valid[:, None]

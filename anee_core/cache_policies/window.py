@@ -7,29 +7,44 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from anee_core.cache_policies.budget import BudgetedCachePolicy
 from anee_core.errors import PolicyError
-from anee_core.interfaces import CachePolicy, CacheView
+from anee_core.interfaces import CachePolicy, CacheView, Setting
 
 
 @dataclass(frozen=True)
-class WindowCachePolicy(CachePolicy):
+class WindowCachePolicy(BudgetedCachePolicy):
     """Keep attention sinks and a recent window. Tokens keep the positions they were read at.
 
     Options:
+        keep: see `BudgetedCachePolicy`; sinks and window together. Without it ``recent`` counts.
         sinks: how many first tokens of the sequence to keep.
         recent: how many most recent tokens to keep, the current one included.
     """
 
     name: ClassVar[str] = "window"
 
+    keep: tuple[float, ...] = ()
     sinks: int = 4
     recent: int = 256
 
     def __post_init__(self) -> None:
+        if self.keep != ():
+            super().__post_init__()
         if self.sinks < 0 or self.recent < 1:
             raise PolicyError(f"window: sinks >= 0 and recent >= 1 are needed; got {self.sinks} and {self.recent}")
 
-    def keep(self, view: CacheView) -> Tensor:
+    def bind(self, setting: Setting) -> CachePolicy:
+        """Check the budgets against the model."""
+        return super().bind(setting) if self.keep else self
+
+    def retain(self, view: CacheView) -> Tensor:
         """Return the slots of the sinks and of the window."""
-        recent = view.position_ids > view.query_position[:, None] - self.recent
-        return view.valid & (recent | (view.position_ids < self.sinks))
+        query = view.query_position
+        recent = self.allowed(view.layer_idx, query) - self.sinks if self.keep else query.new_tensor(self.recent)
+        position = view.position_ids[:, None, :]
+        sinks = self.sinks
+        if self.keep:
+            # A budget of fewer tokens than there are sinks is the newest token's first.
+            sinks = (self.allowed(view.layer_idx, query) - 1).clamp(max=self.sinks)[:, :, None]
+        return (position > (query - recent.clamp(min=1))[:, :, None]) | (position < sinks)

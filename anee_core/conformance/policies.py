@@ -15,7 +15,7 @@ from anee_core.conformance.policy_subject import FAMILIES, PolicySubject
 from anee_core.conformance.skipping import expect_rows_alone
 from anee_core.conformance.subject import CLOSE, stepwise
 from anee_core.errors import BudgetError, PolicyError
-from anee_core.interfaces import CacheView, DecisionContext
+from anee_core.interfaces import CachePolicy, CacheView, DecisionContext
 from anee_core.model import AdaptiveModel
 from anee_core.policy import parse_policy
 
@@ -47,9 +47,9 @@ def spelling(subject: PolicySubject) -> None:
         expect(False, f"'{mine.name}:no_such_option=1' to be refused", "no error", spelling.look)
 
 
-@check("answers", look="Controller.decide and CachePolicy.keep")
+@check("answers", look="Controller.decide, CachePolicy.retain and remember")
 def answers(subject: PolicySubject) -> None:
-    """Actions are uint8 [N, B, T] of PROCESS, SKIP and EXIT; what is kept is bool [B, S]."""
+    """Actions are uint8 [N, B, T] of PROCESS, SKIP and EXIT; what is kept is bool [B, T, S]."""
     adaptive = subject.adaptive("llama")
     policy, layers = adaptive.policy, adaptive.engine.costs.num_layers
     generator = torch.Generator().manual_seed(0)
@@ -64,21 +64,52 @@ def answers(subject: PolicySubject) -> None:
             _check_actions(policy.controller.decide(signals, context), layers - layer_idx, tokens)
             embedded = replace(context, input_ids=None)  # embeddings were given in their place
             _check_actions(policy.controller.decide(signals, embedded), layers - layer_idx, tokens)
-    held = 9
+    for tokens in (4, 1):
+        _check_kept(policy.cache_policy, _view(policy.cache_policy, tokens, held=9, generator=generator))
+
+
+def _view(policy: CachePolicy, tokens: int, held: int, generator: torch.Generator) -> CacheView:
+    """Return three rows of a made-up layer, the last of them padded."""
+    real = torch.ones(3, tokens, dtype=torch.bool)
+    valid = torch.ones(3, held, dtype=torch.bool)
+    valid[2, 0] = False
+    attention = torch.randn(3, 4, tokens, held, generator=generator)
+    attention[:, :, torch.arange(held) > held - tokens + torch.arange(tokens)[:, None]] = -torch.inf
     view = CacheView(
-        hidden_states=torch.randn(3, 1, 32, generator=generator),
-        keys=torch.randn(3, 2, held, 8, generator=generator),
-        position_ids=torch.arange(held).expand(3, -1),
-        valid=torch.ones(3, held, dtype=torch.bool),
-        query_position=torch.full((3,), held - 1),
         layer_idx=1,
+        hidden_states=torch.randn(3, tokens, 32, generator=generator),
+        position_ids=torch.arange(held).expand(3, -1),
+        valid=valid,
+        query_position=torch.arange(held - tokens, held).expand(3, -1),
+        ran=real,
+        real=real,
+        state={},
+        keys=torch.randn(3, 2, held, 8, generator=generator) if "keys" in policy.wants else None,
+        attention=attention if "attention" in policy.wants else None,
     )
-    before = {name: value.clone() for name, value in vars(view).items() if isinstance(value, Tensor)}
-    keep = policy.cache_policy.keep(view)
+    known = policy.remember(view)
+    for name, rows in known.items():
+        fits = isinstance(rows, Tensor) and tuple(rows.shape[:2]) == (3, tokens)
+        expect(fits, f"'{name}' of shape [3, {tokens}, ...] from remember", rows, answers.look)
+    return replace(view, state={name: _padded(rows, held) for name, rows in known.items()})
+
+
+def _padded(rows: Tensor, held: int) -> Tensor:
+    return torch.cat((rows.new_zeros(rows.shape[0], held - rows.shape[1], *rows.shape[2:]), rows), dim=1)
+
+
+def _check_kept(policy: CachePolicy, view: CacheView) -> None:
+    tensors = {name: value for name, value in vars(view).items() if isinstance(value, Tensor)} | dict(view.state)
+    before = {name: value.clone() for name, value in tensors.items()}
+    keep, changed = policy.decide(view)
     for name, value in before.items():
-        expect(torch.equal(getattr(view, name), value), f"'{name}' as it was", "changed by keep", answers.look)
-    expect(isinstance(keep, Tensor) and keep.dtype == torch.bool, "keep to return a bool tensor", keep, answers.look)
-    expect(tuple(keep.shape) in ((3, held), (1, held)), f"keep of shape [3, {held}]", list(keep.shape), answers.look)
+        expect(torch.equal(tensors[name], value), f"'{name}' as it was", "changed by decide", answers.look)
+    expect(isinstance(keep, Tensor) and keep.dtype == torch.bool, "a bool tensor of what to keep", keep, answers.look)
+    wanted = (*view.query_position.shape, view.valid.shape[1])
+    fits = keep.dim() == 3 and all(size in (1, full) for size, full in zip(keep.shape, wanted, strict=True))
+    expect(fits, f"what to keep of shape {list(wanted)}", list(keep.shape), answers.look)
+    expect(set(changed) <= set(view.state), f"to change only what it remembers ({set(view.state)})", set(changed), answers.look)
+    expect(not changed or policy.rewrites, "rewrites = True for a policy that changes what it remembers", False, answers.look)
 
 
 def _check_actions(actions: Any, left: int, tokens: int) -> None:
@@ -88,7 +119,7 @@ def _check_actions(actions: Any, left: int, tokens: int) -> None:
     expect(actions.max() <= 2, "actions 0, 1 or 2", int(actions.max()), answers.look)
 
 
-@check("parallel equals stepwise", look="decide and keep: only the token's own path and earlier tokens may matter")
+@check("parallel equals stepwise", look="decide and retain: only the token's own path and earlier tokens may matter")
 def parallel(subject: PolicySubject) -> None:
     """A whole sequence in one forward gives the logits of decoding it token by token."""
     for family in FAMILIES:
@@ -104,7 +135,7 @@ def parallel(subject: PolicySubject) -> None:
         expect(torch.equal(alone, ran[:, :, :6]), "the same layers for a prefix", "others", parallel.look)
 
 
-@check("rows", look="decide and keep: a row may depend on no other, nor on padding")
+@check("rows", look="decide and retain: a row may depend on no other, nor on padding")
 def rows(subject: PolicySubject) -> None:
     """Each row of a ragged batch, padded on either side, gets what it gets alone."""
     for family in FAMILIES:
@@ -167,7 +198,7 @@ def repeatable(subject: PolicySubject) -> None:
     expect(after == before, f"the policy still to be '{before[-1]}'", after[-1], repeatable.look)
 
 
-@check("combines", look="decide and keep: neither kind may count on the other's absence")
+@check("combines", look="decide and retain: neither kind may count on the other's absence")
 def combines(subject: PolicySubject) -> None:
     """Together with a policy of the other kind, parallel still equals stepwise."""
     made = subject.made
@@ -185,7 +216,7 @@ def combines(subject: PolicySubject) -> None:
         expect_same(whole, steps, f"logits under '{pair}' ({family})", combines.look, CLOSE)
 
 
-@check("generation", look="decide: its phases, and keep: the newest token")
+@check("generation", look="decide: its phases, and retain: the newest token")
 def generation(subject: PolicySubject) -> None:
     """Transformers' generate and the lean loop give the same ids, and one token at a time is enough to go on."""
     for family in FAMILIES:
@@ -198,7 +229,7 @@ def generation(subject: PolicySubject) -> None:
         expect(beams.shape[0] == 2, f"two rows from a beam search ({family})", list(beams.shape), generation.look)
 
 
-@check("memory", look="keep: it returns False for what is to be dropped")
+@check("memory", look="retain: it returns False for what is to be dropped")
 def memory(subject: PolicySubject) -> None:
     """Allocated bytes follow the slots that are kept, the newest token's among them."""
     made = subject.made
@@ -231,7 +262,7 @@ def save_and_load(subject: PolicySubject) -> None:
         expect_same(loaded(ids).logits, wanted, "logits under the loaded policy", save_and_load.look)
 
 
-@check("half precision", look="decide and keep: thresholds in the dtype they are compared in")
+@check("half precision", look="decide and retain: thresholds in the dtype they are compared in")
 def half_precision(subject: PolicySubject) -> None:
     """In bf16 logits are finite and of that type."""
     for family in FAMILIES:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anee_core.accounting import CostModel
+from anee_core.chance import uniform
 from anee_core.errors import PolicyError
 from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
 
@@ -73,26 +74,11 @@ class RandomController(Controller):
         """Return actions for all layers at once."""
         layers = torch.arange(context.layer_idx, context.num_layers, device=signals.device)[:, None, None]
         tokens = torch.zeros_like(context.position_ids) if context.input_ids is None else context.input_ids
-        skip = _uniform(layers, context.position_ids, tokens, 2 * self.seed) < self._probability(context)
+        skip = uniform(layers, context.position_ids, tokens, 2 * self.seed) < self._probability(context)
         actions = skip.to(torch.uint8) * int(Action.SKIP)
         if self.exit:
-            leave = _uniform(layers, context.position_ids, tokens, 2 * self.seed + 1) < self.exit
+            leave = uniform(layers, context.position_ids, tokens, 2 * self.seed + 1) < self.exit
             first, last = self.protect
             inner = (layers >= first) & (layers < context.num_layers - last)
             actions = torch.where(leave & inner, int(Action.EXIT), actions)
         return actions
-
-
-def _uniform(layer: Tensor, position: Tensor, token: Tensor, salt: int) -> Tensor:
-    """Return pseudo-random numbers in [0, 1) that depend on the arguments only, broadcast over layer, row, column.
-
-    Each argument is mixed in by a multiply and a xor-shift over 31 bits, which int64 holds without overflow.
-    """
-    state = torch.full_like(layer, (0x2545F491 + 0x9E3779B * salt) & 0x7FFFFFFF)
-    for value in (layer, position, token):
-        state = (state ^ (value * 0x1B873593 + 0x165667B1)) & 0x7FFFFFFF
-        state = (state * 0x45D9F3B) & 0x7FFFFFFF
-        state = (state ^ (state >> 15)) & 0x7FFFFFFF
-        state = (state * 0x2C1B3C6D) & 0x7FFFFFFF
-        state = state ^ (state >> 13)
-    return state.double() / 0x80000000

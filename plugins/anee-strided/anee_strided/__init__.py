@@ -31,10 +31,11 @@ class StridedCachePolicy(CachePolicy):
         if self.every < 1 or self.recent < 1:
             raise PolicyError(f"strided: every >= 1 and recent >= 1 are needed; got {self.every} and {self.recent}")
 
-    def keep(self, view: CacheView) -> Tensor:
-        """Return the slots to keep, [B, S]."""
-        recent = view.position_ids > view.query_position[:, None] - self.recent
-        return view.valid & (recent | (view.position_ids % self.every == 0))
+    def retain(self, view: CacheView) -> Tensor:
+        """Return the slots to keep after each new token, [B, T, S]."""
+        position = view.position_ids[:, None, :]
+        recent = position > view.query_position[:, :, None] - self.recent
+        return recent | (position % self.every == 0)
 
 
 @hookimpl

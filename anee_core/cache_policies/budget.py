@@ -1,0 +1,55 @@
+"""How many tokens a layer may hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anee_core.errors import PolicyError
+from anee_core.interfaces import CachePolicy, Setting
+
+
+@dataclass(frozen=True)
+class BudgetedCachePolicy(CachePolicy):
+    """A token policy with a budget.
+
+    Options:
+        keep: how much each row of a layer may hold. Up to 1: a share of the tokens read so far. Above: a number of
+            tokens. Several, one for each layer, separated by spaces.
+    """
+
+    keep: tuple[float, ...] = (0.2,)
+
+    def __post_init__(self) -> None:
+        given: Any = self.keep
+        values = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        if not values or any(v <= 0 or (v > 1 and v != int(v)) for v in values):
+            raise PolicyError(
+                f"{self.name}: keep is a share in (0, 1] or a whole number of tokens above 1, or one for each layer; "
+                f"got {' '.join(f'{v:g}' for v in values) or 'nothing'}"
+            )
+        object.__setattr__(self, "keep", tuple(float(v) for v in values))
+
+    def bind(self, setting: Setting) -> CachePolicy:
+        """Check the budgets against the model.
+
+        Raises:
+            PolicyError: there are neither one nor as many as layers.
+        """
+        if len(self.keep) not in (1, setting.num_layers):
+            raise PolicyError(
+                f"{self.name}: keep takes one number or one for each of {setting.num_layers} layers; "
+                f"got {len(self.keep)}"
+            )
+        return self
+
+    def allowed(self, layer_idx: int, query_position: Tensor) -> Tensor:
+        """Return how many tokens may be held after tokens at these positions, of the same shape; at least one."""
+        keep = self.keep[layer_idx] if len(self.keep) > 1 else self.keep[0]
+        if keep > 1:
+            return torch.full_like(query_position, int(keep))
+        # In hundredths of a token, lest a share like 0.3 of 10 tokens should round up to four of them.
+        return torch.ceil((query_position + 1).double() * keep - 0.01).clamp(min=1).long()

@@ -1,0 +1,42 @@
+"""Keep the tokens that have drawn the most attention, and the recent ones (H2O; Zhang et al., 2023, arXiv:2306.14048)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from anee_core.cache_policies.scoring import ScoringCachePolicy, attention_shares
+from anee_core.interfaces import CacheView
+
+
+@dataclass(frozen=True)
+class H2OCachePolicy(ScoringCachePolicy):
+    """Keep heavy hitters: a token's score is the sum of the attention that it got, averaged over heads.
+
+    The paper drops per head; here all heads of a layer hold the same tokens.
+
+    Options:
+        keep: see `BudgetedCachePolicy`.
+        sinks: how many first tokens stay in any case.
+        recent: how many newest tokens stay in any case; 0 for half of the budget, as in the paper.
+    """
+
+    name: ClassVar[str] = "h2o"
+    wants: ClassVar[frozenset[Literal["keys", "attention"]]] = frozenset({"attention"})
+    rewrites: ClassVar[bool] = True
+
+    recent: int = 0
+
+    def newest(self, allowed: Tensor) -> Tensor | int:
+        """Return how many of the newest tokens stay in any case."""
+        return self.recent or allowed // 2
+
+    def first_score(self, view: CacheView) -> Tensor:
+        """Return zeros: nobody has attended to a new token."""
+        return view.hidden_states.new_zeros(view.query_position.shape)
+
+    def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
+        """Add the newest token's attention."""
+        return scores if view.attention is None else scores + attention_shares(view, t, held)

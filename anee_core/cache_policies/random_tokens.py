@@ -1,0 +1,35 @@
+"""Keep tokens at random: the control that every other token policy has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from anee_core.cache_policies.scoring import ScoringCachePolicy
+from anee_core.chance import uniform
+from anee_core.interfaces import CacheView
+
+
+@dataclass(frozen=True)
+class RandomTokensCachePolicy(ScoringCachePolicy):
+    """Keep tokens at random, each layer others. The draw depends on layer, position and seed alone.
+
+    Options:
+        keep: see `BudgetedCachePolicy`.
+        sinks: how many first tokens stay in any case.
+        recent: how many newest tokens stay in any case.
+        seed: of the draw.
+    """
+
+    name: ClassVar[str] = "random_tokens"
+
+    seed: int = 0
+
+    def first_score(self, view: CacheView) -> Tensor:
+        """Return a random number for each new token."""
+        position = view.query_position
+        layer = torch.full_like(position, view.layer_idx)
+        return uniform(layer, position, torch.zeros_like(position), self.seed)

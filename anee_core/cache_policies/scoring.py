@@ -1,0 +1,108 @@
+"""Token policies that keep the best-scored tokens within a budget."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from anee_core.cache_policies.budget import BudgetedCachePolicy
+from anee_core.errors import PolicyError
+from anee_core.interfaces import CacheView
+
+_SCORE = "score"
+_FIRST = 1e30
+"""Above every score."""
+
+
+@dataclass(frozen=True)
+class ScoringCachePolicy(BudgetedCachePolicy):
+    """Gives each token a score and keeps the highest.
+
+    Tokens are taken one after another, since what one of them drops is gone for the next. The first ``sinks`` tokens
+    of a sequence and the ``recent`` newest stay before all others.
+    """
+
+    sinks: int = 0
+    recent: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sinks < 0 or self.recent < 0:
+            raise PolicyError(
+                f"{self.name}: sinks and recent are numbers of tokens, 0 or more; got {self.sinks} and {self.recent}"
+            )
+
+    @abstractmethod
+    def first_score(self, view: CacheView) -> Tensor:
+        """Return the scores of the new tokens as they come, [B, T]."""
+
+    def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
+        """Return the scores [B, S] after new token ``t``; ``held`` [B, S] says which slots it finds, itself included."""
+        return scores
+
+    def newest(self, allowed: Tensor) -> Tensor | int:
+        """Return how many of the newest tokens stay before all others, where ``allowed`` [B, 1] may be held."""
+        return self.recent
+
+    def due(self, view: CacheView, t: int) -> Tensor:
+        """Return in which rows tokens may be dropped after new token ``t``, a bool tensor that broadcasts to [B, 1]."""
+        return torch.ones(1, 1, dtype=torch.bool, device=view.valid.device)
+
+    def rank_by(self, view: CacheView, scores: Tensor, held: Tensor) -> Tensor:
+        """Return what decides who stays, [B, S], given the scores."""
+        return scores
+
+    def remember(self, view: CacheView) -> Mapping[str, Tensor]:
+        """Store each new token's first score."""
+        return {_SCORE: self.first_score(view).float()}
+
+    def keep_after(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
+        """Return which slots stay after new token ``t``, [B, S]."""
+        position, query = view.position_ids, view.query_position[:, t : t + 1]
+        allowed = self.allowed(view.layer_idx, query)
+        order = self.rank_by(view, scores, held).double()
+        # Before any score: the newest token, then the sinks from the first on, then the recent ones from the last on.
+        order = torch.where(position > query - self.newest(allowed), _FIRST * (1 + 1e-9 * position), order)
+        order = torch.where(position < self.sinks, _FIRST * (3 - 1e-9 * position), order)
+        order = torch.where(position == query, 4 * _FIRST, order)
+        best = torch.argsort(torch.where(held, order, -torch.inf), dim=1, descending=True, stable=True)
+        rank = torch.empty_like(best).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
+        return held & ((rank < allowed) | ~self.due(view, t))
+
+    def decide(self, view: CacheView) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Take the new tokens one after another."""
+        scores = view.state[_SCORE].clone()
+        batch, slots = view.valid.shape
+        tokens = view.query_position.shape[1]
+        alive = view.valid.clone()
+        kept = []
+        for t in range(tokens):
+            end = slots - tokens + t + 1
+            # Only the slots up to this token's own take part.
+            seen = replace(view, position_ids=view.position_ids[:, :end], valid=alive[:, :end])
+            held = alive[:, :end]
+            scores[:, :end] = self.score(seen, t, scores[:, :end], held)
+            stay = self.keep_after(seen, t, scores[:, :end], held) | ~view.real[:, t : t + 1]
+            alive[:, :end] = held & stay
+            kept.append(alive.clone())
+        return torch.stack(kept, dim=1), {_SCORE: scores} if self.rewrites else {}
+
+    def retain(self, view: CacheView) -> Tensor:
+        """Return what `decide` keeps."""
+        return self.decide(view)[0]
+
+
+def attention_shares(view: CacheView, t: int, held: Tensor) -> Tensor:
+    """Return how new token ``t`` shares its attention out among the slots it finds, averaged over heads, [B, S].
+
+    Rows whose token does not run the layer get zeros.
+    """
+    assert view.attention is not None
+    logits = view.attention[:, :, t, : held.shape[1]].masked_fill(~held[:, None], -torch.inf)
+    shares = torch.nan_to_num(logits.softmax(-1)).mean(1)
+    return shares * view.ran[:, t : t + 1]

@@ -1,0 +1,1 @@
+"""Training: data, schedules, the loop, and one file per objective."""

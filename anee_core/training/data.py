@@ -1,0 +1,72 @@
+"""Text files to batches of token ids, in an order that depends on the seed and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anee_core.errors import InputError, MissingPackageError
+
+
+def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache: Path) -> Any:
+    """Cut text files into blocks of ``length`` tokens: a `datasets.Dataset` of ``input_ids``, memory-mapped from disk.
+
+    Args:
+        files: UTF-8 text.
+        tokenizer: a transformers tokenizer.
+        length: tokens per block.
+        cache: folder that keeps the result, for the next run on the same files.
+
+    Raises:
+        InputError: a file does not exist, or there is less text than one block.
+        MissingPackageError: the package datasets is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingPackageError("training reads text through datasets: pip install 'anee[train]'") from error
+    paths = [str(path) for path in files]
+    for path in paths:
+        if not Path(path).is_file():
+            raise InputError(f"there is no text file '{path}'")
+    lines = datasets.load_dataset("text", data_files=paths, split="train", cache_dir=str(cache))
+
+    def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        # Special tokens that a tokenizer puts around a text belong to no place inside a book.
+        ids = tokenizer("\n".join(batch["text"]) + "\n", add_special_tokens=False, verbose=False)["input_ids"]
+        return {"input_ids": [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]}
+
+    blocks = lines.map(cut, batched=True, batch_size=4000, remove_columns="text", desc="tokens")
+    if not len(blocks):
+        raise InputError(f"{', '.join(paths)}: less text than one block of {length} tokens; give more, or a shorter block")
+    return blocks.with_format("torch")
+
+
+class Batches:
+    """Batches [B, T] of blocks, shuffled anew each epoch.
+
+    A step's batch follows from ``seed`` and the step, so that an interrupted run goes on as if nothing had happened.
+    """
+
+    def __init__(self, blocks: Any, batch: int, seed: int = 0, rank: int = 0, ranks: int = 1) -> None:
+        if len(blocks) < batch * ranks:
+            raise InputError(
+                f"{len(blocks)} blocks of text are fewer than one batch of {batch * ranks}; give more text"
+            )
+        self._blocks, self._batch, self._seed, self._rank, self._ranks = blocks, batch, seed, rank, ranks
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def at(self, step: int) -> Tensor:
+        """Return the batch of a step, [B, T]."""
+        per_epoch = len(self._blocks) // (self._batch * self._ranks)
+        epoch, place = divmod(step, per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._blocks), generator=generator)
+        first = (place * self._ranks + self._rank) * self._batch
+        chosen: Tensor = self._blocks[self._order[first : first + self._batch].tolist()]["input_ids"]
+        return chosen

@@ -1,0 +1,260 @@
+"""The training loop: steps, progress, validation, logs, and checkpoints that resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anee_core.errors import CheckpointError, InputError
+from anee_core.training.data import Batches
+from anee_core.training.schedules import Schedule
+
+logger = logging.getLogger(__name__)
+
+_TRAINED, _SETTINGS, _STEP = "trained.safetensors", "run.json", "step.json"
+
+
+class Objective(nn.Module, ABC):
+    """What is trained: a module whose forward is the loss."""
+
+    def begin(self, step: int) -> None:
+        """Set what changes with the step, before its forward."""
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of token ids [B, T], a scalar, and figures to log."""
+
+    def validate(self) -> dict[str, float]:
+        """Return figures of held-out text."""
+        return {}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes.
+
+    Args:
+        folder: where checkpoints and logs go; a run found there is continued.
+        steps: optimiser steps.
+        accumulate: batches per step.
+        clip: largest gradient norm; 0 for no clipping.
+        precision: "no", "bf16" or "fp16".
+        seed: of everything random.
+        validate_every: steps between validations; 0 for none but the last.
+        save_every: steps between checkpoints.
+        progress: whether to show a bar.
+    """
+
+    folder: Path
+    steps: int
+    accumulate: int = 1
+    clip: float = 1.0
+    precision: str = "no"
+    seed: int = 0
+    validate_every: int = 100
+    save_every: int = 100
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.accumulate < 1 or self.save_every < 1:
+            raise InputError("steps, accumulate and save_every are at least 1")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise InputError(f"precision is 'no', 'bf16' or 'fp16'; got '{self.precision}'")
+
+
+def accelerator_of(options: RunOptions) -> Accelerator:
+    """Return the accelerator of a run, on one process or as `accelerate launch` says, and seed everything."""
+    logs = {}
+    try:
+        import tensorboard  # type: ignore[import-untyped]  # noqa: F401
+
+        logs = {"log_with": "tensorboard", "project_dir": str(options.folder)}
+    except ImportError:
+        logger.warning("no logs will be written: they need tensorboard (pip install 'anee[train]')")
+    accelerator = Accelerator(
+        mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate, **logs
+    )
+    set_seed(options.seed, device_specific=True)
+    return accelerator
+
+
+def run_training(
+    objective: Objective,
+    optimizers: list[torch.optim.Optimizer],
+    rate: Schedule,
+    batches: Batches,
+    options: RunOptions,
+    accelerator: Accelerator,
+) -> list[dict[str, float]]:
+    """Train, and return the figures of every validation.
+
+    Args:
+        objective: gives the loss; those of its parameters that require a gradient are trained.
+        optimizers: each holds some of them; their learning rates are the largest of the run.
+        rate: factor on the learning rates at each step.
+        batches: of this process.
+        options: how the run goes.
+        accelerator: from `accelerator_of`.
+
+    Raises:
+        CheckpointError: the folder holds a run with other options, or one that cannot be read.
+    """
+    run = _Run(objective, optimizers, options, accelerator)
+    step = run.resume()
+    main = accelerator.is_main_process
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=Console(stderr=True), disable=not (options.progress and main))
+    with bar:
+        task = bar.add_task("training", total=options.steps, completed=step)
+        while step < options.steps:
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["largest_lr"] * rate(step)
+            objective.begin(step)
+            figures = run.step(batches, step)
+            step += 1
+            figures["lr"] = optimizers[0].param_groups[0]["lr"]
+            if options.validate_every and step % options.validate_every == 0 or step == options.steps:
+                figures |= {f"valid/{name}": value for name, value in run.validate(step).items()}
+            accelerator.log(figures, step=step)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if "/" not in name)
+            bar.update(task, completed=step, description=shown)
+            if step % options.save_every == 0 or step == options.steps:
+                run.save(step)
+    accelerator.end_training()
+    return run.history
+
+
+class _Run:
+    """A run's state: what is trained, the optimisers, and the history of validations."""
+
+    def __init__(
+        self, objective: Objective, optimizers: list[torch.optim.Optimizer], options: RunOptions, accelerator: Accelerator
+    ) -> None:
+        self.objective, self.options, self.accelerator = objective, options, accelerator
+        self.history: list[dict[str, float]] = []
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["largest_lr"] = group["lr"]
+        self.optimizers = list(accelerator.prepare(*optimizers)) if len(optimizers) > 1 else [accelerator.prepare(*optimizers)]
+        self.module = accelerator.prepare_model(objective)
+        self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+
+    def step(self, batches: Batches, step: int) -> dict[str, float]:
+        """Take one optimiser step and return its figures, averaged over its batches."""
+        options, accelerator = self.options, self.accelerator
+        sums: dict[str, float] = {}
+        self.module.train()
+        for i in range(options.accumulate):
+            input_ids = batches.at(step * options.accumulate + i).to(accelerator.device)
+            with accelerator.accumulate(self.module):
+                loss, figures = self.module(input_ids)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and options.clip:
+                    accelerator.clip_grad_norm_(self.trained.values(), options.clip)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            for name, value in {"loss": loss.detach(), **figures}.items():
+                sums[name] = sums.get(name, 0.0) + float(value) / options.accumulate
+        return sums
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Return the objective's figures of held-out text, and note them."""
+        self.objective.eval()
+        with torch.no_grad():
+            figures = self.objective.validate()
+        if figures:
+            self.history.append({"step": step, **figures})
+            if self.accelerator.is_main_process:
+                logger.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        return figures
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint beside the last one, then put it in its place."""
+        folder = self.options.folder
+        draft, place = folder / "draft", folder / "checkpoint"
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        torch.save(_random_state(), draft / f"random-{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            save_file({k: p.detach().cpu().contiguous() for k, p in self.trained.items()}, draft / _TRAINED)
+            for i, optimizer in enumerate(self.optimizers):
+                torch.save(optimizer.state_dict(), draft / f"optimizer-{i}.pt")
+            (draft / _STEP).write_text(json.dumps({"step": step, "history": self.history}))
+            (folder / _SETTINGS).write_text(json.dumps(_identity(self.options, accelerator), indent=2) + "\n")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            old = folder / "old"
+            shutil.rmtree(old, ignore_errors=True)
+            if place.exists():
+                place.rename(old)
+            draft.rename(place)
+            shutil.rmtree(old, ignore_errors=True)
+        accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Load the last checkpoint, if there is one, and return the step to go on with."""
+        folder = self.options.folder
+        # Between two renames only the older one has a name.
+        place = next((p for p in (folder / "checkpoint", folder / "old") if p.is_dir()), None)
+        if place is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            return 0
+        wanted = _identity(self.options, self.accelerator)
+        try:
+            found = json.loads((folder / _SETTINGS).read_text())
+            state = json.loads((place / _STEP).read_text())
+            tensors = load_file(place / _TRAINED)
+            moments = [torch.load(place / f"optimizer-{i}.pt", weights_only=True) for i in range(len(self.optimizers))]
+            chance = torch.load(place / f"random-{self.accelerator.process_index}.pt", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"the run in {folder} cannot be continued ({error}); choose another folder") from error
+        different = sorted(k for k in wanted if found.get(k) != wanted[k])
+        if different or set(tensors) != set(self.trained):
+            changes = ", ".join(f"{k} was {found.get(k)}, is {wanted[k]}" for k in different) or "other weights"
+            raise CheckpointError(f"{folder} holds another run ({changes}); continue it as it was, or choose another folder")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[name])
+        for optimizer, moment in zip(self.optimizers, moments, strict=True):
+            optimizer.load_state_dict(moment)
+        _set_random_state(chance)
+        self.history = state["history"]
+        logger.info("going on from step %d of %s", state["step"], folder)
+        return int(state["step"])
+
+
+def _identity(options: RunOptions, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what must be the same for a run to go on as if it had not stopped. More steps may be asked for."""
+    chosen = asdict(options)
+    return {k: chosen[k] for k in ("accumulate", "clip", "precision", "seed")} | {"processes": accelerator.num_processes}
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
