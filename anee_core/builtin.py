@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anee_core.cache_policies import (
+    AsaCachePolicy,
     FullCachePolicy,
     H2OCachePolicy,
     KeyNormCachePolicy,
@@ -31,6 +32,6 @@ def anee_controllers() -> dict[str, type[Controller]]:
 
 @hookimpl
 def anee_cache_policies() -> dict[str, type[CachePolicy]]:
-    """Return the token policies that need no training."""
+    """Return the token policies."""
     scored = (H2OCachePolicy, TovaCachePolicy, KeyNormCachePolicy, SnapKVCachePolicy, RandomTokensCachePolicy)
-    return {p.name: p for p in (FullCachePolicy, WindowCachePolicy, *scored)}
+    return {p.name: p for p in (FullCachePolicy, WindowCachePolicy, *scored, AsaCachePolicy)}

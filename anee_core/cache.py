@@ -236,6 +236,9 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         slots = self.slots[layer_idx]
         if any(other is slots for i, other in enumerate(self.slots) if i != layer_idx):
             slots = self.slots[layer_idx] = slots.clone()
+        if not self._pending:
+            # Outside a forward: not final before the next one, unlike what fell at the end of the last.
+            self._horizon, self._final = self._last_final_drop(), self.seen - 1
         slots.evict(alive, self.seen + self._pending)
         if state:
             self._staged[layer_idx] = {name: known.detach() for name, known in state.items()}

@@ -75,7 +75,15 @@ class Engine:
         hard = hard or policy.hard
         protected = policy.controller.protected(self.costs.num_layers)
         self.budget = Budget(self.costs, protected, limit, hard)
-        setting = Setting(self.costs, limit, hard, calibration or policy.calibration)
+        config = parts.config
+        setting = Setting(
+            self.costs,
+            limit,
+            hard,
+            calibration or policy.calibration,
+            width=config.hidden_size,
+            backbone=getattr(config, "anee_backbone", None),
+        )
         controller = policy.controller.bind(setting)
         cache_policy = policy.cache_policy.bind(setting)
         self.policy = Policy(controller, cache_policy, policy.profiler, setting.calibration, limit, hard)

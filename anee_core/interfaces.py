@@ -62,12 +62,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Setting:
-    """The model that a controller is about to serve: sizes, costs, budget and what calibration found."""
+    """The model that a policy is about to serve: sizes, costs, budget and what calibration found.
+
+    ``width`` is D. ``backbone`` is what the model's config says under ``anee_backbone``: a name that a model got when it
+    was trained together with a policy.
+    """
 
     costs: CostModel
     budget: float | None = None
     hard: bool = False
     calibration: Calibration | None = None
+    width: int = 0
+    backbone: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -122,6 +128,9 @@ class DecisionContext:
 
 class Configurable:
     """A dataclass whose fields are the options that a policy string can set."""
+
+    positional: ClassVar[str | None] = None
+    """The option whose name may be left out where it stands first."""
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

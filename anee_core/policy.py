@@ -192,10 +192,13 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
     return Policy(controller or DenseController(), cache_policy or FullCachePolicy())
 
 
-def _raw_options(name: str, text: str) -> dict[str, str]:
+def _raw_options(name: str, text: str, positional: str | None = None) -> dict[str, str]:
     options: dict[str, str] = {}
-    for item in filter(None, (piece.strip() for piece in text.split(","))):
+    for i, item in enumerate(filter(None, (piece.strip() for piece in text.split(",")))):
         key, equals, value = item.partition("=")
+        if not equals and positional is not None and i == 0:
+            options[positional] = item
+            continue
         if not equals:
             raise PolicyError(
                 f"{name}: '{item}' is no option; write option=value, separated by commas, "
@@ -211,7 +214,7 @@ def _configure(factory: type[Configurable], name: str, text: str) -> Any:
     hints = typing.get_type_hints(factory)
     known = factory.option_names()
     values = {}
-    for key, value in _raw_options(name, text).items():
+    for key, value in _raw_options(name, text, factory.positional).items():
         if key not in known:
             raise PolicyError(f"{name}: unknown option '{key}'; {suggestion(key, known)}")
         values[key] = _convert(value, hints[key], f"{name}: {key}")

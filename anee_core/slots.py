@@ -98,7 +98,9 @@ class Slots:
         died = self.died[:, : self.used]
         died = torch.where((died > to) & (died != EMPTY), NEVER, died)
         self.died[:, : self.used] = torch.where(self.born[:, : self.used] >= to, EMPTY, died)
-        self.used -= min(seen - to, self.used - self._aligned_from)
+        aligned = self.used - self._aligned_from
+        self.full = self.full and seen - to <= aligned  # others leave holes
+        self.used -= min(seen - to, aligned)
 
     def held(self) -> Tensor:
         """Return the number of valid slots of each row, [B]."""

@@ -1,5 +1,6 @@
 """Token policies, one method per file."""
 
+from anee_core.cache_policies.asa import AsaCachePolicy, AsaWeights
 from anee_core.cache_policies.full import FullCachePolicy
 from anee_core.cache_policies.h2o import H2OCachePolicy
 from anee_core.cache_policies.knorm import KeyNormCachePolicy
@@ -10,6 +11,8 @@ from anee_core.cache_policies.tova import TovaCachePolicy
 from anee_core.cache_policies.window import WindowCachePolicy
 
 __all__ = [
+    "AsaCachePolicy",
+    "AsaWeights",
     "FullCachePolicy",
     "H2OCachePolicy",
     "KeyNormCachePolicy",

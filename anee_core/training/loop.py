@@ -37,6 +37,9 @@ class Objective(nn.Module, ABC):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of token ids [B, T], a scalar, and figures to log."""
 
+    def after(self, figures: dict[str, float]) -> None:
+        """See the figures of a step, after it."""
+
     def validate(self) -> dict[str, float]:
         """Return figures of held-out text."""
         return {}
@@ -125,6 +128,7 @@ def run_training(
                     group["lr"] = group["largest_lr"] * rate(step)
             objective.begin(step)
             figures = run.step(batches, step)
+            objective.after(figures)
             step += 1
             figures["lr"] = optimizers[0].param_groups[0]["lr"]
             if options.validate_every and step % options.validate_every == 0 or step == options.steps:
@@ -151,7 +155,9 @@ class _Run:
                 group["largest_lr"] = group["lr"]
         self.optimizers = list(accelerator.prepare(*optimizers)) if len(optimizers) > 1 else [accelerator.prepare(*optimizers)]
         self.module = accelerator.prepare_model(objective)
+        # Buffers are few: what an objective adapts by itself.
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self.saved = {**self.trained, **{name: b for name, b in objective.named_buffers(recurse=False)}}
 
     def step(self, batches: Batches, step: int) -> dict[str, float]:
         """Take one optimiser step and return its figures, averaged over its batches."""
@@ -194,7 +200,7 @@ class _Run:
         accelerator.wait_for_everyone()
         torch.save(_random_state(), draft / f"random-{accelerator.process_index}.pt")
         if accelerator.is_main_process:
-            save_file({k: p.detach().cpu().contiguous() for k, p in self.trained.items()}, draft / _TRAINED)
+            save_file({k: p.detach().cpu().contiguous() for k, p in self.saved.items()}, draft / _TRAINED)
             for i, optimizer in enumerate(self.optimizers):
                 torch.save(optimizer.state_dict(), draft / f"optimizer-{i}.pt")
             (draft / _STEP).write_text(json.dumps({"step": step, "history": self.history}))
@@ -227,11 +233,11 @@ class _Run:
         except Exception as error:
             raise CheckpointError(f"the run in {folder} cannot be continued ({error}); choose another folder") from error
         different = sorted(k for k in wanted if found.get(k) != wanted[k])
-        if different or set(tensors) != set(self.trained):
+        if different or set(tensors) != set(self.saved):
             changes = ", ".join(f"{k} was {found.get(k)}, is {wanted[k]}" for k in different) or "other weights"
             raise CheckpointError(f"{folder} holds another run ({changes}); continue it as it was, or choose another folder")
         with torch.no_grad():
-            for name, parameter in self.trained.items():
+            for name, parameter in self.saved.items():
                 parameter.copy_(tensors[name])
         for optimizer, moment in zip(self.optimizers, moments, strict=True):
             optimizer.load_state_dict(moment)

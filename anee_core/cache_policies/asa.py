@@ -1,0 +1,155 @@
+"""Adaptively sparse attention: each token decides which earlier ones the layer may forget (Anagnostidis et al., 2023,
+arXiv:2305.15805).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anee_core.errors import CheckpointError, PolicyError
+from anee_core.interfaces import CachePolicy, CacheView, Setting
+
+_SCHEMA = 1
+_HEADER, _TENSORS = "asa.json", "asa.safetensors"
+_KEY = "interaction_key"
+
+
+@dataclass(frozen=True)
+class AsaWeights:
+    """Interaction projections ``query`` and ``key`` [L, r, D], and the bias ``beta`` [L] of each layer.
+
+    ``backbone`` names the model that was trained together with them, as its config does under ``anee_backbone``; None
+    if the model stayed as it was. ``facts`` is what the training wants to be known: figures, settings.
+    """
+
+    query: Tensor
+    key: Tensor
+    beta: Tensor
+    backbone: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write safetensors and a JSON header.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        path = Path(folder)
+        layers, rank, width = self.query.shape
+        header = {"schema": _SCHEMA, "layers": layers, "rank": rank, "width": width, "backbone": self.backbone}
+        tensors = {"query": self.query, "key": self.key, "beta": self.beta}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path / _TENSORS)
+            (path / _HEADER).write_text(json.dumps({**header, "facts": dict(self.facts)}, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write the weights to {path}: {error}") from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AsaWeights:
+        """Read what `save` wrote; nothing missing, nothing extra.
+
+        Raises:
+            CheckpointError: a file is missing, corrupt or of another schema.
+        """
+        path = Path(folder)
+        for file in (path / _HEADER, path / _TENSORS):
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing; 'anee train asa MODEL --folder FOLDER' makes such a folder")
+        try:
+            header = json.loads((path / _HEADER).read_text())
+            tensors = load_file(path / _TENSORS)
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+            raise CheckpointError(f"the weights in {path} are corrupt ({error}); train or copy them again") from error
+        expected = {"schema", "layers", "rank", "width", "backbone", "facts"}
+        if not isinstance(header, dict) or set(header) != expected or header["schema"] != _SCHEMA:
+            raise CheckpointError(f"{path / _HEADER} is not of schema {_SCHEMA}; train with this version")
+        layers, rank, width = header["layers"], header["rank"], header["width"]
+        shapes = {"query": (layers, rank, width), "key": (layers, rank, width), "beta": (layers,)}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != shapes or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
+            raise CheckpointError(f"{path / _TENSORS} holds {found}, expected finite {shapes}; train or copy them again")
+        return cls(**tensors, backbone=header["backbone"], facts=header["facts"])
+
+
+@dataclass(frozen=True)
+class AsaCachePolicy(CachePolicy):
+    """Drop what trained interaction projections say: token i keeps slot j while q_i . k_j / sqrt(r) + beta > 0.
+
+    What a token drops is hidden from its own attention already. A token that skips the layer drops nothing, but gets
+    its interaction key there.
+
+    Options:
+        folder: what ``anee train asa`` wrote; may stand first, without its name.
+        shift: added to beta; above 0 keeps more, below less.
+    """
+
+    name: ClassVar[str] = "asa"
+    before_attention: ClassVar[bool] = True
+    positional: ClassVar[str | None] = "folder"
+
+    folder: str = ""
+    shift: float = 0.0
+    _weights: AsaWeights | None = field(default=None, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise PolicyError("asa: it is trained for one model; name the folder, as in 'asa:FOLDER' (anee train asa)")
+
+    def bind(self, setting: Setting) -> CachePolicy:
+        """Load the weights.
+
+        Raises:
+            PolicyError: they are of a model of another shape, or of other weights.
+        """
+        weights = AsaWeights.load(self.folder)
+        layers, _, width = weights.query.shape
+        if (layers, width) != (setting.num_layers, setting.width):
+            raise PolicyError(
+                f"asa: the weights in {self.folder} are for {layers} layers of width {width}, the model has "
+                f"{setting.num_layers} of {setting.width}; train for this model (anee train asa) or choose another policy"
+            )
+        if weights.backbone is not None and weights.backbone != setting.backbone:
+            raise PolicyError(
+                f"asa: the weights in {self.folder} were trained together with their model; load that one "
+                f"('{Path(self.folder) / 'model'}'), or train with the model frozen"
+            )
+        bound = replace(self)
+        object.__setattr__(bound, "_weights", weights)
+        return bound
+
+    @property
+    def weights(self) -> AsaWeights:
+        """The weights, once bound."""
+        if self._weights is None:
+            raise PolicyError("asa: the policy is not bound to a model")
+        return self._weights
+
+    def work(self, layer_idx: int) -> tuple[int, int]:
+        """Return the FLOPs of both projections, and of one interaction."""
+        _, rank, width = self.weights.query.shape
+        return 4 * rank * width, 2 * rank
+
+    def remember(self, view: CacheView) -> Mapping[str, Tensor]:
+        """Store interaction keys [B, T, r]."""
+        return {_KEY: self._project(self.weights.key, view)}
+
+    def retain(self, view: CacheView) -> Tensor:
+        """Return which slots each new token keeps, [B, T, S]."""
+        queries = self._project(self.weights.query, view)
+        scores = (queries @ view.state[_KEY].transpose(1, 2)).float() * self.weights.query.shape[1] ** -0.5
+        keep = scores + (self.weights.beta[view.layer_idx].to(scores.device) + self.shift) > 0
+        return keep | ~view.ran[:, :, None]
+
+    def _project(self, weight: Tensor, view: CacheView) -> Tensor:
+        states = view.hidden_states
+        return states @ weight[view.layer_idx].to(states.device, states.dtype).T

@@ -1,0 +1,172 @@
+"""Training adaptively sparse attention: soft survival in place of dropping, sharpened step by step.
+
+The method is that of Anagnostidis et al., 2023 (arXiv:2305.15805). Here it works for every registered family, starts
+from the unchanged model, and is validated as it will be deployed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from anee_core.adapter import ModelAdapter
+from anee_core.cache_policies.asa import AsaWeights
+from anee_core.layout import Parts
+from anee_core.masks import additive
+from anee_core.sparse_sigmoid import log_survival
+from anee_core.training.loop import Objective
+from anee_core.training.schedules import Schedule
+
+
+class Interactions(nn.Module):
+    """The trained part: projections [L, r, D] for queries and keys, and a bias per layer.
+
+    Interaction logits start next to ``beta``. From 1/(alpha - 1) on the sparse sigmoid is 1: nothing is dropped, and
+    the model is the one that it was.
+    """
+
+    def __init__(self, layers: int, rank: int, width: int, beta: float, spread: float = 1e-3) -> None:
+        super().__init__()
+        # Normed inputs have entries of about one, so logits have a standard deviation of about `spread`.
+        self.query = nn.Parameter(torch.randn(layers, rank, width) / width**0.5)
+        self.key = nn.Parameter(torch.randn(layers, rank, width) * spread / width**0.5)
+        self.beta = nn.Parameter(torch.full((layers,), beta))
+
+    def forward(self, layer_idx: int, attention_input: Tensor) -> Tensor:
+        """Return interaction logits [B, T, T] of normed attention inputs [B, T, D]."""
+        queries = attention_input @ self.query[layer_idx].T.to(attention_input.dtype)
+        keys = attention_input @ self.key[layer_idx].T.to(attention_input.dtype)
+        return (queries @ keys.transpose(1, 2)).float() * self.query.shape[1] ** -0.5 + self.beta[layer_idx]
+
+
+class SparseAttention(Objective):
+    """Loss of a model whose tokens fade from its layers' attention, and what that saves.
+
+    Args:
+        adapter: knows the model's family.
+        parts: the model's modules.
+        interactions: the trained part.
+        alpha: of the sparse sigmoid, by step.
+        gamma: weight of the mean survival over all pairs of a token and an earlier one.
+        target: share of those pairs to drop; gamma then changes by the step until it is met. None for a fixed gamma.
+        distil: whether to learn from the dense model's next-token distributions instead of the text.
+        held_out: blocks [N, T] to validate on, as deployed.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        parts: Parts,
+        interactions: Interactions,
+        alpha: Schedule,
+        gamma: float,
+        target: float | None = None,
+        distil: bool = False,
+        held_out: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = parts.model
+        self.interactions = interactions
+        self.adapter, self.parts = adapter, parts
+        self.alpha_schedule, self.alpha = alpha, 1.0
+        self.target, self.distil, self.held_out = target, distil, held_out
+        self.register_buffer("gamma", torch.tensor(float(gamma)))
+        self._windows = [adapter.window(parts.config, i) for i in range(len(parts.layers))]
+
+    def begin(self, step: int) -> None:
+        """Sharpen."""
+        self.alpha = self.alpha_schedule(step)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of token ids [B, T]."""
+        logits, survivals = self.run(input_ids, self.alpha)
+        held = torch.stack([mean_survival(survival) for survival in survivals]).mean()
+        if self.distil:
+            with torch.no_grad():
+                wanted, _ = self.run(input_ids, None)
+            quality = _divergence(wanted, logits)
+        else:
+            quality = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+        figures = {"quality": quality.detach(), "sparsity": 1 - held.detach()}
+        return quality + self.gamma * held, {**figures, "alpha": torch.tensor(self.alpha), "gamma": self.gamma.clone()}
+
+    def run(self, input_ids: Tensor, alpha: float | None) -> tuple[Tensor, list[Tensor]]:
+        """Return logits [B, T, V] and, for each layer, the logarithm of survival [B, T, T]; None for ``alpha`` is dense.
+
+        An infinite alpha is what is deployed.
+        """
+        adapter, parts = self.adapter, self.parts
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        hidden_states = adapter.embed(parts, parts.embedding(input_ids), positions)
+        calls = adapter.begin(parts, hidden_states, positions)
+        bases: dict[int | None, Tensor] = {}
+        survivals = []
+        for layer_idx, call in enumerate(calls):
+            window = self._windows[layer_idx]
+            if window not in bases:
+                bases[window] = additive(_causal(positions[:1], window), torch.float32)
+            mask = bases[window]
+            if alpha is not None:
+                attention_input = adapter.attention_input(parts, layer_idx, hidden_states)
+                survival = log_survival(self.interactions(layer_idx, attention_input), alpha)
+                survivals.append(survival)
+                mask = (mask + survival[:, None]).clamp(min=torch.finfo(hidden_states.dtype).min)
+            mask = mask.to(hidden_states.dtype)
+            hidden_states = adapter.run(parts, layer_idx, hidden_states, call.with_mask(mask), _NoCache())
+        return adapter.logits(parts, parts.final_norm(hidden_states)), survivals
+
+    def weights(self, backbone: str | None = None, **facts: Any) -> AsaWeights:
+        """Return the trained part as it is deployed."""
+        parts = self.interactions
+        return AsaWeights(parts.query.detach(), parts.key.detach(), parts.beta.detach(), backbone, facts)
+
+    def validate(self) -> dict[str, float]:
+        """Return perplexity and share of context dropped of the held-out blocks under the deployed step function."""
+        if self.held_out is None:
+            return {}
+        losses, dropped = [], []
+        for block in self.held_out.split(1):
+            logits, survivals = self.run(block, math.inf)
+            losses.append(float(functional.cross_entropy(logits[0, :-1].float(), block[0, 1:])))
+            dropped.append(1 - float(torch.stack([mean_survival(s) for s in survivals]).mean()))
+        mean = sum(losses) / len(losses)
+        return {"loss": mean, "perplexity": math.exp(mean), "dropped": sum(dropped) / len(dropped)}
+
+    def after(self, figures: dict[str, float]) -> None:
+        """Move gamma towards what drops the target's share."""
+        if self.target is not None:
+            self.gamma.mul_(math.exp(0.5 * max(-0.2, min(0.2, self.target - figures["sparsity"]))))
+
+
+def mean_survival(survival: Tensor) -> Tensor:
+    """Return the mean of exp(``survival``) [B, T, T] over pairs of a token and an earlier one, a scalar.
+
+    The last query predicts nothing that is scored, and is left out.
+    """
+    queries = survival.shape[-2]
+    pairs = torch.ones(queries, queries, dtype=torch.bool, device=survival.device).tril(-1)
+    pairs[-1] = False
+    return (survival.exp() * pairs).sum() / (survival.shape[0] * max(int(pairs.sum()), 1))
+
+
+def _causal(positions: Tensor, window: int | None) -> Tensor:
+    query, key = positions[:, None, :, None], positions[:, None, None, :]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(wanted || logits), in nats per token."""
+    log_p, log_q = wanted.float().log_softmax(-1).flatten(0, 1), logits.float().log_softmax(-1).flatten(0, 1)
+    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+class _NoCache:
+    """What a layer gets as its cache in training: hands keys and values back."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return keys, values
