@@ -144,7 +144,7 @@ class ModelAdapter(ABC):
         return output[0] if parts.layout.returns_tuple else output
 
     def attention_input(self, parts: Parts, layer_idx: int, hidden_states: Tensor) -> Tensor:
-        """Return what a layer's attention is given for hidden states [B, T, D]: normed, where the layout names a norm."""
+        """Return what a layer's attention is given for hidden states [B, T, D]: normed, if the layout names a norm."""
         norm = parts.layout.input_norm
         return hidden_states if norm is None else find(parts.layers[layer_idx], norm)(hidden_states)
 

@@ -77,7 +77,7 @@ class AttentionTap(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         """Leave, and see that there was an attention at all."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         if not self._answered and error[0] is None:
             raise ModelError(
                 "a layer's attention calls neither scaled_dot_product_attention nor softmax over its slots: "

@@ -373,10 +373,14 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return the bytes allocated for keys, values and what a policy remembers of them."""
         return sum(self.layer_nbytes())
 
-    def kept(self) -> Tensor:
-        """Return the number of valid slots of each layer and row, [L, B]."""
+    def held_slots(self) -> Tensor:
+        """Return the number of valid slots of each layer and row, [L, B], where the positions are."""
         counts = {id(s): s.held() for s in self._distinct()}
-        return torch.stack([counts[id(s)].cpu() for s in self.slots]) if self.slots else torch.zeros(0, 0)
+        return torch.stack([counts[id(s)] for s in self.slots]) if self.slots else torch.zeros(0, 0)
+
+    def kept(self) -> Tensor:
+        """Return the number of valid slots of each layer and row, [L, B], on the host."""
+        return self.held_slots().cpu()
 
     # The names by which transformers calls these.
 

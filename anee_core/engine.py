@@ -22,7 +22,7 @@ from anee_core.masks import MaskMaker
 from anee_core.plan import Block, Plan, Selection
 from anee_core.policy import Policy
 from anee_core.profiler import distribution_signals
-from anee_core.trace import Trace
+from anee_core.trace import Step, Trace
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Engine:
             cache.abort()
             raise
         real = torch.ones(block.position_ids.shape, dtype=torch.bool) if block.real is None else block.real.cpu()
-        trace.add(plan.ran(), real, spent, block.phase, dense)
+        held, kv_bytes = cache.held_slots(), cache.layer_nbytes()
+        trace.add(Step(plan.ran(), real, spent, block.phase, dense, held, kv_bytes))
         return Output(hidden_states, plan.spent, (*states[:-1], hidden_states) if keep_states else None)
 
     def _layer(

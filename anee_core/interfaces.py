@@ -64,8 +64,8 @@ class Calibration:
 class Setting:
     """The model that a policy is about to serve: sizes, costs, budget and what calibration found.
 
-    ``width`` is D. ``backbone`` is what the model's config says under ``anee_backbone``: a name that a model got when it
-    was trained together with a policy.
+    ``width`` is D. ``backbone`` is what the model's config says under ``anee_backbone``: the name that a model got when
+    it was trained together with a policy.
     """
 
     costs: CostModel
@@ -254,7 +254,7 @@ class CachePolicy(Configurable, ABC):
         """
 
     def decide(self, view: CacheView) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Return what `retain` does, and what is remembered of all slots from now on, [B, S, ...], where that changed."""
+        """Return what `retain` does, and what is remembered of slots from now on, [B, S, ...], where that changes."""
         return self.retain(view), {}
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -225,7 +224,7 @@ def _configure(factory: type[Configurable], name: str, text: str) -> Any:
 
 
 def _convert(text: str, hint: Any, what: str) -> Any:
-    """Read ``text`` as the annotated type of an option: int, float, bool, str, tuples of numbers, or None if allowed."""
+    """Read ``text`` as the annotated type of an option: number, bool, str, tuple of numbers, or None if allowed."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if type(None) in kinds and text.lower() == "none":
         return None

@@ -1,4 +1,4 @@
-"""The sparse sigmoid: alpha-entmax over a logit and zero (Peters et al., 2019, arXiv:1905.05702), and survival by it."""
+"""The sparse sigmoid, alpha-entmax over a logit and zero (Peters et al., 2019, arXiv:1905.05702), and survival."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def sparse_sigmoid(logits: Tensor, alpha: float) -> Tensor:
     """Return p in [0, 1] of the same shape, in fp32: the first entry of alpha-entmax([logit, 0]).
 
     With a = alpha - 1, p solves p^a - (1 - p)^a = a z. It is exactly 1 from z = 1/a on and exactly 0 up to -1/a.
-    ``alpha`` = 1 is the logistic function, 2 a ramp, infinity a step that is 1 above zero. Not differentiable by itself;
-    see `log_survival`.
+    ``alpha`` = 1 is the logistic function, 2 a ramp, infinity a step that is 1 above zero. It carries no
+    gradient; see `log_survival`.
 
     Raises:
         InputError: alpha is below 1.
@@ -41,10 +41,7 @@ def sparse_sigmoid(logits: Tensor, alpha: float) -> Tensor:
         return (v + 1) / 2
     # By symmetry only the half with p <= 1/2 is solved.
     w = -v.abs()
-    if alpha == 1.5:
-        half = ((w + (2 - w * w).sqrt()) / 2).square()
-    else:
-        half = _solve(w, a)
+    half = ((w + (2 - w * w).sqrt()) / 2).square() if alpha == 1.5 else _solve(w, a)
     return torch.where(v > 0, 1 - half, half)
 
 
@@ -119,5 +116,5 @@ def log_survival(logits: Tensor, alpha: float) -> Tensor:
     left for query i is the product of the sparse sigmoids of all queries from the slot's own (not included) to i. A
     token never drops itself nor one after it. Where nothing is left the logarithm is a large negative number.
     """
-    result: Tensor = _LogSurvival.apply(logits, alpha)
+    result: Tensor = _LogSurvival.apply(logits, alpha)  # type: ignore[no-untyped-call]
     return result

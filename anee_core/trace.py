@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,13 +16,17 @@ from anee_core.errors import MissingPackageError
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: who ran ([L, B, T] bool), which tokens are real ([B, T] bool), and what it cost."""
+    """One forward: who ran ([L, B, T] bool), which tokens are real ([B, T] bool), what it cost, and what the cache held
+    after it: valid slots of each layer and row ([L, B]) and bytes allocated by each layer.
+    """
 
     ran: Tensor
     real: Tensor
     spent: Spent
     phase: Literal["prefill", "decode"]
     dense: bool
+    kept: Tensor
+    kv_bytes: list[int]
 
 
 class Trace:
@@ -42,13 +46,16 @@ class Trace:
         self.rows: tuple[int, Tensor] | None = None
         """Number of rows of the call and which of them the coming forwards run; None for all."""
 
-    def add(self, ran: Tensor, real: Tensor, spent: Spent, phase: Literal["prefill", "decode"], dense: bool) -> None:
-        """Record one forward; see `Step`."""
+    def add(self, step: Step) -> None:
+        """Record one forward."""
         if self.rows is not None:
             batch, rows = self.rows
+            ran, real, kept = step.ran, step.real, step.kept
             ran = ran.new_zeros(ran.shape[0], batch, ran.shape[2]).index_copy_(1, rows, ran)
             real = real.new_zeros(batch, real.shape[1]).index_copy_(0, rows, real)
-        self.steps.append(Step(ran, real, spent, phase, dense))
+            kept = kept.new_zeros(kept.shape[0], batch).index_copy_(1, rows.to(kept.device), kept)
+            step = replace(step, ran=ran, real=real, kept=kept)
+        self.steps.append(step)
 
     def close(self, cache: AdaptiveCache) -> None:
         """Record what the cache holds at the end of the call."""
@@ -71,6 +78,16 @@ class Trace:
             if phase in (None, step.phase):
                 total.add(step.spent)
         return total
+
+    @property
+    def kept_by_step(self) -> Tensor:
+        """Valid slots of each layer and row after each forward, [steps, L, B]; 0 for rows that had ended."""
+        return torch.stack([step.kept.cpu() for step in self.steps]) if self.steps else torch.zeros(0, 0, 0)
+
+    @property
+    def kv_bytes_by_step(self) -> Tensor:
+        """Bytes allocated by each layer after each forward, [steps, L]."""
+        return torch.tensor([step.kv_bytes for step in self.steps])
 
     @property
     def budget_spent(self) -> float:
@@ -129,6 +146,8 @@ class Trace:
             "weight_bytes": self.weight_bytes,
             "kv_bytes": self.kv_bytes,
             "kept": self.kept.tolist(),
+            "kept_by_step": self.kept_by_step.float().mean((1, 2)).tolist() if self.steps else [],
+            "kv_bytes_by_step": [sum(step.kv_bytes) for step in self.steps],
             "ran": self.ran.int().tolist(),
             "tokens": self.tokens,
         }

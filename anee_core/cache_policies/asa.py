@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -77,7 +76,9 @@ class AsaWeights:
         shapes = {"query": (layers, rank, width), "key": (layers, rank, width), "beta": (layers,)}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != shapes or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
-            raise CheckpointError(f"{path / _TENSORS} holds {found}, expected finite {shapes}; train or copy them again")
+            raise CheckpointError(
+                f"{path / _TENSORS} holds {found}, expected finite {shapes}; train or copy them again"
+            )
         return cls(**tensors, backbone=header["backbone"], facts=header["facts"])
 
 
@@ -116,7 +117,7 @@ class AsaCachePolicy(CachePolicy):
         if (layers, width) != (setting.num_layers, setting.width):
             raise PolicyError(
                 f"asa: the weights in {self.folder} are for {layers} layers of width {width}, the model has "
-                f"{setting.num_layers} of {setting.width}; train for this model (anee train asa) or choose another policy"
+                f"{setting.num_layers} of {setting.width}; train for this model (anee train asa)"
             )
         if weights.backbone is not None and weights.backbone != setting.backbone:
             raise PolicyError(

@@ -1,4 +1,4 @@
-"""Keep the tokens that have drawn the most attention, and the recent ones (H2O; Zhang et al., 2023, arXiv:2306.14048)."""
+"""Keep the tokens that drew the most attention, and the recent ones (H2O; Zhang et al., 2023, arXiv:2306.14048)."""
 
 from __future__ import annotations
 

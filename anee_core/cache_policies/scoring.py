@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,7 +41,7 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         """Return the scores of the new tokens as they come, [B, T]."""
 
     def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
-        """Return the scores [B, S] after new token ``t``; ``held`` [B, S] says which slots it finds, itself included."""
+        """Return the scores [B, S] after new token ``t``; ``held`` [B, S] are the slots it finds, itself included."""
         return scores
 
     def newest(self, allowed: Tensor) -> Tensor | int:
@@ -77,7 +76,7 @@ class ScoringCachePolicy(BudgetedCachePolicy):
     def decide(self, view: CacheView) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Take the new tokens one after another."""
         scores = view.state[_SCORE].clone()
-        batch, slots = view.valid.shape
+        slots = view.valid.shape[1]
         tokens = view.query_position.shape[1]
         alive = view.valid.clone()
         kept = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from anee_core.cache_policies.budget import BudgetedCachePolicy
@@ -41,10 +42,10 @@ class WindowCachePolicy(BudgetedCachePolicy):
     def retain(self, view: CacheView) -> Tensor:
         """Return the slots of the sinks and of the window."""
         query = view.query_position
-        recent = self.allowed(view.layer_idx, query) - self.sinks if self.keep else query.new_tensor(self.recent)
-        position = view.position_ids[:, None, :]
-        sinks = self.sinks
+        sinks, recent = torch.full_like(query, self.sinks), torch.full_like(query, self.recent)
         if self.keep:
             # A budget of fewer tokens than there are sinks is the newest token's first.
-            sinks = (self.allowed(view.layer_idx, query) - 1).clamp(max=self.sinks)[:, :, None]
-        return (position > (query - recent.clamp(min=1))[:, :, None]) | (position < sinks)
+            allowed = self.allowed(view.layer_idx, query)
+            sinks, recent = (allowed - 1).clamp(max=self.sinks), (allowed - self.sinks).clamp(min=1)
+        position = view.position_ids[:, None, :]
+        return (position > (query - recent)[:, :, None]) | (position < sinks[:, :, None])

@@ -108,8 +108,18 @@ def _check_kept(policy: CachePolicy, view: CacheView) -> None:
     wanted = (*view.query_position.shape, view.valid.shape[1])
     fits = keep.dim() == 3 and all(size in (1, full) for size, full in zip(keep.shape, wanted, strict=True))
     expect(fits, f"what to keep of shape {list(wanted)}", list(keep.shape), answers.look)
-    expect(set(changed) <= set(view.state), f"to change only what it remembers ({set(view.state)})", set(changed), answers.look)
-    expect(not changed or policy.rewrites, "rewrites = True for a policy that changes what it remembers", False, answers.look)
+    expect(
+        set(changed) <= set(view.state),
+        f"to change only what it remembers ({set(view.state)})",
+        set(changed),
+        answers.look,
+    )
+    expect(
+        not changed or policy.rewrites,
+        "rewrites = True for a policy that changes what it remembers",
+        False,
+        answers.look,
+    )
 
 
 def _check_actions(actions: Any, left: int, tokens: int) -> None:

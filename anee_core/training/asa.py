@@ -7,6 +7,8 @@ from the unchanged model, and is validated as it will be deployed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ class SparseAttention(Objective):
         target: share of those pairs to drop; gamma then changes by the step until it is met. None for a fixed gamma.
         distil: whether to learn from the dense model's next-token distributions instead of the text.
         held_out: blocks [N, T] to validate on, as deployed.
+        unchanged: makes a context in which the model is the one that it was, if low-rank updates change it.
     """
 
     def __init__(
@@ -67,15 +70,26 @@ class SparseAttention(Objective):
         target: float | None = None,
         distil: bool = False,
         held_out: Tensor | None = None,
+        unchanged: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
         self.model = parts.model
+        self._unchanged = unchanged
+        self._trains_all = all(parameter.requires_grad for parameter in parts.model.parameters())
         self.interactions = interactions
         self.adapter, self.parts = adapter, parts
         self.alpha_schedule, self.alpha = alpha, 1.0
         self.target, self.distil, self.held_out = target, distil, held_out
+        self.gamma: Tensor
         self.register_buffer("gamma", torch.tensor(float(gamma)))
         self._windows = [adapter.window(parts.config, i) for i in range(len(parts.layers))]
+
+    def train(self, mode: bool = True) -> SparseAttention:
+        """Switch to training; a model that is not trained itself stays without dropout."""
+        super().train(mode)
+        if not self._trains_all:
+            self.model.eval()
+        return self
 
     def begin(self, step: int) -> None:
         """Sharpen."""
@@ -86,7 +100,7 @@ class SparseAttention(Objective):
         logits, survivals = self.run(input_ids, self.alpha)
         held = torch.stack([mean_survival(survival) for survival in survivals]).mean()
         if self.distil:
-            with torch.no_grad():
+            with torch.no_grad(), self._unchanged():
                 wanted, _ = self.run(input_ids, None)
             quality = _divergence(wanted, logits)
         else:
@@ -95,9 +109,9 @@ class SparseAttention(Objective):
         return quality + self.gamma * held, {**figures, "alpha": torch.tensor(self.alpha), "gamma": self.gamma.clone()}
 
     def run(self, input_ids: Tensor, alpha: float | None) -> tuple[Tensor, list[Tensor]]:
-        """Return logits [B, T, V] and, for each layer, the logarithm of survival [B, T, T]; None for ``alpha`` is dense.
+        """Return logits [B, T, V] and, for each layer, the logarithm of survival [B, T, T].
 
-        An infinite alpha is what is deployed.
+        An infinite ``alpha`` is what is deployed, None is dense.
         """
         adapter, parts = self.adapter, self.parts
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -129,9 +143,9 @@ class SparseAttention(Objective):
         if self.held_out is None:
             return {}
         losses, dropped = [], []
-        for block in self.held_out.split(1):
-            logits, survivals = self.run(block, math.inf)
-            losses.append(float(functional.cross_entropy(logits[0, :-1].float(), block[0, 1:])))
+        for block in self.held_out.unbind():
+            logits, survivals = self.run(block[None], math.inf)
+            losses.append(float(functional.cross_entropy(logits[0, :-1].float(), block[1:])))
             dropped.append(1 - float(torch.stack([mean_survival(s) for s in survivals]).mean()))
         mean = sum(losses) / len(losses)
         return {"loss": mean, "perplexity": math.exp(mean), "dropped": sum(dropped) / len(dropped)}

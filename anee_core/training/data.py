@@ -42,7 +42,9 @@ def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache
 
     blocks = lines.map(cut, batched=True, batch_size=4000, remove_columns="text", desc="tokens")
     if not len(blocks):
-        raise InputError(f"{', '.join(paths)}: less text than one block of {length} tokens; give more, or a shorter block")
+        raise InputError(
+            f"{', '.join(paths)}: less text than one block of {length} tokens; give more, or a shorter block"
+        )
     return blocks.with_format("torch")
 
 

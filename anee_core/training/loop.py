@@ -82,14 +82,12 @@ def accelerator_of(options: RunOptions) -> Accelerator:
     """Return the accelerator of a run, on one process or as `accelerate launch` says, and seed everything."""
     logs = {}
     try:
-        import tensorboard  # type: ignore[import-untyped]  # noqa: F401
+        import tensorboard  # noqa: F401
 
         logs = {"log_with": "tensorboard", "project_dir": str(options.folder)}
     except ImportError:
         logger.warning("no logs will be written: they need tensorboard (pip install 'anee[train]')")
-    accelerator = Accelerator(
-        mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate, **logs
-    )
+    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate, **logs)
     set_seed(options.seed, device_specific=True)
     return accelerator
 
@@ -118,6 +116,7 @@ def run_training(
     run = _Run(objective, optimizers, options, accelerator)
     step = run.resume()
     main = accelerator.is_main_process
+    accelerator.init_trackers("logs")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=Console(stderr=True), disable=not (options.progress and main))
     with bar:
@@ -131,7 +130,7 @@ def run_training(
             objective.after(figures)
             step += 1
             figures["lr"] = optimizers[0].param_groups[0]["lr"]
-            if options.validate_every and step % options.validate_every == 0 or step == options.steps:
+            if (options.validate_every and step % options.validate_every == 0) or step == options.steps:
                 figures |= {f"valid/{name}": value for name, value in run.validate(step).items()}
             accelerator.log(figures, step=step)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if "/" not in name)
@@ -146,18 +145,24 @@ class _Run:
     """A run's state: what is trained, the optimisers, and the history of validations."""
 
     def __init__(
-        self, objective: Objective, optimizers: list[torch.optim.Optimizer], options: RunOptions, accelerator: Accelerator
+        self,
+        objective: Objective,
+        optimizers: list[torch.optim.Optimizer],
+        options: RunOptions,
+        accelerator: Accelerator,
     ) -> None:
         self.objective, self.options, self.accelerator = objective, options, accelerator
         self.history: list[dict[str, float]] = []
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["largest_lr"] = group["lr"]
-        self.optimizers = list(accelerator.prepare(*optimizers)) if len(optimizers) > 1 else [accelerator.prepare(*optimizers)]
+        self.optimizers = (
+            list(accelerator.prepare(*optimizers)) if len(optimizers) > 1 else [accelerator.prepare(*optimizers)]
+        )
         self.module = accelerator.prepare_model(objective)
         # Buffers are few: what an objective adapts by itself.
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        self.saved = {**self.trained, **{name: b for name, b in objective.named_buffers(recurse=False)}}
+        self.saved = {**self.trained, **dict(objective.named_buffers(recurse=False))}
 
     def step(self, batches: Batches, step: int) -> dict[str, float]:
         """Take one optimiser step and return its figures, averaged over its batches."""
@@ -176,7 +181,8 @@ class _Run:
                     optimizer.zero_grad()
             for name, value in {"loss": loss.detach(), **figures}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / options.accumulate
-        return sums
+        mean = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
+        return dict(zip(sums, mean.tolist(), strict=True))
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the objective's figures of held-out text, and note them."""
@@ -231,11 +237,15 @@ class _Run:
             moments = [torch.load(place / f"optimizer-{i}.pt", weights_only=True) for i in range(len(self.optimizers))]
             chance = torch.load(place / f"random-{self.accelerator.process_index}.pt", weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"the run in {folder} cannot be continued ({error}); choose another folder") from error
+            raise CheckpointError(
+                f"the run in {folder} cannot be continued ({error}); choose another folder"
+            ) from error
         different = sorted(k for k in wanted if found.get(k) != wanted[k])
         if different or set(tensors) != set(self.saved):
             changes = ", ".join(f"{k} was {found.get(k)}, is {wanted[k]}" for k in different) or "other weights"
-            raise CheckpointError(f"{folder} holds another run ({changes}); continue it as it was, or choose another folder")
+            raise CheckpointError(
+                f"{folder} holds another run ({changes}); continue it as it was, or choose another folder"
+            )
         with torch.no_grad():
             for name, parameter in self.saved.items():
                 parameter.copy_(tensors[name])
@@ -250,7 +260,9 @@ class _Run:
 def _identity(options: RunOptions, accelerator: Accelerator) -> dict[str, Any]:
     """Return what must be the same for a run to go on as if it had not stopped. More steps may be asked for."""
     chosen = asdict(options)
-    return {k: chosen[k] for k in ("accumulate", "clip", "precision", "seed")} | {"processes": accelerator.num_processes}
+    return {k: chosen[k] for k in ("accumulate", "clip", "precision", "seed")} | {
+        "processes": accelerator.num_processes
+    }
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""Commands that train policies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+train = typer.Typer(help="Train a policy for a model.", no_args_is_help=True)
+
+
+@train.callback()
+def options() -> None:
+    """Train a policy for a model."""
+
+
+@train.command()
+def asa(
+    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="Training text, UTF-8; may be repeated.")],
+    folder: Annotated[Path, typer.Option("--folder", "-f", help="For checkpoints, logs and the result.")],
+    valid: Annotated[Path | None, typer.Option("--valid", help="Validation text. Default: cut from the text.")] = None,
+    gamma: Annotated[float, typer.Option("--gamma", "-g", help="Weight of the share of context kept.")] = 0.3,
+    target: Annotated[
+        float | None, typer.Option("--target", help="Share of context to drop; gamma then adapts until it is met.")
+    ] = None,
+    backbone: Annotated[str, typer.Option("--backbone", help="frozen, lora or full.")] = "frozen",
+    rank: Annotated[int, typer.Option("--rank", help="Width of the interaction projections.")] = 64,
+    alpha: Annotated[str | None, typer.Option("--alpha", help="Schedule of alpha, like 'cosine_2_8_400'.")] = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="First bias. Default: nothing is dropped.")] = None,
+    distil: Annotated[
+        bool | None, typer.Option("--distil/--no-distil", help="Learn from the dense model, or from the text.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 500,
+    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 512,
+    batch: Annotated[int, typer.Option("--batch", help="Blocks per batch and process.")] = 4,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Batches per step.")] = 1,
+    rate: Annotated[float, typer.Option("--rate", help="Learning rate of the interactions.")] = 1e-3,
+    backbone_rate: Annotated[float, typer.Option("--backbone-rate", help="Learning rate of the model.")] = 1e-4,
+    warmup: Annotated[int, typer.Option("--warmup", help="Steps until the learning rates are reached.")] = 20,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", help="Rank of the low-rank updates.")] = 16,
+    precision: Annotated[str, typer.Option("--precision", help="no, bf16 or fp16 (mixed).")] = "no",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = "float32",
+    valid_blocks: Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")] = 8,
+    validate_every: Annotated[int, typer.Option("--validate-every", help="Steps between validations.")] = 100,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+) -> None:
+    """Train adaptively sparse attention; use it with --policy asa:FOLDER.
+
+    A run that was interrupted goes on when the same command is given again. Several processes:
+    'accelerate launch -m anee train asa ...'.
+    """
+    from anee_core.load import load
+    from anee_core.training.asa_run import AsaOptions, train_asa
+    from anee_core.training.loop import RunOptions
+
+    chosen = AsaOptions(
+        backbone=backbone,  # type: ignore[arg-type]
+        gamma=gamma,
+        target=target,
+        rank=rank,
+        alpha=alpha,
+        beta=beta,
+        distil=distil,
+        length=length,
+        batch=batch,
+        rate=rate,
+        backbone_rate=backbone_rate,
+        warmup=warmup,
+        lora_rank=lora_rank,
+        valid_blocks=valid_blocks,
+    )
+    run = RunOptions(
+        folder,
+        steps,
+        accumulate=accumulate,
+        precision=precision,
+        seed=seed,
+        validate_every=validate_every,
+        save_every=save_every,
+    )
+    history = train_asa(load(model, dtype=dtype), text, run, chosen, valid)
+    table = Table("step", "perplexity", "context dropped")
+    for figures in history:
+        table.add_row(f"{figures['step']:.0f}", f"{figures['perplexity']:.2f}", f"{figures['dropped']:.1%}")
+    Console(stderr=True).print(table)
