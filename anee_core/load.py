@@ -34,6 +34,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     prefill: Prefill = "auto",
+    prefill_chunk: int = 256,
     tokenizer: Any = None,
     calibration: Calibration | CalibrationOptions | None = None,
     plugins: Plugins | None = None,
@@ -53,6 +54,7 @@ def load(
         device: where to run, like ``"cpu"`` or ``"cuda:0"``. Default: where the model is. A loaded model is converted
             and moved in place.
         prefill: how ``generate`` reads prompts; see `AdaptiveModel`.
+        prefill_chunk: tokens read at once under a policy that drops tokens; see `AdaptiveModel`.
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.
@@ -67,7 +69,7 @@ def load(
     parsed = make_policy(policy, plugins)
     if budget is not None:
         check_budget(budget)
-    check_prefill(prefill)
+    check_prefill(prefill, prefill_chunk)
     if isinstance(calibration, CalibrationOptions):
         calibration.check()
     wanted_dtype = _dtype(dtype)
@@ -88,7 +90,7 @@ def load(
         raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
     adapter = _adapter_of(inner.config, plugins)
     _check_weights(inner)
-    adaptive = AdaptiveModel(network, adapter, tokenizer, prefill)
+    adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk)
     if not isinstance(model, nn.Module):
         adaptive.eval()
     ready = calibration if isinstance(calibration, Calibration) else parsed.calibration

@@ -59,9 +59,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         prefill_chunk: int = 256,
     ) -> None:
         super().__init__()
-        check_prefill(prefill)
-        if prefill_chunk < 1:
-            raise InputError(f"prefill_chunk is at least 1; got {prefill_chunk}")
+        check_prefill(prefill, prefill_chunk)
         self.prefill_chunk = prefill_chunk
         self.model = model
         self.adapter = adapter
@@ -306,8 +304,10 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return inner
 
 
-def check_prefill(prefill: str) -> None:
-    """Raise `InputError` unless ``prefill`` is a way to read a prompt."""
+def check_prefill(prefill: str, chunk: int) -> None:
+    """Raise `InputError` unless these say how to read a prompt."""
+    if chunk < 1:
+        raise InputError(f"prefill_chunk is at least 1; got {chunk}")
     if prefill not in get_args(Prefill):
         raise InputError(f"prefill is 'auto', 'adaptive' or 'dense'; got '{prefill}'")
 

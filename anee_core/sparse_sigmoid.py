@@ -41,7 +41,7 @@ def sparse_sigmoid(logits: Tensor, alpha: float) -> Tensor:
         return (v + 1) / 2
     # By symmetry only the half with p <= 1/2 is solved.
     w = -v.abs()
-    half = ((w + (2 - w * w).sqrt()) / 2).square() if alpha == 1.5 else _solve(w, a)
+    half = ((1 - w * w) / ((2 - w * w).sqrt() - w)).square() if alpha == 1.5 else _solve(w, a)
     return torch.where(v > 0, 1 - half, half)
 
 

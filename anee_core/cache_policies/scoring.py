@@ -66,8 +66,9 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         allowed = self.allowed(view.layer_idx, query)
         order = self.rank_by(view, scores, held).double()
         # Before any score: the newest token, then the sinks from the first on, then the recent ones from the last on.
-        order = torch.where(position > query - self.newest(allowed), _FIRST * (1 + 1e-9 * position), order)
-        order = torch.where(position < self.sinks, _FIRST * (3 - 1e-9 * position), order)
+        place = 1e-9 * position.double()
+        order = torch.where(position > query - self.newest(allowed), _FIRST * (1 + place), order)
+        order = torch.where(position < self.sinks, _FIRST * (3 - place), order)
         order = torch.where(position == query, 4 * _FIRST, order)
         best = torch.argsort(torch.where(held, order, -torch.inf), dim=1, descending=True, stable=True)
         rank = torch.empty_like(best).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))

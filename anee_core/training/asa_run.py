@@ -127,7 +127,6 @@ def train_asa(
         facts = {"gamma": float(objective.gamma), "steps": run.steps, "valid": history[-1] if history else {}}
         objective.weights(backbone, **facts).save(run.folder)
         logger.info("wrote %s", run.folder)
-    accelerator.wait_for_everyone()
     return history
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -87,6 +88,8 @@ def accelerator_of(options: RunOptions) -> Accelerator:
         logs = {"log_with": "tensorboard", "project_dir": str(options.folder)}
     except ImportError:
         logger.warning("no logs will be written: they need tensorboard (pip install 'anee[train]')")
+    # A process that has trained before would be held to the precision of that run.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate, **logs)
     set_seed(options.seed, device_specific=True)
     return accelerator

@@ -1,0 +1,286 @@
+"""Adaptively sparse attention: deployed against trained, weights on disk, and training from start to resume."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, FEW, adaptive, build, ragged, stepwise, tokens
+
+import anee
+from anee_core.cache_policies import AsaWeights
+from anee_core.conformance.cost import expect_counted
+from anee_core.errors import CheckpointError, InputError, PolicyError
+from anee_core.training.asa import Interactions, SparseAttention, mean_survival
+from anee_core.training.asa_run import AsaOptions, train_asa
+from anee_core.training.loop import RunOptions
+
+CLOSE = {"atol": 5e-5, "rtol": 1e-3}
+RANK = 8
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A folder with random weights that drop about half."""
+    torch.manual_seed(5)
+    beta = torch.full((6,), 2.0)
+    AsaWeights(torch.randn(6, RANK, 32), torch.randn(6, RANK, 32), beta).save(tmp_path / "asa")
+    return tmp_path / "asa"
+
+
+def objective(model, folder, **options):
+    loaded = AsaWeights.load(folder)
+    interactions = Interactions(6, RANK, 32, 0.0)
+    for name in ("query", "key", "beta"):
+        getattr(interactions, name).data = getattr(loaded, name)
+    return SparseAttention(model.adapter, model.parts, interactions, lambda step: 2.0, 0.1, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parallel_equals_stepwise_equals_what_training_validates(family, weights):
+    model, ids = adaptive(build(family), f"asa:{weights}", prefill_chunk=7), tokens(length=17)
+    with torch.no_grad():
+        whole = model(ids)
+        steps = stepwise(model, ids)
+        trained, survivals = objective(model, weights).run(ids, math.inf)
+    torch.testing.assert_close(whole.logits, steps, **CLOSE)
+    torch.testing.assert_close(trained, steps, **CLOSE)
+    kept = torch.stack([survival[:, -1].exp().sum(-1) for survival in survivals])
+    assert whole.past_key_values.kept().tolist() == kept.tolist()
+    assert kept.mean() < 15
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_with_layers_skipped_in_ragged_batches(family, weights):
+    model = adaptive(build(family), f"random:p=0.5,protect=0 0+asa:{weights}")
+    for side in ("left", "right"):
+        ids, mask = ragged([12, 5, 9], side)
+        with torch.no_grad():
+            together = model(ids, attention_mask=mask).logits
+            for row in range(3):
+                alone = stepwise(model, ids[row, mask[row].bool()][None])
+                torch.testing.assert_close(together[row, mask[row].bool()], alone[0], **CLOSE)
+
+
+def test_reported_flops_count_the_interactions(weights):
+    model, ids = adaptive(build("llama"), f"asa:{weights}"), tokens(2, 12)
+    expect_counted(model, lambda: model(ids), "a sequence", "")
+    expect_counted(model, lambda: model.decode(ids, max_new_tokens=5), "a generation", "")
+    assert model.last_trace.flops["token_policy"] > 0
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_training_starts_from_the_unchanged_model_and_has_gradients(family):
+    torch.manual_seed(0)
+    model, ids = adaptive(build(family)), tokens(2, 24)
+    for alpha in (1.5, 2.0, 3.0):
+        interactions = Interactions(6, RANK, 32, 1 / (alpha - 1))
+        start = SparseAttention(model.adapter, model.parts, interactions, lambda step, a=alpha: a, 0.1)
+        start.begin(0)
+        with torch.no_grad():
+            soft, survivals = start.run(ids, alpha)
+            torch.testing.assert_close(soft, model(ids).logits, atol=5e-3, rtol=1e-2)
+            assert min(mean_survival(s) for s in survivals) > 0.98
+    loss, figures = start(ids)
+    loss.backward()
+    for parameter in interactions.parameters():
+        assert parameter.grad.abs().sum() > 0
+    assert 0 <= figures["sparsity"] < 0.02
+
+
+def test_soft_survival_tends_to_the_deployed_step(weights):
+    model, ids = adaptive(build("llama")), tokens(2, 15)
+    trained = objective(model, weights)
+    with torch.no_grad():
+        hard, _ = trained.run(ids, math.inf)
+        far = [(trained.run(ids, alpha)[0] - hard).abs().max() for alpha in (2.0, 16.0, 1e4)]
+    assert far[2] < 1e-3 < far[0]
+
+
+def test_mean_survival_counts_droppable_pairs_only():
+    assert mean_survival(torch.zeros(2, 5, 5)) == 1
+    assert mean_survival(torch.full((2, 5, 5), -1e4)) == 0
+    some = torch.full((1, 3, 3), -1e4)
+    some[0, 1, 0] = 0.0  # of pairs (1, 0), (2, 0), (2, 1) the last query's do not count
+    assert mean_survival(some) == 1
+
+
+class TestWeights:
+    def test_of_another_model_are_refused(self, weights, tmp_path):
+        loaded = AsaWeights.load(weights)
+        AsaWeights(loaded.query[:5], loaded.key[:5], loaded.beta[:5]).save(tmp_path / "five")
+        with pytest.raises(PolicyError, match="for 5 layers of width 32, the model has 6"):
+            adaptive(build("llama"), f"asa:{tmp_path / 'five'}")
+        AsaWeights(loaded.query, loaded.key, loaded.beta, backbone="other").save(tmp_path / "tuned")
+        with pytest.raises(PolicyError, match="trained together with their model"):
+            adaptive(build("llama"), f"asa:{tmp_path / 'tuned'}")
+
+    @pytest.mark.parametrize("damage", ["header", "tensors", "schema", "shape", "nan", "missing"])
+    def test_damaged_are_refused(self, weights, damage):
+        header, tensors = weights / "asa.json", weights / "asa.safetensors"
+        if damage == "header":
+            header.write_text("{")
+        elif damage == "tensors":
+            tensors.write_bytes(b"nothing")
+        elif damage == "schema":
+            header.write_text(json.dumps({**json.loads(header.read_text()), "schema": 99}))
+        elif damage == "missing":
+            tensors.unlink()
+        else:
+            known = load_file(tensors)
+            known["beta"] = known["beta"][:3] if damage == "shape" else known["beta"] * float("nan")
+            save_file(known, tensors)
+        with pytest.raises(CheckpointError):
+            adaptive(build("llama"), f"asa:{weights}")
+
+    def test_policy_string_and_object_round_trip(self, weights, tmp_path):
+        model = adaptive(build("llama"), f"asa:{weights},shift=0.5")
+        assert str(model.policy) == f"dense+asa:folder={weights},shift=0.5"
+        with torch.no_grad():
+            wanted = model(tokens()).logits
+            model.policy.save(tmp_path / "saved")
+            again = adaptive(build("llama"), str(tmp_path / "saved"), calibration=None)
+            assert torch.equal(again(tokens()).logits, wanted)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of made-up sentences."""
+    generator = torch.Generator().manual_seed(0)
+    words = ["the cat", "a dog", "saw", "and then", "ran to", "the house", "of the man", "by night"]
+    lines = [" ".join(words[i] for i in torch.randint(0, 8, (12,), generator=generator)) for _ in range(300)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def options(**changes):
+    return AsaOptions(
+        **{"rank": RANK, "length": 32, "batch": 2, "warmup": 2, "valid_blocks": 2, "rate": 1e-2, **changes}
+    )
+
+
+def run_options(folder, steps=6, **changes):
+    return RunOptions(folder, steps, **{"validate_every": 3, "save_every": 2, "progress": False, **changes})
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "lora", "full"])
+def test_training_writes_a_policy_that_loads(backbone, llama_folder, text, tmp_path):
+    model = anee.load(llama_folder)
+    before = {name: p.clone() for name, p in model.model.named_parameters()}
+    history = train_asa(model, [text], run_options(tmp_path / "run"), options(backbone=backbone, target=0.7, gamma=1.0))
+    assert [figures["step"] for figures in history] == [3, 6]
+    trained = llama_folder if backbone == "frozen" else tmp_path / "run" / "model"
+    deployed = anee.load(trained, policy=f"asa:{tmp_path / 'run'}")
+    with torch.no_grad():
+        deployed(tokens(1, 20))
+    same = all(torch.equal(p, before[name]) for name, p in deployed.model.named_parameters() if name in before)
+    assert same == (backbone == "frozen")
+    if backbone != "frozen":
+        with pytest.raises(PolicyError, match="trained together"):
+            anee.load(llama_folder, policy=f"asa:{tmp_path / 'run'}")
+    facts = AsaWeights.load(tmp_path / "run").facts
+    assert facts["valid"] == history[-1]
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(llama_folder, text, tmp_path):
+    chosen = options(backbone="full")
+    train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "whole"), chosen)
+
+    class StopTrainingError(Exception):
+        pass
+
+    model = anee.load(llama_folder)
+    original, calls = SparseAttention.begin, []
+
+    def interrupted(self, step):
+        calls.append(step)
+        if step == 5:
+            raise StopTrainingError
+        original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SparseAttention, "begin", interrupted)
+        with pytest.raises(StopTrainingError):
+            train_asa(model, [text], run_options(tmp_path / "parts"), chosen)
+    resumed = train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "parts"), chosen)
+    assert calls == [0, 1, 2, 3, 4, 5]
+    assert [figures["step"] for figures in resumed] == [3, 6]
+    for file in ("asa.safetensors", "model/model.safetensors"):
+        whole, parts = (load_file(tmp_path / name / file) for name in ("whole", "parts"))
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_folder_with_another_run_is_refused(llama_folder, text, tmp_path):
+    train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run", steps=2), options())
+    with pytest.raises(CheckpointError, match="seed was 0, is 1"):
+        train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run", seed=1), options())
+    with pytest.raises(CheckpointError, match="other weights"):
+        train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run"), options(backbone="full"))
+    (tmp_path / "run" / "checkpoint" / "trained.safetensors").write_bytes(b"cut short")
+    with pytest.raises(CheckpointError, match="cannot be continued"):
+        train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run"), options())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"backbone": "some"}, "frozen, lora, full"),
+        ({"gamma": -1.0}, "gamma is at least 0"),
+        ({"target": 1.5}, "target lies in"),
+        ({"rank": 0}, "at least 1"),
+        ({"alpha": "cosine_1"}, "is no schedule"),
+    ],
+)
+def test_wrong_options_are_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        options(**wrong)
+
+
+def test_too_little_text_is_refused(llama_folder, text, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("the cat")
+    with pytest.raises(InputError, match="less text than one block"):
+        train_asa(anee.load(llama_folder), [few], run_options(tmp_path / "run"), options())
+    with pytest.raises(InputError, match="no text file"):
+        train_asa(anee.load(llama_folder), [tmp_path / "none.txt"], run_options(tmp_path / "run"), options())
+    with pytest.raises(InputError, match="fewer than one batch"):
+        train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run"), options(batch=10_000))
+    with pytest.raises(InputError, match="distil"):
+        train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run"), options(backbone="full", distil=True))
+
+
+SMALL = ["--rank", "4", "--length", "32", "--batch", "2", "--steps", "2", "--valid-blocks", "2", "--save-every", "1"]
+
+
+def test_command_line_trains_and_generates(llama_folder, text, tmp_path, run_anee):
+    folder = str(tmp_path / "run")
+    trained = run_anee("train", "asa", str(llama_folder), "-t", str(text), "-f", folder, *SMALL)
+    assert trained.code == 0
+    assert "context dropped" in trained.err
+    assert run_anee("generate", str(llama_folder), "the cat", "-p", f"asa:{folder}", "-n", "3").code == 0
+
+
+def test_two_processes_train_together(llama_folder, text, tmp_path):
+    # The launcher's name for "several processes on this machine"; without a GPU they are CPU processes.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [sys.executable, *launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    arguments = ["-m", "anee", "train", "asa", str(llama_folder), "-t", str(text), "-f", str(tmp_path / "run"), *SMALL]
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    assert AsaWeights.load(tmp_path / "run").facts["steps"] == 2
+    anee.load(llama_folder, policy=f"asa:{tmp_path / 'run'}")
+
+
+def test_mixed_precision_trains(llama_folder, text, tmp_path):
+    train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run", steps=2, precision="bf16"), options())
+    assert AsaWeights.load(tmp_path / "run").query.dtype == torch.float32
