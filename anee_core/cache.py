@@ -373,14 +373,20 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return the bytes allocated for keys, values and what a policy remembers of them."""
         return sum(self.layer_nbytes())
 
-    def held_slots(self) -> Tensor:
-        """Return the number of valid slots of each layer and row, [L, B], where the positions are."""
-        counts = {id(s): s.held() for s in self._distinct()}
-        return torch.stack([counts[id(s)] for s in self.slots]) if self.slots else torch.zeros(0, 0)
+    def held_by_token(self) -> list[Tensor]:
+        """Return for each layer how many slots are valid after each token of the block that was begun, if none drops
+        any, [B, T].
+        """
+        counts = {}
+        for slots in self._distinct():
+            valid, before = slots.valid(), slots.used - self._pending
+            counts[id(slots)] = valid[:, :before].sum(1, keepdim=True) + valid[:, before:].cumsum(1)
+        return [counts[id(slots)] for slots in self.slots]
 
     def kept(self) -> Tensor:
         """Return the number of valid slots of each layer and row, [L, B], on the host."""
-        return self.held_slots().cpu()
+        counts = {id(s): s.held() for s in self._distinct()}
+        return torch.stack([counts[id(s)].cpu() for s in self.slots]) if self.slots else torch.zeros(0, 0)
 
     # The names by which transformers calls these.
 

@@ -95,12 +95,14 @@ class Drop:
         """FLOPs that looking at the attention took."""
         return 0 if self._tap is None else self._tap.flops
 
-    def finish(self) -> None:
-        """Drop what is no longer wanted, now that the layer has run."""
+    def finish(self) -> Tensor:
+        """Drop what is no longer wanted, now that the layer has run; return how many slots each token left, [B, T]."""
         if self._alive is None:
             self._decide(self._with_keys())
         assert self._alive is not None
+        held = (self._alive & self._view.valid[:, None] & ~self._later).sum(2)
         self._cache.evict(self._layer_idx, self._alive.to(self._slots.died.device), self._changed)
+        return held.to(self._slots.died.device)
 
     def _answer(self, look: Callable[[], Tensor], dtype: torch.dtype) -> Tensor | None:
         """Decide inside the layer and return the mask for the tokens that run."""
@@ -137,9 +139,10 @@ class Drop:
         batch, slots = view.valid.shape
         tokens = view.query_position.shape[1]
         born = slots - tokens + torch.arange(tokens, device=keep.device)[:, None]
-        later = torch.arange(slots, device=keep.device) >= born
-        # Padding asks for nothing to be dropped; nor is a token dropped before it is there.
-        asked = (keep | ~view.real[:, :, None] | later).expand(batch, tokens, slots)
+        places = torch.arange(slots, device=keep.device)
+        self._later = places > born
+        # Padding asks for nothing to be dropped; nor does a token drop itself, or one that is not there yet.
+        asked = (keep | ~view.real[:, :, None] | (places >= born)).expand(batch, tokens, slots)
         self._alive = asked if tokens == 1 else asked.to(torch.uint8).cummin(1).values.bool()
         self._changed = dict(changed)
 

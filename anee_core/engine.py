@@ -112,6 +112,7 @@ class Engine:
         states = [hidden_states]
         previous = hidden_states
         cache.begin(block.position_ids, block.real)
+        held = cache.held_by_token()
         try:
             for layer_idx in range(self.costs.num_layers):
                 hidden_states = hidden_states.to(self._devices[layer_idx])
@@ -121,7 +122,7 @@ class Engine:
                 hidden_states = self._layer(layer_idx, hidden_states, calls[layer_idx], masks, cache, selection, drop)
                 self._charge(spent, layer_idx, selection, block, cache)
                 if drop is not None:
-                    drop.finish()
+                    held[layer_idx] = drop.finish()
                     spent.policy_flops += drop.flops
                 if keep_states:
                     states.append(hidden_states)
@@ -131,8 +132,7 @@ class Engine:
             cache.abort()
             raise
         real = torch.ones(block.position_ids.shape, dtype=torch.bool) if block.real is None else block.real.cpu()
-        held, kv_bytes = cache.held_slots(), cache.layer_nbytes()
-        trace.add(Step(plan.ran(), real, spent, block.phase, dense, held, kv_bytes))
+        trace.add(Step(plan.ran(), real, spent, block.phase, dense, torch.stack(held), cache.layer_nbytes()))
         return Output(hidden_states, plan.spent, (*states[:-1], hidden_states) if keep_states else None)
 
     def _layer(

@@ -16,8 +16,8 @@ from anee_core.errors import MissingPackageError
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: who ran ([L, B, T] bool), which tokens are real ([B, T] bool), what it cost, and what the cache held
-    after it: valid slots of each layer and row ([L, B]) and bytes allocated by each layer.
+    """One forward: who ran ([L, B, T] bool), which tokens are real ([B, T] bool), and what it cost; how many slots each
+    layer held after each token ([L, B, T]), and the bytes that each layer had allocated in the end.
     """
 
     ran: Tensor
@@ -25,7 +25,7 @@ class Step:
     spent: Spent
     phase: Literal["prefill", "decode"]
     dense: bool
-    kept: Tensor
+    held: Tensor
     kv_bytes: list[int]
 
 
@@ -50,11 +50,11 @@ class Trace:
         """Record one forward."""
         if self.rows is not None:
             batch, rows = self.rows
-            ran, real, kept = step.ran, step.real, step.kept
+            ran, real, held = step.ran, step.real, step.held
             ran = ran.new_zeros(ran.shape[0], batch, ran.shape[2]).index_copy_(1, rows, ran)
             real = real.new_zeros(batch, real.shape[1]).index_copy_(0, rows, real)
-            kept = kept.new_zeros(kept.shape[0], batch).index_copy_(1, rows.to(kept.device), kept)
-            step = replace(step, ran=ran, real=real, kept=kept)
+            held = held.new_zeros(held.shape[0], batch, held.shape[2]).index_copy_(1, rows.to(held.device), held)
+            step = replace(step, ran=ran, real=real, held=held)
         self.steps.append(step)
 
     def close(self, cache: AdaptiveCache) -> None:
@@ -80,14 +80,21 @@ class Trace:
         return total
 
     @property
-    def kept_by_step(self) -> Tensor:
-        """Valid slots of each layer and row after each forward, [steps, L, B]; 0 for rows that had ended."""
-        return torch.stack([step.kept.cpu() for step in self.steps]) if self.steps else torch.zeros(0, 0, 0)
+    def held(self) -> Tensor:
+        """Slots that each layer held after each token, [L, B, T]; 0 for rows that had ended."""
+        return _join([step.held.cpu() for step in self.steps])
 
     @property
     def kv_bytes_by_step(self) -> Tensor:
         """Bytes allocated by each layer after each forward, [steps, L]."""
         return torch.tensor([step.kv_bytes for step in self.steps])
+
+    @property
+    def context_dropped(self) -> float:
+        """Share of the context that layers did not hold: of all pairs of a token and one before it in its row."""
+        before = self.real.cumsum(1) - 1
+        pairs = int((before * self.real).sum()) * len(self.held)
+        return 1 - float(((self.held - 1) * self.real).sum()) / pairs if pairs else 0.0
 
     @property
     def budget_spent(self) -> float:
@@ -146,7 +153,7 @@ class Trace:
             "weight_bytes": self.weight_bytes,
             "kv_bytes": self.kv_bytes,
             "kept": self.kept.tolist(),
-            "kept_by_step": self.kept_by_step.float().mean((1, 2)).tolist() if self.steps else [],
+            "context_dropped": self.context_dropped,
             "kv_bytes_by_step": [sum(step.kv_bytes) for step in self.steps],
             "ran": self.ran.int().tolist(),
             "tokens": self.tokens,
@@ -167,6 +174,7 @@ class Trace:
             ("  head and embedding", _units(flops["head"] + flops["embedding"])),
             ("FLOPs saved", f"{_units(flops['dense'] - flops['spent'])} ({1 - _ratio(flops):.1%})"),
             ("weights read", f"{_units(weights['spent'])}B of {_units(weights['dense'])}B dense"),
+            ("context dropped", f"{self.context_dropped:.1%}"),
             ("K/V cache", f"{_units(self.kv_bytes)}B, {held.mean().item() if held.numel() else 0:.1f} slots per row"),
         ]
         width = max(len(name) for name, _ in lines)

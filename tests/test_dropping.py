@@ -33,9 +33,10 @@ def test_memory_while_reading_is_bounded_by_the_chunk_and_what_is_kept(policy):
         dense = adaptive(build("llama"))
         dense(tokens(2, length))
     trace = model.last_trace
-    kept = trace.kept_by_step
-    assert kept.shape == (8, 6, 2)
+    assert trace.held.shape == (6, 2, length)
     assert trace.kv_bytes_by_step.shape == (8, 6)
+    assert trace.held[:, :, -1].equal(trace.kept)
+    kept = trace.held[:, :, [*range(chunk - 1, length, chunk), -1]].permute(2, 0, 1)
     assert kept[-1].max() <= max(0.4 * length + 1, 4)
     per_slot = dense.last_trace.kv_bytes / 6 / length
     for step, (held, allocated) in enumerate(zip(kept, trace.kv_bytes_by_step, strict=True)):
@@ -48,7 +49,8 @@ def test_memory_while_reading_is_bounded_by_the_chunk_and_what_is_kept(policy):
 def test_allocated_bytes_fall_and_stay_low_while_generating():
     model = adaptive(build("gpt2"), "tova:keep=8")
     trace = model.decode(tokens(2, 60), max_new_tokens=40, eos_token_id=[]).trace
-    assert (trace.kept_by_step[:, :, 0] == 8).all()
+    assert (trace.held[:, 0, 8:] == 8).all()
+    assert trace.context_dropped > 0.8
     after_prompt, end = trace.kv_bytes_by_step[0].sum(), trace.kv_bytes_by_step[-1].sum()
     assert end == after_prompt
     dense = adaptive(build("gpt2")).decode(tokens(2, 60), max_new_tokens=40, eos_token_id=[]).trace

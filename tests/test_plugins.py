@@ -79,8 +79,8 @@ EVERYTHING = """
         name = "last"
         count: int = 3
 
-        def keep(self, view):
-            return view.valid & (view.position_ids > view.query_position[:, None] - self.count)
+        def retain(self, view):
+            return view.position_ids[:, None] > view.query_position[:, :, None] - self.count
 
 
     def source(request):

@@ -253,7 +253,10 @@ class _Run:
             for name, parameter in self.saved.items():
                 parameter.copy_(tensors[name])
         for optimizer, moment in zip(self.optimizers, moments, strict=True):
+            largest = [group["largest_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(moment)
+            for group, rate in zip(optimizer.param_groups, largest, strict=True):
+                group["largest_lr"] = rate  # the one asked for now
         _set_random_state(chance)
         self.history = state["history"]
         logger.info("going on from step %d of %s", state["step"], folder)

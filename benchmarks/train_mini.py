@@ -1,9 +1,9 @@
 """Train the mini model: a byte-level BPE, then a GPT-2 of 12 layers, 256 wide, on plain text files.
 
-    python train.py --text books/train-*.txt --valid books/valid.txt --folder run
+    python benchmarks/train_mini.py --text books/train-*.txt --valid books/valid.txt --folder run
 
 An interrupted run goes on from its last checkpoint, and a finished one can be given more ``--steps``. What it writes
-into ``--folder``/weights is what this package holds.
+into ``--folder``/weights is a model folder that `anee.load` takes.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--decay", type=int, default=600, help="steps over which the learning rate falls at the end")
     parser.add_argument("--batch", type=int, default=8, help="sequences of 1,024 tokens per step")
-    parser.add_argument("--rate", type=float, default=3e-3, help="largest learning rate")
+    parser.add_argument("--rate", type=float, default=8e-4, help="largest learning rate")
     parser.add_argument("--layer-dropout", type=float, default=0.2, help="of the last layer; the first has none")
     parser.add_argument("--vocabulary", type=int, default=4096)
     chosen = parser.parse_args()

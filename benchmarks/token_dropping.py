@@ -1,0 +1,142 @@
+"""Perplexity against the share of context dropped, for token policies side by side.
+
+    python benchmarks/token_dropping.py smollm2 --text wikitext=test.txt --text books=valid.txt
+    python benchmarks/token_dropping.py mini --text books=valid.txt --asa FOLDER --out docs/results/dropping-mini
+
+Each policy reads the same blocks, as it would token by token (one masked forward, see the promise "parallel equals
+stepwise"); perplexity is over positions from --from on. The share dropped is measured: of all pairs of a token and an
+earlier one, those that the layer no longer held, over the scored positions. An interrupted run goes on where it was.
+WikiText's raw spacing (' @-@ ') is undone. Writes OUT.json, a table OUT.md and a plot OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import anee
+from anee_core.model import AdaptiveModel
+
+POLICIES = {
+    "window": "window:sinks=0,keep={keep}",
+    "sinks + window": "window:sinks=4,keep={keep}",
+    "H2O": "h2o:keep={keep}",
+    "TOVA": "tova:keep={keep}",
+    "key norm": "knorm:keep={keep}",
+    "SnapKV": "snapkv:keep={keep}",
+    "random": "random_tokens:keep={keep}",
+}
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
+
+
+def read_blocks(tokenizer: Any, path: str, length: int, count: int) -> torch.Tensor:
+    """Return the first blocks of a text, [N, T]."""
+    text = Path(path).read_text(encoding="utf-8")
+    for raw, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
+        text = text.replace(raw, plain)
+    ids = tokenizer(text[: count * length * 12], return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(ids) < count * length:
+        raise SystemExit(f"{path}: {len(ids)} tokens are fewer than {count} blocks of {length}")
+    return ids[: count * length].view(count, length)
+
+
+def measure(model: AdaptiveModel, blocks: torch.Tensor, first: int, batch: int) -> dict[str, float]:
+    """Return perplexity and share dropped over positions from ``first`` on."""
+    losses, held = [], []
+    for rows in blocks.split(batch):
+        with torch.inference_mode():
+            logits = model(rows, use_cache=False).logits[:, first - 1 : -1]
+            targets = rows[:, first:]
+            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).item())
+        held.append((model.last_trace.held[:, :, first:] - 1).double())
+    before = torch.arange(first, blocks.shape[1], dtype=torch.float64)
+    kept = torch.cat(held, dim=1).mean((0, 1))
+    return {"perplexity": math.exp(sum(losses) / len(losses)), "dropped": 1 - (kept.sum() / before.sum()).item()}
+
+
+def runs(asa: list[str], shifts: list[float]) -> list[tuple[str, str]]:
+    """Return pairs of a name and a policy string."""
+    made = [("dense", "dense")]
+    for name, policy in POLICIES.items():
+        made += [(name, policy.format(keep=round(1 - share, 3))) for share in SHARES]
+    return made + [("ASA", f"asa:{folder},shift={shift}") for folder in asa for shift in shifts]
+
+
+def report(found: dict, out: Path) -> None:
+    """Write the table and the plot."""
+    from matplotlib.figure import Figure
+
+    records = list(found["records"].values())
+    texts = list(dict.fromkeys(r["text"] for r in records))
+    figure = Figure(figsize=(5.5 * len(texts), 4.2))
+    lines = [f"{found['model']}, {found['setting']}", ""]
+    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
+        mine = [r for r in records if r["text"] == text]
+        dense = next(r["perplexity"] for r in mine if r["name"] == "dense")
+        lines += [f"**{text}**: dense perplexity {dense:.2f}", ""]
+        lines += ["| policy | dropped | perplexity | against dense |", "|---|---|---|---|"]
+        for name in dict.fromkeys(r["name"] for r in mine if r["name"] != "dense"):
+            points = sorted((r["dropped"], r["perplexity"]) for r in mine if r["name"] == name)
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+            lines += [f"| {name} | {d:.1%} | {p:.2f} | {p / dense:.3f}x |" for d, p in points]
+        axes.axhline(dense, color="black", linewidth=0.8, linestyle="--", label="dense")
+        axes.set(title=text, xlabel="share of context dropped", ylabel="perplexity", ylim=(dense * 0.95, dense * 2.2))
+        lines.append("")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out.with_suffix(".png"), dpi=130)
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", action="append", required=True, help="NAME=FILE; may be repeated")
+    parser.add_argument("--asa", action="append", default=[], help="folder with trained weights; may be repeated")
+    parser.add_argument("--shift", type=float, nargs="+", default=[0.0], help="shifts of beta to try with each")
+    parser.add_argument("--length", type=int, default=1000)
+    parser.add_argument("--from", type=int, default=200, dest="first", help="first position that is scored")
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", nargs="*", help="names of the policies to run")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/token_dropping"))
+    chosen = parser.parse_args()
+    model = anee.load(chosen.model, dtype=chosen.dtype, prefill_chunk=chosen.length)
+    texts = dict(item.split("=", 1) for item in chosen.text)
+    setting = f"{chosen.blocks} blocks of {chosen.length} tokens, positions {chosen.first} on, {chosen.dtype}"
+    file = chosen.out.with_suffix(".json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if found.get("setting") != setting or found.get("model") != chosen.model:
+        found = {"model": chosen.model, "setting": setting, "machine": platform.processor(), "records": {}}
+    wanted = [
+        (text, name, policy)
+        for text in texts
+        for name, policy in runs(chosen.asa, chosen.shift)
+        if not chosen.only or name in chosen.only or name == "dense"
+    ]
+    blocks = {t: read_blocks(model.tokenizer, path, chosen.length, chosen.blocks) for t, path in texts.items()}
+    with Progress(console=Console(stderr=True)) as bar:
+        for text, name, policy in bar.track(wanted):
+            if f"{text} {policy}" in found["records"]:
+                continue
+            model.set_policy(anee.load(model.model, policy).policy)
+            figures = measure(model, blocks[text], chosen.first, chosen.batch)
+            bar.console.print(f"{text}: {policy}: {figures['perplexity']:.2f} at {figures['dropped']:.1%} dropped")
+            found["records"][f"{text} {policy}"] = {"text": text, "name": name, "policy": policy, **figures}
+            file.write_text(json.dumps(found, indent=2) + "\n")
+    report(found, chosen.out)
+
+
+if __name__ == "__main__":
+    main()
