@@ -26,7 +26,7 @@ class Drop:
     Args:
         policy: what decides.
         layer_idx: which layer.
-        attention_input: [B, T, D] what its attention gets, normed.
+        states: [B, T, D] what its attention gets, normed; None for a policy that does not want it.
         block: the new tokens.
         selection: which of them run the layer.
         cache: already holds slots for them.
@@ -37,7 +37,7 @@ class Drop:
         self,
         policy: CachePolicy,
         layer_idx: int,
-        attention_input: Tensor,
+        states: Tensor | None,
         block: Block,
         selection: Selection,
         cache: AdaptiveCache,
@@ -45,18 +45,18 @@ class Drop:
     ) -> None:
         self._policy, self._layer_idx, self._cache, self._selection = policy, layer_idx, cache, selection
         self._slots, self._window = cache.slots[layer_idx], window
-        device = attention_input.device
+        device = self._slots.died.device if states is None else states.device
         self._positions = block.position_ids.to(device)
         real = torch.ones_like(self._positions, dtype=torch.bool) if block.real is None else block.real.to(device)
         view = CacheView(
             layer_idx=layer_idx,
-            hidden_states=attention_input,
             position_ids=self._slots.positions().to(device),
             valid=self._slots.valid().to(device),
             query_position=self._positions,
             ran=_ran(selection, real),
             real=real,
             state={},
+            states=states,
         )
         if "keys" not in policy.wants:
             self._remember(view)
@@ -67,7 +67,7 @@ class Drop:
         several = self._positions.shape[1] > 1
         attends = selection.kind != "none"
         self._inside = attends and ("attention" in policy.wants or ("keys" in policy.wants and several))
-        if not policy.wants:
+        if not policy.wants & {"keys", "attention"}:
             self._decide(self._view)
 
     def visible(self) -> Tensor | None:

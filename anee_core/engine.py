@@ -168,8 +168,9 @@ class Engine:
         policy = self.policy.cache_policy
         if policy.keeps_all:
             return None
-        attention_input = self.adapter.attention_input(self.parts, layer_idx, hidden_states)
-        return Drop(policy, layer_idx, attention_input, block, selection, cache, self._windows[layer_idx])
+        wanted = "states" in policy.wants
+        states = self.adapter.attention_input(self.parts, layer_idx, hidden_states) if wanted else None
+        return Drop(policy, layer_idx, states, block, selection, cache, self._windows[layer_idx])
 
     def _charge(self, spent: Spent, layer_idx: int, selection: Selection, block: Block, cache: AdaptiveCache) -> None:
         """Count what one layer executed, and what the dense model would have."""

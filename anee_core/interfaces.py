@@ -186,23 +186,23 @@ class Controller(Configurable, ABC):
 class CacheView:
     """One layer's cache as a `CachePolicy` sees it: S slots in the order of their tokens, the T newest at the end.
 
-    ``hidden_states`` [B, T, D] is what the layer's attention gets of the new tokens, normed. ``query_position`` [B, T]
-    are their positions, ``ran`` [B, T] says which of them run the layer and so attend, ``real`` [B, T] which are no
-    padding. ``position_ids`` and ``valid`` are [B, S]. ``state`` is what the policy remembered of each slot,
-    [B, S, ...].
+    ``query_position`` [B, T] are the new tokens' positions, ``ran`` [B, T] says which of them run the layer and so
+    attend, ``real`` [B, T] which are no padding. ``position_ids`` and ``valid`` are [B, S]. ``state`` is what was
+    remembered of each slot, [B, S, ...].
 
-    Only for a policy that wants them: ``keys`` [B, H, S, Dh], and ``attention`` [B, H, T, S], the logits before softmax
-    (-inf where a new token cannot see a slot, whatever was dropped; of tokens that do not run, they say nothing).
+    Only for a policy that wants them: ``states`` [B, T, D], what the layer's attention gets of the new tokens, normed;
+    ``keys`` [B, H, S, Dh]; and ``attention`` [B, H, T, S], the logits before softmax: -inf where a new token cannot see
+    a slot, whatever was dropped. Of tokens that do not run, they say nothing.
     """
 
     layer_idx: int
-    hidden_states: Tensor
     position_ids: Tensor
     valid: Tensor
     query_position: Tensor
     ran: Tensor
     real: Tensor
     state: Mapping[str, Tensor]
+    states: Tensor | None = None
     keys: Tensor | None = None
     attention: Tensor | None = None
 
@@ -215,7 +215,7 @@ class CachePolicy(Configurable, ABC):
     """
 
     name: ClassVar[str]
-    wants: ClassVar[frozenset[Literal["keys", "attention"]]] = frozenset()
+    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset()
     """Which costly parts of the view it needs."""
     before_attention: ClassVar[bool] = False
     """Whether what a token makes the layer drop is hidden from that token's own attention already."""

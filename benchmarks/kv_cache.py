@@ -92,7 +92,7 @@ def filled(model: AdaptiveModel, batch: int, context: int) -> AdaptiveCache:
         if not policy.keeps_all:
             state = torch.randn(batch, context, config.hidden_size, dtype=model.dtype)
             view = CacheView(
-                layer_idx, state, positions, everything[:, 0], positions, everything[:, 0], everything[:, 0], {}
+                layer_idx, positions, everything[:, 0], positions, everything[:, 0], everything[:, 0], {}, state
             )
             cache.remember(layer_idx, policy.remember(view))
             kept = policy.drawn(layer_idx, positions).clone()

@@ -28,7 +28,6 @@ def view_of(policy, keys, attention, ran=None, layer_idx=0):
     real = torch.ones(1, TOKENS, dtype=torch.bool)
     view = CacheView(
         layer_idx=layer_idx,
-        hidden_states=torch.zeros(1, TOKENS, 4),
         position_ids=positions,
         valid=real,
         query_position=positions,

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -95,6 +95,7 @@ class AsaCachePolicy(CachePolicy):
     """
 
     name: ClassVar[str] = "asa"
+    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"states"})
     before_attention: ClassVar[bool] = True
     positional: ClassVar[str | None] = "folder"
 
@@ -152,5 +153,6 @@ class AsaCachePolicy(CachePolicy):
         return keep | ~view.ran[:, :, None]
 
     def _project(self, weight: Tensor, view: CacheView) -> Tensor:
-        states = view.hidden_states
+        states = view.states
+        assert states is not None
         return states @ weight[view.layer_idx].to(states.device, states.dtype).T

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from anee_core.cache_policies.scoring import ScoringCachePolicy, attention_shares
@@ -24,7 +25,7 @@ class H2OCachePolicy(ScoringCachePolicy):
     """
 
     name: ClassVar[str] = "h2o"
-    wants: ClassVar[frozenset[Literal["keys", "attention"]]] = frozenset({"attention"})
+    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"attention"})
     rewrites: ClassVar[bool] = True
 
     recent: int = 0
@@ -35,7 +36,7 @@ class H2OCachePolicy(ScoringCachePolicy):
 
     def first_score(self, view: CacheView) -> Tensor:
         """Return zeros: nobody has attended to a new token."""
-        return view.hidden_states.new_zeros(view.query_position.shape)
+        return torch.zeros_like(view.query_position, dtype=torch.float32)
 
     def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
         """Add the newest token's attention."""

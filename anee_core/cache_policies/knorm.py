@@ -22,7 +22,7 @@ class KeyNormCachePolicy(ScoringCachePolicy):
     """
 
     name: ClassVar[str] = "knorm"
-    wants: ClassVar[frozenset[Literal["keys", "attention"]]] = frozenset({"keys"})
+    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"keys"})
 
     def first_score(self, view: CacheView) -> Tensor:
         """Return minus the norm of the new tokens' keys."""

@@ -32,7 +32,7 @@ class SnapKVCachePolicy(ScoringCachePolicy):
     """
 
     name: ClassVar[str] = "snapkv"
-    wants: ClassVar[frozenset[Literal["keys", "attention"]]] = frozenset({"attention"})
+    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"attention"})
     rewrites: ClassVar[bool] = True
 
     every: int = 128
@@ -53,7 +53,7 @@ class SnapKVCachePolicy(ScoringCachePolicy):
 
     def first_score(self, view: CacheView) -> Tensor:
         """Return zeros: nobody has voted for a new token."""
-        return view.hidden_states.new_zeros(view.query_position.shape)
+        return torch.zeros_like(view.query_position, dtype=torch.float32)
 
     def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
         """Add the newest token's vote if it lies in the window; the first one of a window starts from zero."""

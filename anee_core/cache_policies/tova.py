@@ -25,12 +25,12 @@ class TovaCachePolicy(ScoringCachePolicy):
     """
 
     name: ClassVar[str] = "tova"
-    wants: ClassVar[frozenset[Literal["keys", "attention"]]] = frozenset({"attention"})
+    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"attention"})
     rewrites: ClassVar[bool] = True
 
     def first_score(self, view: CacheView) -> Tensor:
         """Return zeros: nobody has attended to a new token."""
-        return view.hidden_states.new_zeros(view.query_position.shape)
+        return torch.zeros_like(view.query_position, dtype=torch.float32)
 
     def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
         """Return the newest token's attention."""

@@ -77,13 +77,13 @@ def _view(policy: CachePolicy, tokens: int, held: int, generator: torch.Generato
     attention[:, :, torch.arange(held) > held - tokens + torch.arange(tokens)[:, None]] = -torch.inf
     view = CacheView(
         layer_idx=1,
-        hidden_states=torch.randn(3, tokens, 32, generator=generator),
         position_ids=torch.arange(held).expand(3, -1),
         valid=valid,
         query_position=torch.arange(held - tokens, held).expand(3, -1),
         ran=real,
         real=real,
         state={},
+        states=torch.randn(3, tokens, 32, generator=generator) if "states" in policy.wants else None,
         keys=torch.randn(3, 2, held, 8, generator=generator) if "keys" in policy.wants else None,
         attention=attention if "attention" in policy.wants else None,
     )
