@@ -324,7 +324,10 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 "call activate_past_recording() before the tokens that may be taken back"
             )
         if to not in self._snapshots and any(seen > to for seen in self._snapshots):
-            raise CacheError(f"cannot roll back to token {to}: it lies inside a block; see Policy.stepwise")
+            raise CacheError(
+                f"cannot roll back to token {to}: it lies inside a block, and what the "
+                "token policy remembers is known at its ends only; feed the tokens one by one"
+            )
         for slots in self._distinct():
             slots.rollback(to, self.seen)
         self.seen = to

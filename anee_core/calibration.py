@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from anee_core.controllers.static import StaticController
@@ -23,6 +21,7 @@ from anee_core.errors import InputError
 from anee_core.interfaces import Calibration
 from anee_core.plan import Block
 from anee_core.policy import Policy
+from anee_core.progress import progress_bar
 from anee_core.trace import Trace
 
 if TYPE_CHECKING:
@@ -244,8 +243,6 @@ def _hash_file(path: Path) -> str:
 @contextmanager
 def _progress(show: bool, steps: int) -> Iterator[Callable[[], None]]:
     """Show a bar on stderr where someone can see it; yield what advances it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not show or steps <= 1, transient=True) as bar:
+    with progress_bar(show and steps > 1, transient=True) as bar:
         task = bar.add_task("calibrating layer importance", total=steps)
         yield lambda: bar.advance(task)

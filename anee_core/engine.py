@@ -82,6 +82,8 @@ class Engine:
             hard,
             calibration or policy.calibration,
             width=config.hidden_size,
+            dtype=parts.model.dtype,
+            device=parts.embedding.weight.device,
             backbone=getattr(config, "anee_backbone", None),
         )
         controller = policy.controller.bind(setting)
@@ -112,7 +114,7 @@ class Engine:
         states = [hidden_states]
         previous = hidden_states
         cache.begin(block.position_ids, block.real)
-        held = cache.held_by_token()
+        held = cache.held_by_token() if self.policy.cache_policy.keeps_all else []
         try:
             for layer_idx in range(self.costs.num_layers):
                 hidden_states = hidden_states.to(self._devices[layer_idx])
@@ -122,7 +124,7 @@ class Engine:
                 hidden_states = self._layer(layer_idx, hidden_states, calls[layer_idx], masks, cache, selection, drop)
                 self._charge(spent, layer_idx, selection, block, cache)
                 if drop is not None:
-                    held[layer_idx] = drop.finish()
+                    held.append(drop.finish())
                     spent.policy_flops += drop.flops
                 if keep_states:
                     states.append(hidden_states)

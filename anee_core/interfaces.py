@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from anee_core.accounting import CostModel
@@ -64,8 +65,8 @@ class Calibration:
 class Setting:
     """The model that a policy is about to serve: sizes, costs, budget and what calibration found.
 
-    ``width`` is D. ``backbone`` is what the model's config says under ``anee_backbone``: the name that a model got when
-    it was trained together with a policy.
+    ``width`` is D, ``dtype`` and ``device`` are those of the model's weights. ``backbone`` is what the model's config
+    says under ``anee_backbone``: the name that a model got when it was trained together with a policy.
     """
 
     costs: CostModel
@@ -73,6 +74,8 @@ class Setting:
     hard: bool = False
     calibration: Calibration | None = None
     width: int = 0
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
     backbone: str | None = None
 
     @property
@@ -207,6 +210,10 @@ class CacheView:
     attention: Tensor | None = None
 
 
+Wants = frozenset[Literal["states", "keys", "attention"]]
+"""Costly parts of a `CacheView`."""
+
+
 class CachePolicy(Configurable, ABC):
     """Decides which cached tokens a layer keeps.
 
@@ -215,8 +222,8 @@ class CachePolicy(Configurable, ABC):
     """
 
     name: ClassVar[str]
-    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset()
-    """Which costly parts of the view it needs."""
+    wants: ClassVar[Wants] = frozenset()
+    """Which of them it needs."""
     before_attention: ClassVar[bool] = False
     """Whether what a token makes the layer drop is hidden from that token's own attention already."""
     rewrites: ClassVar[bool] = False

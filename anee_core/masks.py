@@ -13,12 +13,14 @@ def visible(slots: Slots, query_position: Tensor, window: int | None) -> Tensor:
 
     A slot is visible if it is valid and its position is not after the query's, nor before the query's window.
     """
-    position = slots.positions()[:, None, None, :]
-    query = query_position[:, None, :, None]
-    seen = slots.valid()[:, None, None, :] & (position <= query)
-    if window is not None:
-        seen = seen & (position > query - window)
-    return seen
+    return slots.valid()[:, None, None, :] & in_reach(slots.positions(), query_position, window)
+
+
+def in_reach(position: Tensor, query_position: Tensor, window: int | None) -> Tensor:
+    """Return which positions [B, S] each query at [B, T] may look back to, [B, 1, T, S] bool."""
+    position, query = position[:, None, None, :], query_position[:, None, :, None]
+    seen = position <= query
+    return seen if window is None else seen & (position > query - window)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,10 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from anee_core.cache_policies.full import FullCachePolicy
+from anee_core.checkpoint import CheckpointFormat
 from anee_core.controllers.dense import DenseController
 from anee_core.errors import CheckpointError, PolicyError, suggestion
 from anee_core.interfaces import CachePolicy, Calibration, Configurable, Controller, Profiler
@@ -24,8 +21,13 @@ from anee_core.ledger import check_budget
 from anee_core.plugins import Plugins
 from anee_core.profiler import SignalProfiler
 
-_SCHEMA = 1
-_HEADER, _TENSORS = "policy.json", "policy.safetensors"
+_FORMAT = CheckpointFormat(
+    name="policy",
+    what="policy",
+    missing="a policy folder has policy.json and policy.safetensors",
+    remedy="save it again",
+    renew="save the policy with this version",
+)
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,18 @@ class Policy:
         Raises:
             CheckpointError: the folder cannot be written, or the profiler is not the standard one, which is not saved.
         """
-        path = Path(folder)
         if type(self.profiler) is not SignalProfiler:
             raise CheckpointError(
                 f"a policy with its own profiler ({type(self.profiler).__name__}) cannot be saved: its folder holds "
                 "layer and token policy only"
             )
-        header: dict[str, Any] = {"schema": _SCHEMA, "layers": _spell(self.controller)}
+        header: dict[str, Any] = {"layers": _spell(self.controller)}
         header.update(tokens=_spell(self.cache_policy), budget=self.budget, hard=self.hard)
         tensors = {}
         if self.calibration is not None:
             header["calibration"] = {"fingerprint": self.calibration.fingerprint, "source": self.calibration.source}
             tensors = {"importance": self.calibration.importance, "confidence": self.calibration.confidence}
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in tensors.items()}, path / _TENSORS)
-            (path / _HEADER).write_text(json.dumps(header, indent=2) + "\n")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot write the policy to {path}: {error}") from error
+        _FORMAT.write(folder, header, tensors)
 
     @classmethod
     def load(cls, folder: str | Path, plugins: Plugins) -> Policy:
@@ -87,18 +83,9 @@ class Policy:
             CheckpointError: a file is missing, corrupt or of another schema.
         """
         path = Path(folder)
-        for file in (path / _HEADER, path / _TENSORS):
-            if not file.exists():
-                raise CheckpointError(f"{file} is missing; a policy folder has {_HEADER} and {_TENSORS}")
-        try:
-            header = json.loads((path / _HEADER).read_text())
-            tensors = load_file(path / _TENSORS)
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
-            raise CheckpointError(f"the policy in {path} is corrupt ({error}); save it again") from error
-        if not isinstance(header, dict) or header.get("schema") != _SCHEMA:
-            raise CheckpointError(f"{path / _HEADER} is not of schema {_SCHEMA}; save the policy with this version")
+        header, tensors = _FORMAT.read(path)
         wanted = {"importance", "confidence"} if "calibration" in header else set()
-        expected = {"schema", "layers", "tokens", "budget", "hard"} | ({"calibration"} if wanted else set())
+        expected = {"layers", "tokens", "budget", "hard"} | ({"calibration"} if wanted else set())
         if set(tensors) != wanted or set(header) != expected:
             raise CheckpointError(
                 f"the policy in {path} has keys {sorted(header)} and tensors {sorted(tensors)}, "
@@ -153,7 +140,7 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
         PolicyError: unknown name or option, wrong value, or two policies of one kind.
         CheckpointError: the folder's policy cannot be read.
     """
-    if os.path.isfile(os.path.join(text, _HEADER)):  # unlike Path.is_file, False for a name that is too long
+    if os.path.isfile(os.path.join(text, _FORMAT.header)):  # unlike Path.is_file, False for a name that is too long
         return Policy.load(text, plugins)
     controller: Controller | None = None
     cache_policy: CachePolicy | None = None
@@ -166,7 +153,7 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
             raise PolicyError(f"'{text}' has an empty part; a policy string is like 'heuristic' or 'static:skip=5 14'")
         registry = plugins.policy_part(name)
         if registry is None and os.path.isdir(text):
-            raise CheckpointError(f"the folder '{text}' holds no saved policy: it has no {_HEADER}")
+            raise CheckpointError(f"the folder '{text}' holds no saved policy: it has no {_FORMAT.header}")
         if registry is None:
             known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies]
             raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")

@@ -4,21 +4,24 @@ arXiv:2305.15805).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import CheckpointError, PolicyError
-from anee_core.interfaces import CachePolicy, CacheView, Setting
+from anee_core.interfaces import CachePolicy, CacheView, Setting, Wants
 
-_SCHEMA = 1
-_HEADER, _TENSORS = "asa.json", "asa.safetensors"
+_FORMAT = CheckpointFormat(
+    name="asa",
+    what="asa checkpoint",
+    missing="'anee train asa MODEL --folder FOLDER' makes such a folder",
+    remedy="train or copy it again",
+    renew="train with this version",
+)
 _KEY = "interaction_key"
 
 
@@ -42,16 +45,9 @@ class AsaWeights:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        path = Path(folder)
         layers, rank, width = self.query.shape
-        header = {"schema": _SCHEMA, "layers": layers, "rank": rank, "width": width, "backbone": self.backbone}
-        tensors = {"query": self.query, "key": self.key, "beta": self.beta}
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path / _TENSORS)
-            (path / _HEADER).write_text(json.dumps({**header, "facts": dict(self.facts)}, indent=2) + "\n")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot write the weights to {path}: {error}") from error
+        header = {"layers": layers, "rank": rank, "width": width, "backbone": self.backbone, "facts": dict(self.facts)}
+        _FORMAT.write(folder, header, {"query": self.query, "key": self.key, "beta": self.beta})
 
     @classmethod
     def load(cls, folder: str | Path) -> AsaWeights:
@@ -60,24 +56,18 @@ class AsaWeights:
         Raises:
             CheckpointError: a file is missing, corrupt or of another schema.
         """
-        path = Path(folder)
-        for file in (path / _HEADER, path / _TENSORS):
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing; 'anee train asa MODEL --folder FOLDER' makes such a folder")
-        try:
-            header = json.loads((path / _HEADER).read_text())
-            tensors = load_file(path / _TENSORS)
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
-            raise CheckpointError(f"the weights in {path} are corrupt ({error}); train or copy them again") from error
-        expected = {"schema", "layers", "rank", "width", "backbone", "facts"}
-        if not isinstance(header, dict) or set(header) != expected or header["schema"] != _SCHEMA:
-            raise CheckpointError(f"{path / _HEADER} is not of schema {_SCHEMA}; train with this version")
+        header, tensors = _FORMAT.read(folder)
+        expected = {"layers", "rank", "width", "backbone", "facts"}
+        if set(header) != expected:
+            raise CheckpointError(
+                f"the asa checkpoint in {folder} has keys {sorted(header)}, expected {sorted(expected)}"
+            )
         layers, rank, width = header["layers"], header["rank"], header["width"]
         shapes = {"query": (layers, rank, width), "key": (layers, rank, width), "beta": (layers,)}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != shapes or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
             raise CheckpointError(
-                f"{path / _TENSORS} holds {found}, expected finite {shapes}; train or copy them again"
+                f"the asa checkpoint in {folder} holds {found}, expected finite {shapes}; train or copy it again"
             )
         return cls(**tensors, backbone=header["backbone"], facts=header["facts"])
 
@@ -95,7 +85,7 @@ class AsaCachePolicy(CachePolicy):
     """
 
     name: ClassVar[str] = "asa"
-    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"states"})
+    wants: ClassVar[Wants] = frozenset({"states"})
     before_attention: ClassVar[bool] = True
     positional: ClassVar[str | None] = "folder"
 
@@ -126,7 +116,9 @@ class AsaCachePolicy(CachePolicy):
                 f"('{Path(self.folder) / 'model'}'), or train with the model frozen"
             )
         bound = replace(self)
-        object.__setattr__(bound, "_weights", weights)
+        query, key = (w.to(setting.device, setting.dtype) for w in (weights.query, weights.key))
+        ready = replace(weights, query=query, key=key, beta=weights.beta.to(setting.device))
+        object.__setattr__(bound, "_weights", ready)
         return bound
 
     @property
@@ -155,4 +147,5 @@ class AsaCachePolicy(CachePolicy):
     def _project(self, weight: Tensor, view: CacheView) -> Tensor:
         states = view.states
         assert states is not None
+        # Converted already, unless layers are on several devices.
         return states @ weight[view.layer_idx].to(states.device, states.dtype).T

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from anee_core.cache_policies.scoring import ScoringCachePolicy, attention_shares
+from anee_core.cache_policies.scoring import AttentionCachePolicy
 from anee_core.interfaces import CacheView
 
 
 @dataclass(frozen=True)
-class H2OCachePolicy(ScoringCachePolicy):
+class H2OCachePolicy(AttentionCachePolicy):
     """Keep heavy hitters: a token's score is the sum of the attention that it got, averaged over heads.
 
     The paper drops per head; here all heads of a layer hold the same tokens.
@@ -25,8 +24,6 @@ class H2OCachePolicy(ScoringCachePolicy):
     """
 
     name: ClassVar[str] = "h2o"
-    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"attention"})
-    rewrites: ClassVar[bool] = True
 
     recent: int = 0
 
@@ -34,10 +31,6 @@ class H2OCachePolicy(ScoringCachePolicy):
         """Return how many of the newest tokens stay in any case."""
         return self.recent or allowed // 2
 
-    def first_score(self, view: CacheView) -> Tensor:
-        """Return zeros: nobody has attended to a new token."""
-        return torch.zeros_like(view.query_position, dtype=torch.float32)
-
     def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
         """Add the newest token's attention."""
-        return scores if view.attention is None else scores + attention_shares(view, t, held)
+        return scores if view.attention is None else scores + self.shares(view, t, held)

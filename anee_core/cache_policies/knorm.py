@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from anee_core.cache_policies.scoring import ScoringCachePolicy
-from anee_core.interfaces import CacheView
+from anee_core.interfaces import CacheView, Wants
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class KeyNormCachePolicy(ScoringCachePolicy):
     """
 
     name: ClassVar[str] = "knorm"
-    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"keys"})
+    wants: ClassVar[Wants] = frozenset({"keys"})
 
     def first_score(self, view: CacheView) -> Tensor:
         """Return minus the norm of the new tokens' keys."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from anee_core.cache_policies.budget import BudgetedCachePolicy
 from anee_core.errors import PolicyError
-from anee_core.interfaces import CacheView
+from anee_core.interfaces import CacheView, Wants
 
 _SCORE = "score"
 _FIRST = 1e30
@@ -97,12 +98,22 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         return self.decide(view)[0]
 
 
-def attention_shares(view: CacheView, t: int, held: Tensor) -> Tensor:
-    """Return how new token ``t`` shares its attention out among the slots it finds, averaged over heads, [B, S].
+@dataclass(frozen=True)
+class AttentionCachePolicy(ScoringCachePolicy):
+    """Scores tokens by the attention that they get."""
 
-    Rows whose token does not run the layer get zeros.
-    """
-    assert view.attention is not None
-    logits = view.attention[:, :, t, : held.shape[1]].masked_fill(~held[:, None], -torch.inf)
-    shares = torch.nan_to_num(logits.softmax(-1)).mean(1)
-    return shares * view.ran[:, t : t + 1]
+    wants: ClassVar[Wants] = frozenset({"attention"})
+    rewrites: ClassVar[bool] = True
+
+    def first_score(self, view: CacheView) -> Tensor:
+        """Return zeros: nobody has attended to a new token."""
+        return torch.zeros_like(view.query_position, dtype=torch.float32)
+
+    def shares(self, view: CacheView, t: int, held: Tensor) -> Tensor:
+        """Return how new token ``t`` shares its attention out among the slots it finds, averaged over heads, [B, S].
+
+        Rows whose token does not run the layer get zeros.
+        """
+        assert view.attention is not None
+        logits = view.attention[:, :, t, : held.shape[1]].masked_fill(~held[:, None], -torch.inf)
+        return torch.nan_to_num(logits.softmax(-1)).mean(1) * view.ran[:, t : t + 1]

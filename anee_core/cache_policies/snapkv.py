@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from anee_core.cache_policies.scoring import ScoringCachePolicy, attention_shares
+from anee_core.cache_policies.scoring import AttentionCachePolicy
 from anee_core.errors import PolicyError
 from anee_core.interfaces import CacheView
 
 
 @dataclass(frozen=True)
-class SnapKVCachePolicy(ScoringCachePolicy):
+class SnapKVCachePolicy(AttentionCachePolicy):
     """At every multiple of ``every`` tokens, keep the older ones that the last ``window`` tokens attended to the most.
 
     In the paper this happens once, at the end of the prompt. Here it happens at fixed places of the sequence, so that
@@ -32,8 +32,6 @@ class SnapKVCachePolicy(ScoringCachePolicy):
     """
 
     name: ClassVar[str] = "snapkv"
-    wants: ClassVar[frozenset[Literal["states", "keys", "attention"]]] = frozenset({"attention"})
-    rewrites: ClassVar[bool] = True
 
     every: int = 128
     window: int = 32
@@ -51,17 +49,13 @@ class SnapKVCachePolicy(ScoringCachePolicy):
         """Return how many of the newest tokens stay in any case."""
         return max(self.window, self.recent)
 
-    def first_score(self, view: CacheView) -> Tensor:
-        """Return zeros: nobody has voted for a new token."""
-        return torch.zeros_like(view.query_position, dtype=torch.float32)
-
     def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
         """Add the newest token's vote if it lies in the window; the first one of a window starts from zero."""
         place = (view.query_position[:, t : t + 1] - (self.every - self.window)) % self.every
         scores = torch.where(place == 0, 0.0, scores)
         if view.attention is None:
             return scores
-        return scores + (place < self.window) * attention_shares(view, t, held)
+        return scores + (place < self.window) * self.shares(view, t, held)
 
     def due(self, view: CacheView, t: int) -> Tensor:
         """Return the rows in which a window ends."""

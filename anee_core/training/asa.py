@@ -18,7 +18,7 @@ from torch.nn import functional
 from anee_core.adapter import ModelAdapter
 from anee_core.cache_policies.asa import AsaWeights
 from anee_core.layout import Parts
-from anee_core.masks import additive
+from anee_core.masks import additive, in_reach
 from anee_core.sparse_sigmoid import log_survival
 from anee_core.training.loop import Objective
 from anee_core.training.schedules import Schedule
@@ -122,7 +122,7 @@ class SparseAttention(Objective):
         for layer_idx, call in enumerate(calls):
             window = self._windows[layer_idx]
             if window not in bases:
-                bases[window] = additive(_causal(positions[:1], window), torch.float32)
+                bases[window] = additive(in_reach(positions[:1], positions[:1], window), torch.float32)
             mask = bases[window]
             if alpha is not None:
                 attention_input = adapter.attention_input(parts, layer_idx, hidden_states)
@@ -165,12 +165,6 @@ def mean_survival(survival: Tensor) -> Tensor:
     pairs = torch.ones(queries, queries, dtype=torch.bool, device=survival.device).tril(-1)
     pairs[-1] = False
     return (survival.exp() * pairs).sum() / (survival.shape[0] * max(int(pairs.sum()), 1))
-
-
-def _causal(positions: Tensor, window: int | None) -> Tensor:
-    query, key = positions[:, None, :, None], positions[:, None, None, :]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
 
 
 def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:

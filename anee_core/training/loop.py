@@ -14,12 +14,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anee_core.errors import CheckpointError, InputError
+from anee_core.progress import progress_bar
 from anee_core.training.data import Batches
 from anee_core.training.schedules import Schedule
 
@@ -118,11 +117,8 @@ def run_training(
     """
     run = _Run(objective, optimizers, options, accelerator)
     step = run.resume()
-    main = accelerator.is_main_process
     accelerator.init_trackers("logs")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), disable=not (options.progress and main))
-    with bar:
+    with progress_bar(options.progress and accelerator.is_main_process) as bar:
         task = bar.add_task("training", total=options.steps, completed=step)
         while step < options.steps:
             for optimizer in run.optimizers:
@@ -266,9 +262,8 @@ class _Run:
 def _identity(options: RunOptions, accelerator: Accelerator) -> dict[str, Any]:
     """Return what must be the same for a run to go on as if it had not stopped. More steps may be asked for."""
     chosen = asdict(options)
-    return {k: chosen[k] for k in ("accumulate", "clip", "precision", "seed")} | {
-        "processes": accelerator.num_processes
-    }
+    same = {name: chosen[name] for name in ("accumulate", "clip", "precision", "seed")}
+    return {**same, "processes": accelerator.num_processes}
 
 
 def _random_state() -> dict[str, Any]:
