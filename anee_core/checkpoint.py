@@ -59,6 +59,14 @@ class CheckpointFormat:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write the {self.what} to {path}: {error}") from error
 
+    def copy(self, source: str | Path, folder: str | Path) -> None:
+        """Copy a checkpoint, without what else its folder holds.
+
+        Raises:
+            CheckpointError: it cannot be read, or the folder cannot be written.
+        """
+        self.write(folder, *self.read(source))
+
     def read(self, folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the header, without its version, and the tensors.
 

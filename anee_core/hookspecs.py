@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -58,3 +59,10 @@ class Hooks:
     @hookspec
     def anee_model_sources(self) -> Mapping[str, ModelSource]:  # type: ignore[empty-body]
         """Return loaders of models by the name that `anee.load` takes."""
+
+    @hookspec
+    def anee_trained_policies(self) -> Mapping[str, Path]:  # type: ignore[empty-body]
+        """Return folders with what was trained for a model, by ``MODEL/POLICY``.
+
+        MODEL is what the model's config says under ``anee_backbone``, POLICY the name that a policy string uses.
+        """

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anee_core.accounting import CostModel
 from anee_core.adapter import LayerCall, ModelAdapter
+from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
 from anee_core.layout import Layout, Parts
 
@@ -66,7 +67,7 @@ class Setting:
     """The model that a policy is about to serve: sizes, costs, budget and what calibration found.
 
     ``width`` is D, ``dtype`` and ``device`` are those of the model's weights. ``backbone`` is what the model's config
-    says under ``anee_backbone``: the name that a model got when it was trained together with a policy.
+    says under ``anee_backbone``: the name of its very weights, for policies that were trained for them.
     """
 
     costs: CostModel
@@ -134,6 +135,9 @@ class Configurable:
 
     positional: ClassVar[str | None] = None
     """The option whose name may be left out where it stands first."""
+    checkpoint: ClassVar[CheckpointFormat | None] = None
+    """For what is trained: what the folder named by its option ``folder`` holds. If the option is empty, `anee.load`
+    takes the folder that an installed plugin has for the model."""
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

@@ -90,6 +90,7 @@ def load(
         raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
     adapter = _adapter_of(inner.config, plugins)
     _check_weights(inner)
+    parsed = parsed.with_trained(plugins.trained_for(getattr(inner.config, "anee_backbone", None)))
     adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk)
     if not isinstance(model, nn.Module):
         adaptive.eval()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -16,7 +17,7 @@ from anee_core.interfaces import CachePolicy, Controller, ModelAdapter, Profiler
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("adapters", "profilers", "controllers", "cache_policies", "policies", "model_sources")
+KINDS = ("adapters", "profilers", "controllers", "cache_policies", "policies", "model_sources", "trained_policies")
 _BUILT_IN = "anee"
 
 
@@ -96,12 +97,14 @@ class Plugins:
         self.infos: list[PluginInfo] = []
         registries = {kind: Registry(kind.removesuffix("s").replace("_", " ")) for kind in KINDS}
         registries["cache_policies"].kind, registries["policies"].kind = "token policy", "policy"
+        registries["trained_policies"].kind = "trained policy"
         self.adapters = registries["adapters"]
         self.profilers = registries["profilers"]
         self.controllers = registries["controllers"]
         self.cache_policies = registries["cache_policies"]
         self.policies = registries["policies"]
         self.model_sources = registries["model_sources"]
+        self.trained_policies = registries["trained_policies"]
         self._registries = registries
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(Hooks)
@@ -171,6 +174,15 @@ class Plugins:
             raise PluginError(f"{_clash('policy', name, claimants)}; uninstall all but one")
         return found[0] if found else None
 
+    def trained_for(self, backbone: str | None) -> dict[str, Path]:
+        """Return the folders with what was trained for a model, by the policy's name.
+
+        Raises:
+            PluginError: several plugins have something for the same policy.
+        """
+        pairs = [(name, name.rpartition("/")) for name in self.trained_policies]
+        return {policy: self.trained_policies[name] for name, (model, _, policy) in pairs if model == backbone}
+
     @property
     def _policy_kinds(self) -> tuple[Registry, ...]:
         """The kinds that share the names of policy strings."""
@@ -179,7 +191,8 @@ class Plugins:
     def _clashes(self) -> list[str]:
         """Return one line for each name that several plugins claim."""
         lines = []
-        for registries in ((self.adapters,), (self.profilers,), self._policy_kinds, (self.model_sources,)):
+        single = [(self.adapters,), (self.profilers,), (self.model_sources,), (self.trained_policies,)]
+        for registries in (*single, self._policy_kinds):
             for name in sorted({name for registry in registries for name in registry}):
                 owners = [registry for registry in registries if name in registry]
                 claimants = _distinct([plugin for registry in owners for plugin in registry.claimants(name)])
@@ -197,6 +210,8 @@ def _check_providers(kind: str, providers: Mapping[str, Any]) -> None:
     for name, provider in providers.items():
         if kind == "adapters":
             fits, wanted = isinstance(provider, ModelAdapter), "an instance of ModelAdapter"
+        elif kind == "trained_policies":
+            fits, wanted = isinstance(provider, Path), "a path"
         elif kind in classes:
             base = classes[kind]
             fits, wanted = isinstance(provider, type) and issubclass(provider, base), f"a subclass of {base.__name__}"

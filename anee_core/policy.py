@@ -7,7 +7,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,20 @@ class Policy:
             _spell(part) for part in (self.controller, self.cache_policy) if not isinstance(part, FullCachePolicy)
         )
 
+    def with_trained(self, folders: Mapping[str, Path]) -> Policy:
+        """Return the policy with its trained parts' folders filled in where they name none, by the part's name."""
+        return self._with_folders(lambda name, folder: folder or folders.get(name, ""))
+
+    def _with_folders(self, place: Callable[[str, str], str | Path]) -> Policy:
+        """Return the policy with its trained parts' folders moved: ``place`` gets a part's name and its folder."""
+
+        def moved(part: Any) -> Any:
+            return part if part.checkpoint is None else replace(part, folder=str(place(part.name, part.folder)))
+
+        return replace(self, controller=moved(self.controller), cache_policy=moved(self.cache_policy))
+
     def save(self, folder: str | Path) -> None:
-        """Write the policy as JSON plus safetensors.
+        """Write the policy as JSON plus safetensors; what was trained for it is copied into folders beside.
 
         Raises:
             CheckpointError: the folder cannot be written, or the profiler is not the standard one, which is not saved.
@@ -67,8 +79,12 @@ class Policy:
                 f"a policy with its own profiler ({type(self.profiler).__name__}) cannot be saved: its folder holds "
                 "layer and token policy only"
             )
-        header: dict[str, Any] = {"layers": _spell(self.controller)}
-        header.update(tokens=_spell(self.cache_policy), budget=self.budget, hard=self.hard)
+        for part in (self.controller, self.cache_policy):
+            if part.checkpoint is not None:
+                part.checkpoint.copy(part.options()["folder"], Path(folder) / part.name)
+        inside = self._with_folders(lambda name, folder: name)
+        header: dict[str, Any] = {"layers": _spell(inside.controller), "tokens": _spell(inside.cache_policy)}
+        header.update(budget=self.budget, hard=self.hard)
         tensors = {}
         if self.calibration is not None:
             header["calibration"] = {"fingerprint": self.calibration.fingerprint, "source": self.calibration.source}
@@ -95,6 +111,7 @@ class Policy:
             policy = parse_policy(f"{header['layers']}+{header['tokens']}", plugins)
         except PolicyError as error:
             raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
+        policy = policy._with_folders(lambda name, inside: path / inside)
         budget, hard = header["budget"], header["hard"]
         if budget is not None:
             check_budget(budget)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -143,8 +144,23 @@ class TestWeights:
         with torch.no_grad():
             wanted = model(tokens()).logits
             model.policy.save(tmp_path / "saved")
-            again = adaptive(build("llama"), str(tmp_path / "saved"), calibration=None)
+            # A saved policy needs nothing beside itself.
+            shutil.rmtree(weights)
+            shutil.move(tmp_path / "saved", tmp_path / "moved")
+            again = adaptive(build("llama"), str(tmp_path / "moved"), calibration=None)
             assert torch.equal(again(tokens()).logits, wanted)
+
+    def test_what_a_plugin_has_for_a_model_needs_no_folder(self, weights, install):
+        hook = "@hookimpl\ndef anee_trained_policies():\n    return {{'toy-1/asa': Path({!r})}}\n"
+        imports = "from pathlib import Path\nfrom anee_core.hookspecs import hookimpl\n"
+        install("toy-weights", imports + hook.format(str(weights)))
+        network = build("llama").eval()
+        with pytest.raises(PolicyError, match="no trained weights are installed for this model"):
+            anee.load(network, "asa")
+        network.config.anee_backbone = "toy-1"
+        with torch.no_grad():
+            found = anee.load(network, "asa:shift=0.5")(tokens()).logits
+            assert torch.equal(found, anee.load(network, f"asa:{weights},shift=0.5")(tokens()).logits)
 
 
 @pytest.fixture
@@ -220,7 +236,9 @@ def test_a_folder_with_another_run_is_refused(llama_folder, text, tmp_path):
     train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run", steps=2), options())
     with pytest.raises(CheckpointError, match="seed was 0, is 1"):
         train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run", seed=1), options())
-    with pytest.raises(CheckpointError, match="other weights"):
+    with pytest.raises(CheckpointError, match="batch was 2, is 3"):
+        train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run"), options(batch=3))
+    with pytest.raises(CheckpointError, match="backbone was frozen, is full"):
         train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run"), options(backbone="full"))
     (tmp_path / "run" / "checkpoint" / "trained.safetensors").write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match="cannot be continued"):

@@ -311,6 +311,7 @@ def test_built_in_policy_name_cannot_be_taken_over(install, caplog, kind, provid
         ("cache_policies", "a subclass of CachePolicy"),
         ("policies", "a function"),
         ("model_sources", "a function"),
+        ("trained_policies", "a path"),
     ],
 )
 def test_provider_of_the_wrong_kind_makes_a_plugin_broken(install, kind, wanted):

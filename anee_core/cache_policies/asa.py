@@ -80,7 +80,8 @@ class AsaCachePolicy(CachePolicy):
     its interaction key there.
 
     Options:
-        folder: what ``anee train asa`` wrote; may stand first, without its name.
+        folder: what ``anee train asa`` wrote; may stand first, without its name. Default: what is installed for the
+            model.
         shift: added to beta; above 0 keeps more, below less.
     """
 
@@ -88,21 +89,23 @@ class AsaCachePolicy(CachePolicy):
     wants: ClassVar[Wants] = frozenset({"states"})
     before_attention: ClassVar[bool] = True
     positional: ClassVar[str | None] = "folder"
+    checkpoint: ClassVar[CheckpointFormat | None] = _FORMAT
 
     folder: str = ""
     shift: float = 0.0
     _weights: AsaWeights | None = field(default=None, init=False, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if not self.folder:
-            raise PolicyError("asa: it is trained for one model; name the folder, as in 'asa:FOLDER' (anee train asa)")
-
     def bind(self, setting: Setting) -> CachePolicy:
         """Load the weights.
 
         Raises:
-            PolicyError: they are of a model of another shape, or of other weights.
+            PolicyError: there are none for this model, or they are of another shape, or trained with other weights.
         """
+        if not self.folder:
+            raise PolicyError(
+                "asa: no trained weights are installed for this model; train some (anee train asa) and name the "
+                "folder, as in 'asa:FOLDER'"
+            )
         weights = AsaWeights.load(self.folder)
         layers, _, width = weights.query.shape
         if (layers, width) != (setting.num_layers, setting.width):

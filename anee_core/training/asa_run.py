@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -120,7 +120,8 @@ def train_asa(
         groups.append({"params": own, "lr": options.backbone_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rate = trapezoid(run.steps, options.warmup, decay=max(run.steps // 5, 1))
-    history = run_training(objective, [optimizer], rate, batches, run, accelerator)
+    settings = {name: value for name, value in asdict(options).items() if name != "valid_blocks"}
+    history = run_training(objective, [optimizer], rate, batches, run, accelerator, settings)
     if accelerator.is_main_process:
         network = adapted.merge_and_unload() if adapted is not None else model.parts.model
         backbone = None if options.backbone == "frozen" else _save_model(model, network, run)

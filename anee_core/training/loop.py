@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def run_training(
     batches: Batches,
     options: RunOptions,
     accelerator: Accelerator,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train, and return the figures of every validation.
 
@@ -111,11 +113,12 @@ def run_training(
         batches: of this process.
         options: how the run goes.
         accelerator: from `accelerator_of`.
+        settings: what else must be the same when the run is continued.
 
     Raises:
         CheckpointError: the folder holds a run with other options, or one that cannot be read.
     """
-    run = _Run(objective, optimizers, options, accelerator)
+    run = _Run(objective, optimizers, options, accelerator, settings or {})
     step = run.resume()
     accelerator.init_trackers("logs")
     with progress_bar(options.progress and accelerator.is_main_process) as bar:
@@ -149,7 +152,9 @@ class _Run:
         optimizers: list[torch.optim.Optimizer],
         options: RunOptions,
         accelerator: Accelerator,
+        settings: Mapping[str, Any],
     ) -> None:
+        self._identity = {**_identity(options, accelerator), **settings}
         self.objective, self.options, self.accelerator = objective, options, accelerator
         self.history: list[dict[str, float]] = []
         for optimizer in optimizers:
@@ -209,7 +214,7 @@ class _Run:
             for i, optimizer in enumerate(self.optimizers):
                 torch.save(optimizer.state_dict(), draft / f"optimizer-{i}.pt")
             (draft / _STEP).write_text(json.dumps({"step": step, "history": self.history}))
-            (folder / _SETTINGS).write_text(json.dumps(_identity(self.options, accelerator), indent=2) + "\n")
+            (folder / _SETTINGS).write_text(json.dumps(self._identity, indent=2) + "\n")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             old = folder / "old"
@@ -228,7 +233,7 @@ class _Run:
         if place is None:
             folder.mkdir(parents=True, exist_ok=True)
             return 0
-        wanted = _identity(self.options, self.accelerator)
+        wanted = self._identity
         try:
             found = json.loads((folder / _SETTINGS).read_text())
             state = json.loads((place / _STEP).read_text())
