@@ -11,8 +11,8 @@ from anee_core.errors import InputError
 
 _NEAR_ONE = 1e-3
 """Closer to 1 than this, alpha is taken as 1: the difference is below what fp32 resolves."""
-_GRID = 2048
-_STEPS = 3
+_GRID = 4096
+_STEPS = 2
 _STEEP = 4
 _FLOOR = -1e4
 """What stands for the logarithm of zero: far enough that its exponential is zero, and finite, so sums of it are."""
@@ -39,10 +39,14 @@ def sparse_sigmoid(logits: Tensor, alpha: float) -> Tensor:
     v = (a * z).clamp(-1, 1)
     if alpha == 2:
         return (v + 1) / 2
-    # By symmetry only the half with p <= 1/2 is solved.
-    w = -v.abs()
+    p = (v > 0).float()
+    # Most logits are saturated once training has sharpened them; the rest is solved in the half with p <= 1/2.
+    between = v.abs() < 1
+    free = v[between]
+    w = -free.abs()
     half = ((1 - w * w) / ((2 - w * w).sqrt() - w)).square() if alpha == 1.5 else _solve(w, a)
-    return torch.where(v > 0, 1 - half, half)
+    p[between] = torch.where(free > 0, 1 - half, half)
+    return p
 
 
 def slope(p: Tensor, alpha: float) -> Tensor:
@@ -58,24 +62,26 @@ def slope(p: Tensor, alpha: float) -> Tensor:
 
 
 def _solve(w: Tensor, a: float) -> Tensor:
-    """Return p in [0, 1/2] with p^a - (1 - p)^a = w, for w in [-1, 0]."""
+    """Return p in [0, 1/2] with p^a - (1 - p)^a = w, for w in (-1, 0]: from a table, and by Newton's method."""
+    grid = torch.linspace(0, 1, _GRID + 1, dtype=torch.float64, device=w.device)
     if a > _STEEP:
-        # Nearly a step: few logits are not saturated, and Newton's method would not find its way among them.
-        p = torch.zeros_like(w)
-        between = w > -1
-        p[between] = _bisect(w[between].double(), a).float()
-        return p
-    # Solved once for a table, denser towards w = -1 where p may be steep; then two or three of Newton's steps.
-    grid = torch.linspace(0, 1, _GRID + 1, dtype=torch.float64, device=w.device).square() - 1
-    table = _bisect(grid, a).float()
-    place = (w + 1).clamp(min=0).sqrt() * _GRID
-    left = place.long().clamp(max=_GRID - 1)
-    p = torch.lerp(table[left], table[left + 1], place - left)
+        # Nearly a step: p bends next to w = 0, where the table is dense, and Newton's method would lose its way.
+        table = _bisect(-grid.pow(4), a).float()
+        return _look_up(table, (-w).sqrt().sqrt())
+    # For small a, p bends next to w = -1.
+    p = _look_up(_bisect(grid.square() - 1, a).float(), (w + 1).sqrt())
     for _ in range(_STEPS):
         safe = p.clamp(min=1e-12)
-        error = safe.pow(a) - (1 - safe).pow(a) - w
-        p = (p - error / (a * (safe.pow(a - 1) + (1 - safe).pow(a - 1)))).clamp(0, 0.5)
-    return torch.where(w <= -1, 0.0, p)
+        low, high = safe.pow(a - 1), (1 - safe).pow(a - 1)
+        p = (p - (safe * low - (1 - safe) * high - w) / (a * (low + high))).clamp(0, 0.5)
+    return p
+
+
+def _look_up(table: Tensor, place: Tensor) -> Tensor:
+    """Return what lies at ``place`` in [0, 1] of a table."""
+    place = place * (len(table) - 1)
+    left = place.long().clamp(max=len(table) - 2)
+    return torch.lerp(table[left], table[left + 1], place - left)
 
 
 def _bisect(w: Tensor, a: float) -> Tensor:
@@ -92,10 +98,10 @@ class _LogSurvival(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, alpha: float) -> Tensor:
-        p = sparse_sigmoid(logits, alpha)
-        queries, keys = p.shape[-2:]
-        later = torch.ones(queries, keys, dtype=torch.bool, device=p.device).tril(keys - queries - 1)
-        p = torch.where(later, p, 1.0)
+        queries, keys = logits.shape[-2:]
+        later = torch.ones(queries, keys, dtype=torch.bool, device=logits.device).tril(keys - queries - 1)
+        # A pair that is not droppable has a logit beyond saturation.
+        p = sparse_sigmoid(torch.where(later, logits, torch.inf), alpha)
         ctx.alpha = alpha
         ctx.save_for_backward(p)
         return p.log().clamp(min=_FLOOR).cumsum(-2)

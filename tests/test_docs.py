@@ -154,3 +154,20 @@ def test_benchmark_of_the_cache_runs(tiny_folder, tmp_path):
     records = json.loads((tmp_path / "out.json").read_text())["records"]
     assert len(records) == 4
     assert all(r["kv_mib"] > 0 for r in records)
+
+
+def test_picture_of_kept_tokens_shows_what_a_policy_keeps(tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat saw a dog and then ran to the house of the man by night. " * 40)
+    command = [sys.executable, "benchmarks/kept_tokens.py", str(tiny_folder), "--policy", "window:sinks=4,recent=8"]
+    sizes = ["--length", "32", "--blocks", "2", "--back", "12", "--show", "20", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--text", str(text), *sizes], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["kept"].pop("first four") == 1
+    assert sum(found["tokens"].values()) == 2 * 20
+    assert found["kept"]
+    assert set(found["kept"].values()) == {0}
+    assert (tmp_path / "out.png").exists()

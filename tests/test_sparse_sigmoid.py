@@ -9,7 +9,7 @@ from entmax import entmax_bisect
 from anee_core.errors import InputError
 from anee_core.sparse_sigmoid import log_survival, slope, sparse_sigmoid
 
-Z = torch.linspace(-3, 3, 4001, dtype=torch.float64)
+Z = torch.arange(-2000, 2001, dtype=torch.float64) * 1.5e-3
 
 
 def reference(z, alpha):
