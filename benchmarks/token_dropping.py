@@ -62,12 +62,14 @@ def measure(model: AdaptiveModel, blocks: torch.Tensor, first: int, batch: int) 
     return {"perplexity": math.exp(sum(losses) / len(losses)), "dropped": 1 - (kept.sum() / before.sum()).item()}
 
 
-def runs(asa: list[str], shifts: list[float]) -> list[tuple[str, str]]:
+def runs(asa: str | None, shifts: list[float]) -> list[tuple[str, str]]:
     """Return pairs of a name and a policy string."""
     made = [("dense", "dense")]
     for name, policy in POLICIES.items():
         made += [(name, policy.format(keep=round(1 - share, 3))) for share in SHARES]
-    return made + [("ASA", f"asa:{folder},shift={shift}") for folder in asa for shift in shifts]
+    if asa is None:
+        return made
+    return made + [("ASA", f"asa:{asa + ',' if asa else ''}shift={shift}") for shift in shifts]
 
 
 def report(found: dict, out: Path) -> None:
@@ -101,7 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", action="append", required=True, help="NAME=FILE; may be repeated")
-    parser.add_argument("--asa", action="append", default=[], help="folder with trained weights; may be repeated")
+    parser.add_argument(
+        "--asa", nargs="?", const="", help="run asa too, with the weights in a folder or those installed for the model"
+    )
     parser.add_argument("--shift", type=float, nargs="+", default=[0.0], help="shifts of beta to try with each")
     parser.add_argument("--length", type=int, default=1000)
     parser.add_argument("--from", type=int, default=200, dest="first", help="first position that is scored")

@@ -36,7 +36,8 @@ def test_snippet_of_the_front_page_runs(tiny_folder, capsys):
 
 
 @pytest.mark.parametrize("page", ["adapter", "policy"])
-def test_snippets_of_a_page_run_in_order(page):
+def test_snippets_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write a folder
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     names = {}
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)):
@@ -170,4 +171,19 @@ def test_picture_of_kept_tokens_shows_what_a_policy_keeps(tiny_folder, tmp_path)
     assert sum(found["tokens"].values()) == 2 * 20
     assert found["kept"]
     assert set(found["kept"].values()) == {0}
+    assert (tmp_path / "out.png").exists()
+
+
+def test_cache_over_time_shows_what_was_freed(tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat saw a dog and then ran to the house of the man by night. " * 40)
+    command = [sys.executable, "benchmarks/cache_over_time.py", str(tiny_folder), "--text", str(text)]
+    sizes = ["--length", "96", "--tokens", "3", "--chunk", "16", "--out", str(tmp_path / "out")]
+    policies = ["--policy", "dense", "--policy", "window:sinks=1,recent=4"]
+    done = subprocess.run([*command, *sizes, *policies], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    dense, window = json.loads((tmp_path / "out.json").read_text())["policies"].values()
+    assert dense["slots"] == [98] * 6
+    assert window["slots"] == [5] * 6
+    assert window["peak_mib"] < dense["peak_mib"] / 3
     assert (tmp_path / "out.png").exists()
