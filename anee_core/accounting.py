@@ -132,8 +132,9 @@ class CostModel:
     """What each part of one model costs.
 
     ``run`` and ``propagate`` hold one `Work` per layer: the layer's linears, and what gives a skipped token its keys
-    and values. Attention adds ``pair_flops`` for each (query, slot) pair. Head and embedding stand apart; the latter
-    is what leads from a token to the first layer, and from the last layer to the head.
+    and values; ``shortcut`` what it gets in the layer's place, if anything. Attention adds ``pair_flops`` for each
+    (query, slot) pair. Head and embedding stand apart; the latter is what leads from a token to the first layer, and
+    from the last layer to the head.
     """
 
     run: tuple[Work, ...]
@@ -141,6 +142,14 @@ class CostModel:
     pair_flops: int
     head: Work
     embedding: Work
+    shortcut: tuple[Work, ...] = ()
+
+    @property
+    def skip(self) -> tuple[Work, ...]:
+        """What skipping each layer takes."""
+        if not self.shortcut:
+            return self.propagate
+        return tuple(keys + instead for keys, instead in zip(self.propagate, self.shortcut, strict=True))
 
     @property
     def num_layers(self) -> int:
@@ -160,7 +169,7 @@ class CostModel:
     @cached_property
     def _flops(self) -> Tensor:
         """FLOPs per token of running and of skipping each layer, [2, L]."""
-        return torch.tensor([[float(work.flops) for work in parts] for parts in (self.run, self.propagate)])
+        return torch.tensor([[float(work.flops) for work in parts] for parts in (self.run, self.skip)])
 
     @property
     def run_shares(self) -> tuple[float, ...]:
@@ -176,7 +185,7 @@ class CostModel:
     def skip_shares(self) -> tuple[float, ...]:
         """Share of a dense token's decoder-layer FLOPs that skipping each layer still takes, attention left out."""
         dense = sum(work.flops for work in self.run)
-        return tuple(work.flops / dense for work in self.propagate)
+        return tuple(work.flops / dense for work in self.skip)
 
     def least_share(self, protected: Sequence[int]) -> float:
         """Return the smallest share a token can spend when ``protected`` layers always run."""
@@ -192,12 +201,14 @@ class Spent:
 
     layer_flops: int = 0
     propagation_flops: int = 0
+    shortcut_flops: int = 0
     policy_flops: int = 0
     dense_layer_flops: int = 0
     head_flops: int = 0
     embedding_flops: int = 0
     layer_bytes: int = 0
     propagation_bytes: int = 0
+    shortcut_bytes: int = 0
     dense_layer_bytes: int = 0
     head_bytes: int = 0
     embedding_bytes: int = 0
@@ -209,7 +220,7 @@ class Spent:
 
     @property
     def share(self) -> float:
-        """Share of the dense decoder-layer FLOPs that was executed, propagation included."""
+        """Share of the dense decoder-layer FLOPs that was executed, propagation and shortcuts included."""
         if not self.dense_layer_flops:
             return 0.0
-        return (self.layer_flops + self.propagation_flops) / self.dense_layer_flops
+        return (self.layer_flops + self.propagation_flops + self.shortcut_flops) / self.dense_layer_flops

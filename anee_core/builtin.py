@@ -14,8 +14,9 @@ from anee_core.cache_policies import (
 )
 from anee_core.controllers import DenseController, HeuristicController, RandomController, StaticController
 from anee_core.hookspecs import hookimpl
-from anee_core.interfaces import CachePolicy, Controller, Profiler
+from anee_core.interfaces import CachePolicy, Controller, Profiler, Shortcut
 from anee_core.profiler import SignalProfiler
+from anee_core.shortcuts import LowRankShortcut
 
 
 @hookimpl
@@ -35,3 +36,9 @@ def anee_cache_policies() -> dict[str, type[CachePolicy]]:
     """Return the token policies."""
     scored = (H2OCachePolicy, TovaCachePolicy, KeyNormCachePolicy, SnapKVCachePolicy, RandomTokensCachePolicy)
     return {p.name: p for p in (FullCachePolicy, WindowCachePolicy, *scored, AsaCachePolicy)}
+
+
+@hookimpl
+def anee_shortcuts() -> dict[str, type[Shortcut]]:
+    """Return the fitted shortcuts."""
+    return {LowRankShortcut.name: LowRankShortcut}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Engine:
     Args:
         adapter: knows the model's family.
         parts: the model's modules.
-        policy: what decides; the engine binds its controller to the model.
+        policy: what decides; the engine binds its parts to the model.
         budget: share of the dense decoder-layer FLOPs that may be spent, in (0, 1]; None for the policy's default.
         hard: whether no token may exceed the budget; otherwise it holds on average.
         calibration: what the controller needs to know of the model, if anything.
@@ -65,7 +65,7 @@ class Engine:
         costs: CostModel | None = None,
     ) -> None:
         self.adapter, self.parts = adapter, parts
-        self.costs = costs or cost_model(adapter, parts)
+        costs = replace(costs or cost_model(adapter, parts), shortcut=())
         limit = budget_of(policy, budget)
         if policy.controller.runs_all and limit is not None and limit < 1.0:
             raise BudgetError(
@@ -73,11 +73,9 @@ class Engine:
                 "choose one that skips layers, or leave the budget out"
             )
         hard = hard or policy.hard
-        protected = policy.controller.protected(self.costs.num_layers)
-        self.budget = Budget(self.costs, protected, limit, hard)
         config = parts.config
         setting = Setting(
-            self.costs,
+            costs,
             limit,
             hard,
             calibration or policy.calibration,
@@ -86,9 +84,15 @@ class Engine:
             device=parts.embedding.weight.device,
             backbone=getattr(config, "anee_backbone", None),
         )
+        shortcut = None if policy.shortcut is None else policy.shortcut.bind(setting)
+        if shortcut is not None:
+            costs = replace(costs, shortcut=tuple(shortcut.work(i) for i in range(costs.num_layers)))
+            setting = replace(setting, costs=costs)
+        self.costs = costs
+        self.budget = Budget(costs, policy.controller.protected(costs.num_layers), limit, hard)
         controller = policy.controller.bind(setting)
         cache_policy = policy.cache_policy.bind(setting)
-        self.policy = Policy(controller, cache_policy, policy.profiler, setting.calibration, limit, hard)
+        self.policy = Policy(controller, cache_policy, policy.profiler, setting.calibration, limit, hard, shortcut)
         self._step = step or ReferenceStep(adapter, parts)
         self._devices = devices_of(parts)
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
@@ -148,19 +152,20 @@ class Engine:
         drop: Drop | None,
     ) -> Tensor:
         slots, window, device = cache.slots[layer_idx], self._windows[layer_idx], self._devices[layer_idx]
+        shortcut = self.policy.shortcut
         if device != call.position_ids.device:
             call = call.to(device)
         if selection.kind == "none":
             keys, values = self._step.project(layer_idx, hidden_states, call)
             cache.write(layer_idx, keys, values)
-            return hidden_states
+            return hidden_states if shortcut is None else hidden_states + shortcut.estimate(layer_idx, hidden_states)
         subset = selection.kind == "some"
         held = None if drop is None else drop.visible()
         needed = held is not None or masks.needed(slots, window, subset)
         mask = masks.mask(slots, window, held).to(device) if needed else None
         with nullcontext() if drop is None else drop.around(hidden_states.dtype):
             if subset:
-                return skip_some(self._step, layer_idx, hidden_states, call, cache, selection, mask)
+                return skip_some(self._step, layer_idx, hidden_states, call, cache, selection, mask, shortcut)
             return self._step.run(layer_idx, hidden_states, call.with_mask(mask), CacheWriter(cache, layer_idx))
 
     def _dropping(
@@ -187,6 +192,9 @@ class Engine:
         per_token, per_pair = self.policy.cache_policy.work(layer_idx)
         spent.policy_flops += everyone * (per_token + slots * per_pair)
         spent.propagation_flops += skipping * propagate.flops
+        if costs.shortcut:
+            spent.shortcut_flops += skipping * costs.shortcut[layer_idx].flops
+            spent.shortcut_bytes += costs.shortcut[layer_idx].read(skipping)
         spent.dense_layer_flops += everyone * (run.flops + (cache.seen + tokens) * costs.pair_flops)
         spent.layer_bytes += run.read(running)
         spent.propagation_bytes += propagate.read(skipping)

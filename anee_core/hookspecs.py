@@ -14,7 +14,7 @@ from typing import Any
 import pluggy
 import torch
 
-from anee_core.interfaces import CachePolicy, Controller, ModelAdapter, Profiler
+from anee_core.interfaces import CachePolicy, Controller, ModelAdapter, Profiler, Shortcut
 
 PROJECT = "anee"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -51,6 +51,10 @@ class Hooks:
     @hookspec
     def anee_cache_policies(self) -> Mapping[str, type[CachePolicy]]:  # type: ignore[empty-body]
         """Return token policies by the name that a policy string uses; their fields are the options."""
+
+    @hookspec
+    def anee_shortcuts(self) -> Mapping[str, type[Shortcut]]:  # type: ignore[empty-body]
+        """Return shortcuts of skipped layers by the name that a policy string uses; their fields are the options."""
 
     @hookspec
     def anee_policies(self) -> Mapping[str, Callable[..., Any]]:  # type: ignore[empty-body]

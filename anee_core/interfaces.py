@@ -1,4 +1,4 @@
-"""The four interfaces of ANEE: ModelAdapter, Profiler, Controller and CachePolicy.
+"""The interfaces of ANEE: ModelAdapter, Profiler, Controller, CachePolicy and Shortcut.
 
 Policies see tensors, never modules, so none of them can depend on a model.
 """
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from anee_core.accounting import CostModel
+from anee_core.accounting import CostModel, Work
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
@@ -34,6 +34,7 @@ __all__ = [
     "Parts",
     "Profiler",
     "Setting",
+    "Shortcut",
 ]
 
 
@@ -187,6 +188,28 @@ class Controller(Configurable, ABC):
         ``signals`` is [B, T, F]. N is the controller's choice: one that needs nothing from inside the pass decides all
         layers at once. A decision may use only the token's own path and earlier tokens.
         """
+
+
+class Shortcut(Configurable, ABC):
+    """Estimates what a skipped layer would have done to the hidden state, for little."""
+
+    name: ClassVar[str]
+
+    def bind(self, setting: Setting) -> Shortcut:
+        """Return a shortcut for one model; this one stays as it is and can serve others.
+
+        Raises:
+            PolicyError: the options or the weights do not fit the model.
+        """
+        return self
+
+    @abstractmethod
+    def work(self, layer_idx: int) -> Work:
+        """Return what `estimate` executes per token, once bound."""
+
+    @abstractmethod
+    def estimate(self, layer_idx: int, hidden_states: Tensor) -> Tensor:
+        """Return what to add to the hidden states [..., D] of tokens that skip a layer, of the same shape."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache, CacheWriter
+from anee_core.interfaces import Shortcut
 from anee_core.layout import Parts
 from anee_core.plan import Selection
 
@@ -51,8 +52,9 @@ def skip_some(
     cache: AdaptiveCache,
     selection: Selection,
     mask: Tensor | None,
+    shortcut: Shortcut | None = None,
 ) -> Tensor:
-    """Run a layer for some tokens of a block [B, T, D] and give the others their keys and values.
+    """Run a layer for some tokens of a block [B, T, D]; give the others their keys and values, and their shortcut.
 
     The skipped tokens' keys and values are written first, so that later tokens of the block see them.
     ``mask`` is the block's additive mask [B, 1, T, S], or None if every query sees every slot.
@@ -60,15 +62,19 @@ def skip_some(
     assert selection.run is not None
     assert selection.skip is not None
     rows, columns = selection.skip
-    keys, values = step.project(layer_idx, hidden_states[rows, columns], call.select(rows, columns))
+    skipped = hidden_states[rows, columns]
+    keys, values = step.project(layer_idx, skipped, call.select(rows, columns))
     cache.write(layer_idx, keys, values, rows, columns)
+    result = hidden_states
+    if shortcut is not None:
+        result = result.index_put((rows, columns), skipped + shortcut.estimate(layer_idx, skipped))
 
     rows, columns = selection.run
     chosen = call.select(rows, columns)
     if mask is not None:
         chosen = chosen.with_mask(mask[rows, 0, columns].unsqueeze(1))
     output = step.run(layer_idx, hidden_states[rows, columns], chosen, CacheWriter(cache, layer_idx, rows, columns))
-    return hidden_states.index_put((rows.expand_as(columns), columns), output)
+    return result.index_put((rows.expand_as(columns), columns), output)
 
 
 def devices_of(parts: Parts) -> tuple[torch.device, ...]:

@@ -13,11 +13,20 @@ import pluggy
 
 from anee_core.errors import PluginError, suggestion
 from anee_core.hookspecs import PROJECT, Hooks
-from anee_core.interfaces import CachePolicy, Controller, ModelAdapter, Profiler
+from anee_core.interfaces import CachePolicy, Controller, ModelAdapter, Profiler, Shortcut
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("adapters", "profilers", "controllers", "cache_policies", "policies", "model_sources", "trained_policies")
+KINDS = (
+    "adapters",
+    "profilers",
+    "controllers",
+    "cache_policies",
+    "shortcuts",
+    "policies",
+    "model_sources",
+    "trained_policies",
+)
 _BUILT_IN = "anee"
 
 
@@ -102,6 +111,7 @@ class Plugins:
         self.profilers = registries["profilers"]
         self.controllers = registries["controllers"]
         self.cache_policies = registries["cache_policies"]
+        self.shortcuts = registries["shortcuts"]
         self.policies = registries["policies"]
         self.model_sources = registries["model_sources"]
         self.trained_policies = registries["trained_policies"]
@@ -186,7 +196,7 @@ class Plugins:
     @property
     def _policy_kinds(self) -> tuple[Registry, ...]:
         """The kinds that share the names of policy strings."""
-        return self.policies, self.controllers, self.cache_policies
+        return self.policies, self.controllers, self.cache_policies, self.shortcuts
 
     def _clashes(self) -> list[str]:
         """Return one line for each name that several plugins claim."""
@@ -206,7 +216,12 @@ class Plugins:
 
 def _check_providers(kind: str, providers: Mapping[str, Any]) -> None:
     """Raise `PluginError` for a provider that is not what its hook asks for."""
-    classes = {"profilers": Profiler, "controllers": Controller, "cache_policies": CachePolicy}
+    classes = {
+        "profilers": Profiler,
+        "controllers": Controller,
+        "cache_policies": CachePolicy,
+        "shortcuts": Shortcut,
+    }
     for name, provider in providers.items():
         if kind == "adapters":
             fits, wanted = isinstance(provider, ModelAdapter), "an instance of ModelAdapter"

@@ -1,4 +1,4 @@
-"""The bundle of a layer policy and a token policy: from a string, to a folder and back."""
+"""The bundle of a layer policy, shortcuts and a token policy: from a string, to a folder and back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from anee_core.cache_policies.full import FullCachePolicy
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.controllers.dense import DenseController
 from anee_core.errors import CheckpointError, PolicyError, suggestion
-from anee_core.interfaces import CachePolicy, Calibration, Configurable, Controller, Profiler
+from anee_core.interfaces import CachePolicy, Calibration, Configurable, Controller, Profiler, Shortcut
 from anee_core.ledger import check_budget
-from anee_core.plugins import Plugins
+from anee_core.plugins import Plugins, Registry
 from anee_core.profiler import SignalProfiler
 
 _FORMAT = CheckpointFormat(
@@ -28,14 +28,15 @@ _FORMAT = CheckpointFormat(
     remedy="save it again",
     renew="save the policy with this version",
 )
+_PLURALS = {"controller": "layer policies", "cache_policy": "token policies", "shortcut": "shortcuts"}
 
 
 @dataclass(frozen=True)
 class Policy:
     """What decides: a controller for layers, a cache policy for tokens, and the profiler that serves them.
 
-    ``calibration`` is what the controller was bound with, ``budget`` and ``hard`` what it was bound to, if they came
-    with the policy.
+    ``shortcut`` is what tokens get in the place of a layer that they skip, if anything. ``calibration`` is what the
+    controller was bound with, ``budget`` and ``hard`` what it was bound to, if they came with the policy.
     """
 
     controller: Controller = field(default_factory=DenseController)
@@ -44,6 +45,7 @@ class Policy:
     calibration: Calibration | None = None
     budget: float | None = None
     hard: bool = False
+    shortcut: Shortcut | None = None
 
     @property
     def feeds_back(self) -> bool:
@@ -52,9 +54,8 @@ class Policy:
 
     def __str__(self) -> str:
         """Return the policy string that makes this policy."""
-        return "+".join(
-            _spell(part) for part in (self.controller, self.cache_policy) if not isinstance(part, FullCachePolicy)
-        )
+        parts = (self.controller, self.shortcut, self.cache_policy)
+        return "+".join(_spell(part) for part in parts if part is not None and not isinstance(part, FullCachePolicy))
 
     def with_trained(self, folders: Mapping[str, Path]) -> Policy:
         """Return the policy with its trained parts' folders filled in where they name none, by the part's name."""
@@ -64,9 +65,11 @@ class Policy:
         """Return the policy with its trained parts' folders moved: ``place`` gets a part's name and its folder."""
 
         def moved(part: Any) -> Any:
-            return part if part.checkpoint is None else replace(part, folder=str(place(part.name, part.folder)))
+            trained = part is not None and part.checkpoint is not None
+            return replace(part, folder=str(place(part.name, part.folder))) if trained else part
 
-        return replace(self, controller=moved(self.controller), cache_policy=moved(self.cache_policy))
+        parts = {name: moved(getattr(self, name)) for name in ("controller", "cache_policy", "shortcut")}
+        return replace(self, **parts)
 
     def save(self, folder: str | Path) -> None:
         """Write the policy as JSON plus safetensors; what was trained for it is copied into folders beside.
@@ -79,12 +82,14 @@ class Policy:
                 f"a policy with its own profiler ({type(self.profiler).__name__}) cannot be saved: its folder holds "
                 "layer and token policy only"
             )
-        for part in (self.controller, self.cache_policy):
-            if part.checkpoint is not None:
+        for part in (self.controller, self.cache_policy, self.shortcut):
+            if part is not None and part.checkpoint is not None:
                 part.checkpoint.copy(part.options()["folder"], Path(folder) / part.name)
         inside = self._with_folders(lambda name, folder: name)
         header: dict[str, Any] = {"layers": _spell(inside.controller), "tokens": _spell(inside.cache_policy)}
         header.update(budget=self.budget, hard=self.hard)
+        if inside.shortcut is not None:
+            header["shortcut"] = _spell(inside.shortcut)
         tensors = {}
         if self.calibration is not None:
             header["calibration"] = {"fingerprint": self.calibration.fingerprint, "source": self.calibration.source}
@@ -101,14 +106,16 @@ class Policy:
         path = Path(folder)
         header, tensors = _FORMAT.read(path)
         wanted = {"importance", "confidence"} if "calibration" in header else set()
-        expected = {"layers", "tokens", "budget", "hard"} | ({"calibration"} if wanted else set())
+        optional = {"calibration", "shortcut"} & set(header)
+        expected = {"layers", "tokens", "budget", "hard"} | optional
         if set(tensors) != wanted or set(header) != expected:
             raise CheckpointError(
                 f"the policy in {path} has keys {sorted(header)} and tensors {sorted(tensors)}, "
                 f"expected {sorted(expected)} and {sorted(wanted)}"
             )
         try:
-            policy = parse_policy(f"{header['layers']}+{header['tokens']}", plugins)
+            shortcut = f"+{header['shortcut']}" if "shortcut" in header else ""
+            policy = parse_policy(f"{header['layers']}+{header['tokens']}{shortcut}", plugins)
         except PolicyError as error:
             raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
         policy = policy._with_folders(lambda name, inside: path / inside)
@@ -149,22 +156,21 @@ def make_policy(given: str | Path | Policy | Controller | CachePolicy | None, pl
 
 
 def parse_policy(text: str, plugins: Plugins) -> Policy:
-    """Read a policy string: ``name[:option=value,...]``, a layer policy and a token policy joined by ``+``.
+    """Read a policy string: ``name[:option=value,...]``, a layer policy, shortcuts and a token policy joined by ``+``.
 
     A string that names a folder with a saved policy loads it.
 
     Raises:
-        PolicyError: unknown name or option, wrong value, or two policies of one kind.
+        PolicyError: unknown name or option, wrong value, two policies of one kind, or shortcuts with nothing to skip.
         CheckpointError: the folder's policy cannot be read.
     """
     if os.path.isfile(os.path.join(text, _FORMAT.header)):  # unlike Path.is_file, False for a name that is too long
         return Policy.load(text, plugins)
-    controller: Controller | None = None
-    cache_policy: CachePolicy | None = None
+    found: dict[str, Any] = {}
     # A plus that joins stands before a name; that of a number like 1e+3 does not.
     parts = re.split(r"\+(?!\d)", text)
-    for part in parts:
-        name, _, options = part.partition(":")
+    for piece in parts:
+        name, _, options = piece.partition(":")
         name = name.strip()
         if not name:
             raise PolicyError(f"'{text}' has an empty part; a policy string is like 'heuristic' or 'static:skip=5 14'")
@@ -172,27 +178,45 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
         if registry is None and os.path.isdir(text):
             raise CheckpointError(f"the folder '{text}' holds no saved policy: it has no {_FORMAT.header}")
         if registry is None:
-            known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies]
+            known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies, *plugins.shortcuts]
             raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")
-        if registry is plugins.policies:
-            try:
-                bundle = registry[name](**_raw_options(name, options))
-            except TypeError as error:
-                raise PolicyError(f"{name}: {error}") from error
-            if len(parts) == 1:
-                return typing.cast(Policy, bundle)
-            layer = None if isinstance(bundle.controller, DenseController) else bundle.controller
-            token = None if bundle.cache_policy.keeps_all else bundle.cache_policy
-        elif registry is plugins.controllers:
-            layer, token = _configure(registry[name], name, options), None
-        else:
-            layer, token = None, _configure(registry[name], name, options)
-        if layer is not None and controller is not None:
-            raise PolicyError(f"'{text}' names two layer policies; join one layer policy and one token policy")
-        if token is not None and cache_policy is not None:
-            raise PolicyError(f"'{text}' names two token policies; join one layer policy and one token policy")
-        controller, cache_policy = layer or controller, token or cache_policy
-    return Policy(controller or DenseController(), cache_policy or FullCachePolicy())
+        if registry is plugins.policies and len(parts) == 1:
+            return _bundle(registry[name], name, options)
+        for kind, part in _parts(registry, name, options, plugins).items():
+            if kind in found:
+                raise PolicyError(f"'{text}' names two {_PLURALS[kind]}; join one layer policy and one token policy")
+            found[kind] = part
+    if "shortcut" in found and found.get("controller", DenseController()).runs_all:
+        raise PolicyError(
+            f"'{text}' has shortcuts but skips no layer: join them with a layer policy, as in 'random:p=0.3+shortcuts'"
+        )
+    return Policy(**found)
+
+
+def _parts(registry: Registry, name: str, options: str, plugins: Plugins) -> dict[str, Any]:
+    """Return what one part of a policy string brings, by field of `Policy`."""
+    if registry is plugins.controllers:
+        return {"controller": _configure(registry[name], name, options)}
+    if registry is plugins.cache_policies:
+        return {"cache_policy": _configure(registry[name], name, options)}
+    if registry is plugins.shortcuts:
+        return {"shortcut": _configure(registry[name], name, options)}
+    whole = _bundle(registry[name], name, options)
+    parts: dict[str, Any] = {}
+    if not isinstance(whole.controller, DenseController):
+        parts["controller"] = whole.controller
+    if not whole.cache_policy.keeps_all:
+        parts["cache_policy"] = whole.cache_policy
+    if whole.shortcut is not None:
+        parts["shortcut"] = whole.shortcut
+    return parts
+
+
+def _bundle(factory: Any, name: str, options: str) -> Policy:
+    try:
+        return typing.cast(Policy, factory(**_raw_options(name, options)))
+    except TypeError as error:
+        raise PolicyError(f"{name}: {error}") from error
 
 
 def _raw_options(name: str, text: str, positional: str | None = None) -> dict[str, str]:

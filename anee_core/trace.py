@@ -98,7 +98,8 @@ class Trace:
 
     @property
     def budget_spent(self) -> float:
-        """Share of the dense decoder-layer FLOPs that was executed, propagation of keys and values included.
+        """Share of the dense decoder-layer FLOPs that was executed, with what skipped layers cost: their keys
+        and values, and shortcuts.
 
         The tokens of a prompt that was read densely on request are left out: no budget was set for them.
         """
@@ -123,10 +124,11 @@ class Trace:
         return {
             "layers": s.layer_flops,
             "propagation": s.propagation_flops,
+            "shortcuts": s.shortcut_flops,
             "token_policy": s.policy_flops,
             "head": s.head_flops,
             "embedding": s.embedding_flops,
-            "spent": s.layer_flops + s.propagation_flops + s.policy_flops + shared,
+            "spent": s.layer_flops + s.propagation_flops + s.shortcut_flops + s.policy_flops + shared,
             "dense": s.dense_layer_flops + shared,
         }
 
@@ -138,9 +140,10 @@ class Trace:
         return {
             "layers": s.layer_bytes,
             "propagation": s.propagation_bytes,
+            "shortcuts": s.shortcut_bytes,
             "head": s.head_bytes,
             "embedding": s.embedding_bytes,
-            "spent": s.layer_bytes + s.propagation_bytes + shared,
+            "spent": s.layer_bytes + s.propagation_bytes + s.shortcut_bytes + shared,
             "dense": s.dense_layer_bytes + shared,
         }
 
@@ -170,6 +173,7 @@ class Trace:
             ("FLOPs spent", f"{_units(flops['spent'])} of {_units(flops['dense'])} dense"),
             ("  layers", _units(flops["layers"])),
             ("  K/V of skipped layers", _units(flops["propagation"])),
+            ("  shortcuts", _units(flops["shortcuts"])),
             ("  token policy", _units(flops["token_policy"])),
             ("  head and embedding", _units(flops["head"] + flops["embedding"])),
             ("FLOPs saved", f"{_units(flops['dense'] - flops['spent'])} ({1 - _ratio(flops):.1%})"),

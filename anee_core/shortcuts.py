@@ -1,0 +1,128 @@
+"""Shortcuts: what a skipped layer would have added to the hidden state, estimated by a low-rank linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anee_core.accounting import Work
+from anee_core.checkpoint import CheckpointFormat
+from anee_core.errors import CheckpointError, PolicyError
+from anee_core.interfaces import Setting, Shortcut
+
+_FORMAT = CheckpointFormat(
+    name="shortcuts",
+    what="shortcuts",
+    missing="'anee calibrate MODEL --folder FOLDER' makes such a folder",
+    remedy="fit or copy them again",
+    renew="fit them with this version",
+)
+
+
+@dataclass(frozen=True)
+class ShortcutWeights:
+    """What is fitted: ``down`` [L, r, D], ``up`` [L, D, r] and ``bias`` [L, D]; ``facts`` says how."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write shortcuts.json and shortcuts.safetensors into a folder.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        layers, rank, width = self.down.shape
+        header = {"layers": layers, "rank": rank, "width": width, "facts": dict(self.facts)}
+        _FORMAT.write(folder, header, {"down": self.down, "up": self.up, "bias": self.bias})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ShortcutWeights:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, corrupt or of another schema.
+        """
+        header, tensors = _FORMAT.read(folder)
+        expected = {"layers", "rank", "width", "facts"}
+        if set(header) != expected:
+            raise CheckpointError(f"the shortcuts in {folder} have keys {sorted(header)}, expected {sorted(expected)}")
+        layers, rank, width = header["layers"], header["rank"], header["width"]
+        shapes = {"down": (layers, rank, width), "up": (layers, width, rank), "bias": (layers, width)}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != shapes or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
+            raise CheckpointError(f"the shortcuts in {folder} hold {found}, expected finite {shapes}; fit them again")
+        return cls(**tensors, facts=header["facts"])
+
+
+def unit_norm(hidden_states: Tensor) -> Tensor:
+    """Return hidden states [..., D] scaled to a root mean square of 1, in their dtype."""
+    square = hidden_states.float().square().mean(-1, keepdim=True)
+    return (hidden_states.float() * torch.rsqrt(square + 1e-6)).to(hidden_states.dtype)
+
+
+@dataclass(frozen=True)
+class LowRankShortcut(Shortcut):
+    """Adds ``up @ down @ n(h) + bias`` to the hidden state h of a token that skips a layer; n scales h to unit norm.
+
+    Options:
+        folder: what ``anee calibrate`` wrote; may stand first, without its name. Default: what is installed for the
+            model.
+    """
+
+    name: ClassVar[str] = "shortcuts"
+    positional: ClassVar[str | None] = "folder"
+    checkpoint: ClassVar[CheckpointFormat | None] = _FORMAT
+
+    folder: str = ""
+    _weights: ShortcutWeights | None = field(default=None, init=False, compare=False, repr=False)
+
+    def bind(self, setting: Setting) -> Shortcut:
+        """Load the weights.
+
+        Raises:
+            PolicyError: there are none for this model, or they are of another shape.
+        """
+        if not self.folder:
+            raise PolicyError(
+                "shortcuts: none are installed for this model; fit some (anee calibrate) and name the folder, "
+                "as in 'shortcuts:FOLDER'"
+            )
+        weights = ShortcutWeights.load(self.folder)
+        layers, _, width = weights.down.shape
+        if (layers, width) != (setting.num_layers, setting.width):
+            raise PolicyError(
+                f"shortcuts: those in {self.folder} are for {layers} layers of width {width}, the model has "
+                f"{setting.num_layers} of {setting.width}; fit some for this model (anee calibrate)"
+            )
+        down, up, bias = (w.to(setting.device, setting.dtype) for w in (weights.down, weights.up, weights.bias))
+        bound = replace(self)
+        object.__setattr__(bound, "_weights", ShortcutWeights(down, up, bias, weights.facts))
+        return bound
+
+    @property
+    def weights(self) -> ShortcutWeights:
+        """The weights, once bound."""
+        if self._weights is None:
+            raise PolicyError("shortcuts: they are not bound to a model")
+        return self._weights
+
+    def work(self, layer_idx: int) -> Work:
+        """Return the work of both maps."""
+        _, rank, width = self.weights.down.shape
+        stored = sum(w[layer_idx].numel() * w.element_size() for w in (self.weights.down, self.weights.up))
+        return Work(4 * rank * width, stored + self.weights.bias[layer_idx].numel() * self.weights.bias.element_size())
+
+    def estimate(self, layer_idx: int, hidden_states: Tensor) -> Tensor:
+        """Return what the layer would add to hidden states [..., D], of the same shape."""
+        down, up, bias = (
+            w[layer_idx].to(hidden_states.device) for w in (self.weights.down, self.weights.up, self.weights.bias)
+        )
+        return torch.nn.functional.linear(unit_norm(hidden_states) @ down.T, up, bias)
