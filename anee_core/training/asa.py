@@ -18,10 +18,10 @@ from torch.nn import functional
 from anee_core.adapter import ModelAdapter
 from anee_core.cache_policies.asa import AsaWeights
 from anee_core.layout import Parts
-from anee_core.masks import additive, in_reach
 from anee_core.sparse_sigmoid import log_survival
 from anee_core.training.loop import Objective
 from anee_core.training.schedules import Schedule
+from anee_core.training.sequence import WholeSequences
 
 
 class Interactions(nn.Module):
@@ -82,7 +82,6 @@ class SparseAttention(Objective):
         self.target, self.distil, self.held_out = target, distil, held_out
         self.gamma: Tensor
         self.register_buffer("gamma", torch.tensor(float(gamma)))
-        self._windows = [adapter.window(parts.config, i) for i in range(len(parts.layers))]
 
     def train(self, mode: bool = True) -> SparseAttention:
         """Switch to training; a model that is not trained itself stays without dropout."""
@@ -113,25 +112,17 @@ class SparseAttention(Objective):
 
         An infinite ``alpha`` is what is deployed, None is dense.
         """
-        adapter, parts = self.adapter, self.parts
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        hidden_states = adapter.embed(parts, parts.embedding(input_ids), positions)
-        calls = adapter.begin(parts, hidden_states, positions)
-        bases: dict[int | None, Tensor] = {}
+        sequences = WholeSequences(self.adapter, self.parts, input_ids)
+        hidden_states = sequences.embedded
         survivals = []
-        for layer_idx, call in enumerate(calls):
-            window = self._windows[layer_idx]
-            if window not in bases:
-                bases[window] = additive(in_reach(positions[:1], positions[:1], window), torch.float32)
-            mask = bases[window]
+        for layer_idx in range(len(self.parts.layers)):
+            survival = None
             if alpha is not None:
-                attention_input = adapter.attention_input(parts, layer_idx, hidden_states)
+                attention_input = self.adapter.attention_input(self.parts, layer_idx, hidden_states)
                 survival = log_survival(self.interactions(layer_idx, attention_input), alpha)
                 survivals.append(survival)
-                mask = (mask + survival[:, None]).clamp(min=torch.finfo(hidden_states.dtype).min)
-            mask = mask.to(hidden_states.dtype)
-            hidden_states = adapter.run(parts, layer_idx, hidden_states, call.with_mask(mask), _NoCache())
-        return adapter.logits(parts, parts.final_norm(hidden_states)), survivals
+            hidden_states = sequences.layer(layer_idx, hidden_states, survival)
+        return sequences.logits(hidden_states), survivals
 
     def weights(self, backbone: str | None = None, **facts: Any) -> AsaWeights:
         """Return the trained part as it is deployed."""
@@ -171,10 +162,3 @@ def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:
     """Return KL(wanted || logits), in nats per token."""
     log_p, log_q = wanted.float().log_softmax(-1).flatten(0, 1), logits.float().log_softmax(-1).flatten(0, 1)
     return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
-class _NoCache:
-    """What a layer gets as its cache in training: hands keys and values back."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return keys, values
