@@ -1,0 +1,220 @@
+"""Fits shortcuts in closed form: reduced-rank ridge regression of what each layer adds on its normed input."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anee_core.calibration import fingerprint
+from anee_core.errors import CheckpointError, InputError
+from anee_core.model import AdaptiveModel
+from anee_core.progress import progress_bar
+from anee_core.shortcuts import ShortcutWeights, unit_norm
+from anee_core.training.sequence import WholeSequences
+
+logger = logging.getLogger(__name__)
+
+_FIRST = 4
+"""Positions left out at the start of each sequence: their hidden states are outliers in norm."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How shortcuts are fitted.
+
+    Args:
+        rank: width of the shortcuts.
+        ridge: added to the diagonal of the inputs' second moments, as a share of its mean.
+        skipped: share of (layer, token) pairs that take their new shortcut during the fit, so that later layers are
+            fitted on hidden states such as they will see.
+        batch: sequences at once.
+        seed: draws those pairs.
+    """
+
+    rank: int = 128
+    ridge: float = 1e-3
+    skipped: float = 0.25
+    batch: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.batch < 1:
+            raise InputError("rank and batch are at least 1")
+        if self.ridge <= 0 or not 0 <= self.skipped < 1:
+            raise InputError(f"ridge is above 0 and skipped lies in [0, 1); got {self.ridge:g} and {self.skipped:g}")
+
+
+class Moments:
+    """First and second moments of inputs x [N, D] and outputs y [N, E], gathered in fp64 piece by piece."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.count = 0
+        self.x, self.y = torch.zeros(inputs, dtype=torch.float64), torch.zeros(outputs, dtype=torch.float64)
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in some pairs."""
+        x, y = x.double().cpu(), y.double().cpu()
+        self.count += x.shape[0]
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ridge solution W [D, E] of centred pairs, its intercept [E], and the inputs' covariance [D, D]."""
+        mean_x, mean_y = self.x / self.count, self.y / self.count
+        covariance = self.xx / self.count - mean_x[:, None] * mean_x
+        cross = self.xy / self.count - mean_x[:, None] * mean_y
+        damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(mean_x), dtype=torch.float64)
+        weight = torch.linalg.solve(damped, cross)
+        return weight, mean_y - mean_x @ weight, covariance
+
+    def reduced(self, rank: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``down`` [r, D], ``up`` [E, r] and ``bias`` [E]: the ridge solution, of the rank whose predictions
+        lose the least (reduced-rank regression; Izenman, 1975).
+        """
+        weight, _, covariance = self.solve(ridge)
+        predicted = weight.T @ covariance @ weight
+        _, vectors = torch.linalg.eigh(predicted)
+        up = vectors[:, -min(rank, weight.shape[1]) :].flip(1)
+        down = (weight @ up).T
+        bias = (self.y - self.x @ weight @ up @ up.T) / self.count
+        return down, up, bias
+
+
+def fit_shortcuts(
+    model: AdaptiveModel, blocks: Tensor, folder: str | Path, options: FitOptions | None = None, progress: bool = True
+) -> ShortcutWeights:
+    """Fit shortcuts for every layer of a model, one layer after the other, and return them.
+
+    Hidden states are kept on disk, in ``folder``, so memory does not grow with the text; what is fitted is kept there
+    too, and an interrupted fit goes on with the layer where it stopped.
+
+    Args:
+        model: what to fit for.
+        blocks: token ids [N, T].
+        folder: for what is kept meanwhile.
+        options: how.
+        progress: whether to show a bar.
+
+    Raises:
+        InputError: sequences are too short.
+        CheckpointError: the folder holds another fit.
+    """
+    options = options or FitOptions()
+    if blocks.shape[1] <= _FIRST:
+        raise InputError(f"sequences of more than {_FIRST} tokens are needed; got {blocks.shape[1]}")
+    layers = len(model.parts.layers)
+    with torch.no_grad(), progress_bar(progress) as bar:
+        fit = _Fit(model, blocks, Path(folder), options)
+        task = bar.add_task("fitting shortcuts", total=layers, completed=fit.done)
+        while fit.done < layers:
+            fit.layer()
+            bar.update(task, completed=fit.done)
+    return fit.result()
+
+
+class _Fit:
+    """A fit in progress: hidden states on disk in front of layer ``done``, and the shortcuts of those before."""
+
+    def __init__(self, model: AdaptiveModel, blocks: Tensor, folder: Path, options: FitOptions) -> None:
+        self._model, self._blocks, self._folder, self._options = model, blocks, folder, options
+        self._identity = {
+            "model": fingerprint(model),
+            "tokens": [*blocks.shape, int(blocks.sum())],
+            **asdict(options),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = (*blocks.shape, model.config.hidden_size)
+        new = not (folder / "state.json").exists()
+        # Two files: what a layer reads stays as it is until the layer is done.
+        self._states = [
+            np.lib.format.open_memmap(folder / f"states-{i}.npy", "w+" if new else "r+", np.float32, shape)
+            for i in (0, 1)
+        ]
+        self.done = 0
+        self._fitted: dict[str, Tensor] = {}
+        if new:
+            for rows in self._rows():
+                embedded = WholeSequences(model.adapter, model.parts, blocks[rows].to(model.device)).embedded
+                self._states[0][rows] = embedded.float().cpu().numpy()
+            self._keep()
+        else:
+            self._resume()
+
+    def layer(self) -> None:
+        """Fit one layer, and move the hidden states past it."""
+        model, options, layer_idx = self._model, self._options, self.done
+        before, after = self._states[layer_idx % 2], self._states[(layer_idx + 1) % 2]
+        width = before.shape[-1]
+        moments = Moments(width, width)
+        for rows in self._rows():
+            sequences = WholeSequences(model.adapter, model.parts, self._blocks[rows].to(model.device))
+            hidden_states = self._load(before, rows)
+            output = sequences.layer(layer_idx, hidden_states).float().cpu()
+            hidden_states = hidden_states.float().cpu()
+            pairs = unit_norm(hidden_states)[:, _FIRST:], (output - hidden_states)[:, _FIRST:]
+            moments.add(*(pair.flatten(0, 1) for pair in pairs))
+            after[rows] = output.numpy()
+        down, up, bias = (part.float() for part in moments.reduced(options.rank, options.ridge))
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + layer_idx)
+        for rows in self._rows():
+            hidden_states, output = torch.from_numpy(before[rows]), torch.from_numpy(after[rows])
+            skipped = torch.rand(output.shape[:2], generator=generator) < options.skipped
+            skipped[:, :_FIRST] = False
+            estimate = unit_norm(hidden_states) @ down.T @ up.T + bias
+            after[rows] = torch.where(skipped[..., None], hidden_states + estimate, output).numpy()
+        for name, part in (("down", down), ("up", up), ("bias", bias)):
+            self._fitted[f"{name}.{layer_idx}"] = part.contiguous()
+        self.done += 1
+        self._keep()
+
+    def result(self) -> ShortcutWeights:
+        """Return the shortcuts of all layers."""
+        parts = {
+            name: torch.stack([self._fitted[f"{name}.{i}"] for i in range(self.done)])
+            for name in ("down", "up", "bias")
+        }
+        return ShortcutWeights(**parts, facts=self._identity)
+
+    def _rows(self) -> Iterator[slice]:
+        for start in range(0, len(self._blocks), self._options.batch):
+            yield slice(start, min(start + self._options.batch, len(self._blocks)))
+
+    def _load(self, states: Any, rows: slice) -> Tensor:
+        return torch.from_numpy(states[rows]).to(self._model.device, self._model.dtype)
+
+    def _keep(self) -> None:
+        for states in self._states:
+            states.flush()
+        draft = self._folder / "fitted.tmp"
+        save_file(self._fitted, draft)
+        draft.replace(self._folder / "fitted.safetensors")
+        state = self._folder / "state.tmp"
+        state.write_text(json.dumps({"done": self.done, "identity": self._identity}))
+        state.replace(self._folder / "state.json")
+
+    def _resume(self) -> None:
+        try:
+            state = json.loads((self._folder / "state.json").read_text())
+            self._fitted = load_file(self._folder / "fitted.safetensors")
+            identity, self.done = state["identity"], int(state["done"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the fit in {self._folder} cannot be continued ({error}); choose another folder"
+            ) from error
+        if identity != self._identity:
+            raise CheckpointError(f"{self._folder} holds the fit of another model, text or options; choose another")
+        logger.info("going on from layer %d of the fit in %s", self.done, self._folder)
