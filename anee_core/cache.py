@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from anee_core.errors import CacheError
 from anee_core.feedback import FeedbackLog
 from anee_core.slots import Slots
+from anee_core.tally import TallyLog
 
 if TYPE_CHECKING:
     from anee_core.trace import Trace
@@ -143,6 +144,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.capacity = capacity or 0
         self.slots: list[Slots] = []
         self.feedback: FeedbackLog | None = None
+        self.tally: TallyLog | None = None
         """For policies that feed back: what is known of each row's own output."""
         self.trace: Trace | None = None
         """Where the coming forwards are recorded, if someone gathers several."""
@@ -352,6 +354,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             self.batch = rows.shape[0]
         if self.feedback is not None:
             self.feedback.reorder(rows)
+        if self.tally is not None:
+            self.tally.reorder(rows)
         for layer in self.layers:
             if layer.keys is not None:
                 index = rows.to(layer.keys.device)
@@ -430,7 +434,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     def reset(self) -> None:
         """Forget everything and free the storage."""
         self.seen = self.batch = self.capacity = self._pending = self._horizon = self._final = 0
-        self.slots, self.feedback = [], None
+        self.slots, self.feedback, self.tally = [], None, None
         self._staged, self._snapshots = {}, {}
         for layer in self.layers:
             layer.keys = layer.values = None

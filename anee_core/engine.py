@@ -22,6 +22,7 @@ from anee_core.masks import MaskMaker
 from anee_core.plan import Block, Plan, Selection
 from anee_core.policy import Policy
 from anee_core.profiler import distribution_signals
+from anee_core.tally import TallyLog
 from anee_core.trace import Step, Trace
 
 
@@ -113,7 +114,8 @@ class Engine:
             self._feedback(cache, block, cache.seen).at(cache.seen) if self.policy.feeds_back and not dense else None
         )
         all_run = dense or self.policy.controller.runs_all
-        plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, all_run)
+        tally = self._tally(cache, block, dense)
+        plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, all_run, tally, cache.seen)
         spent = Spent()
         states = [hidden_states]
         previous = hidden_states
@@ -222,6 +224,19 @@ class Engine:
             spent = torch.full(block.position_ids.shape, self.budget.limit or 1.0, device=logits.device)
         index = cache.seen - spent.shape[1]
         self._feedback(cache, block, index).note(index, spent, distribution_signals(logits), block.real)
+
+    def _tally(self, cache: AdaptiveCache, block: Block, dense: bool) -> TallyLog | None:
+        """Return what the controller counts; None if it counts nothing, or is not asked."""
+        width = self.policy.controller.tallies
+        if not width:
+            return None
+        batch, tokens = block.position_ids.shape
+        if cache.tally is None:
+            cache.tally = TallyLog(batch, self.costs.num_layers, width, block.position_ids.device, cache.seen)
+        if dense:
+            cache.tally.carry(cache.seen, tokens)
+            return None
+        return cache.tally
 
     def _feedback(self, cache: AdaptiveCache, block: Block, start: int) -> FeedbackLog:
         if cache.feedback is None:

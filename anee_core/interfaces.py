@@ -121,7 +121,11 @@ class Profiler(ABC):
 
 @dataclass(frozen=True)
 class DecisionContext:
-    """Where a decision is taken. ``position_ids`` and ``input_ids`` are [B, T]."""
+    """Where a decision is taken. ``position_ids`` and ``input_ids`` are [B, T].
+
+    ``totals`` [B, T, K] are the sums of what the controller counted (`Controller.tally`) at this layer over the tokens
+    before each token in its sequence; None for a controller that counts nothing.
+    """
 
     layer_idx: int
     num_layers: int
@@ -129,6 +133,7 @@ class DecisionContext:
     input_ids: Tensor | None
     phase: Literal["prefill", "decode"]
     budget: float | None
+    totals: Tensor | None = None
 
 
 class Configurable:
@@ -158,6 +163,8 @@ class Controller(Configurable, ABC):
     """Signals it wants, in the order in which it gets them."""
     default_budget: ClassVar[float | None] = None
     """Budget if the caller names none; None for no budget."""
+    tallies: ClassVar[int] = 0
+    """How many numbers K it counts at each layer; see `tally`."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -180,6 +187,12 @@ class Controller(Configurable, ABC):
     def protected(self, num_layers: int) -> frozenset[int]:
         """Return the layers that always run, whatever `decide` says."""
         return frozenset()
+
+    def tally(self, signals: Tensor, context: DecisionContext) -> Tensor:
+        """Return what each token counts at a layer, [B, T, K], to be summed up over its sequence; ``context.totals``
+        is not there yet. Prompts that are read densely count nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has tallies, so it has to implement tally")
 
     @abstractmethod
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from anee_core.interfaces import DecisionContext, Observation
 from anee_core.ledger import Budget, Ledger
 from anee_core.policy import Policy
+from anee_core.tally import TallyLog
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,22 @@ _PADDING, _SKIPPED, _RUNS = range(3)
 class Plan:
     """The decisions of one forward, taken as far ahead as the controller allows.
 
-    ``all_run`` runs every layer without asking.
+    ``all_run`` runs every layer without asking. ``tally`` is what the controller counts, ``seen`` the index of the
+    block's first token in it.
     """
 
     def __init__(
-        self, policy: Policy, budget: Budget, num_layers: int, block: Block, feedback: Tensor | None, all_run: bool
+        self,
+        policy: Policy,
+        budget: Budget,
+        num_layers: int,
+        block: Block,
+        feedback: Tensor | None,
+        all_run: bool,
+        tally: TallyLog | None = None,
+        seen: int = 0,
     ) -> None:
+        self._tally, self._seen = tally, seen
         self._policy, self._budget, self._num_layers, self._block = policy, budget, num_layers, block
         self._feedback = feedback
         self._ledger = None if all_run else Ledger(budget, block.position_ids)
@@ -111,6 +122,9 @@ class Plan:
         context = DecisionContext(
             layer_idx, self._num_layers, block.position_ids, block.input_ids, block.phase, self._budget.limit
         )
+        if self._tally is not None:
+            counted = policy.controller.tally(signals, context)
+            context = replace(context, totals=self._tally.before(self._seen, layer_idx, counted, block.real))
         run = ledger.settle(policy.controller.decide(signals, context), layer_idx)
         states = run.to(torch.uint8) + _SKIPPED
         if block.real is not None:

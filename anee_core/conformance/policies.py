@@ -61,6 +61,11 @@ def answers(subject: PolicySubject) -> None:
             context = DecisionContext(
                 layer_idx, layers, positions[:, :tokens], ids[:, :tokens], "decode", adaptive.engine.budget.limit
             )
+            if policy.controller.tallies:
+                counted = policy.controller.tally(signals, context)
+                wanted = (3, tokens, policy.controller.tallies)
+                expect(tuple(counted.shape) == wanted, f"tallies of shape {wanted}", tuple(counted.shape), answers.look)
+                context = replace(context, totals=counted.double().cumsum(1) - counted)
             _check_actions(policy.controller.decide(signals, context), layers - layer_idx, tokens)
             embedded = replace(context, input_ids=None)  # embeddings were given in their place
             _check_actions(policy.controller.decide(signals, embedded), layers - layer_idx, tokens)
