@@ -12,7 +12,13 @@ from anee_core.cache_policies import (
     TovaCachePolicy,
     WindowCachePolicy,
 )
-from anee_core.controllers import DenseController, HeuristicController, RandomController, StaticController
+from anee_core.controllers import (
+    DenseController,
+    GateController,
+    HeuristicController,
+    RandomController,
+    StaticController,
+)
 from anee_core.hookspecs import hookimpl
 from anee_core.interfaces import CachePolicy, Controller, Profiler, Shortcut
 from anee_core.profiler import SignalProfiler
@@ -27,8 +33,9 @@ def anee_profilers() -> dict[str, type[Profiler]]:
 
 @hookimpl
 def anee_controllers() -> dict[str, type[Controller]]:
-    """Return the layer policies that need no training."""
-    return {c.name: c for c in (DenseController, StaticController, RandomController, HeuristicController)}
+    """Return the layer policies."""
+    known = (DenseController, StaticController, RandomController, HeuristicController, GateController)
+    return {c.name: c for c in known}
 
 
 @hookimpl

@@ -29,6 +29,7 @@ class SignalProfiler(Profiler):
     remaining_budget what the sequence may still spend on this token, in dense tokens: unspent budget of
                     the tokens before it is carried over
     depth           layer index over the last layer's index
+    unit_state      the hidden state itself, scaled to a root mean square of 1: D columns
     ============== =====================================================================================
 
     For a first token, which was drawn from no distribution, entropy is 1 and max_probability 0.
@@ -43,6 +44,7 @@ class SignalProfiler(Profiler):
         "token_budget",
         "remaining_budget",
         "depth",
+        "unit_state",
     )
     feedback: ClassVar[frozenset[str]] = frozenset({"entropy", "max_probability", "remaining_budget"})
 
@@ -51,8 +53,9 @@ class SignalProfiler(Profiler):
         batch, tokens = observation.hidden_states.shape[:2]
         if not names:
             return torch.empty(batch, tokens, 0, device=observation.hidden_states.device)
-        columns = [self._signal(observation, name).float().expand(batch, tokens) for name in names]
-        return torch.stack(columns, dim=-1)
+        parts = [self._signal(observation, name).float() for name in names]
+        columns = [part if part.dim() == 3 else part.expand(batch, tokens)[..., None] for part in parts]
+        return torch.cat(columns, dim=-1)
 
     def _signal(self, seen: Observation, name: str) -> Tensor:
         match name:
@@ -72,6 +75,8 @@ class SignalProfiler(Profiler):
                 return seen.budget * (seen.seen + 1) - self._feedback(seen)[..., SEQUENCE_SPENT] - seen.spent
             case "depth":
                 return torch.full_like(seen.spent, seen.layer_idx / max(seen.num_layers - 1, 1))
+            case "unit_state":
+                return unit_norm(seen.hidden_states.float())
         raise PolicyError(f"unknown signal '{name}'; {suggestion(name, self.names)}")
 
     @staticmethod
@@ -79,6 +84,12 @@ class SignalProfiler(Profiler):
         if seen.feedback is None:
             raise PolicyError("this signal needs the model's output for earlier tokens, which was not recorded")
         return seen.feedback
+
+
+def unit_norm(hidden_states: Tensor) -> Tensor:
+    """Return hidden states [..., D] scaled to a root mean square of 1, in their dtype."""
+    square = hidden_states.float().square().mean(-1, keepdim=True)
+    return (hidden_states.float() * torch.rsqrt(square + 1e-6)).to(hidden_states.dtype)
 
 
 def distribution_signals(logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from anee_core.accounting import Work
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import CheckpointError, PolicyError
 from anee_core.interfaces import Setting, Shortcut
+from anee_core.profiler import unit_norm
 
 _FORMAT = CheckpointFormat(
     name="shortcuts",
@@ -60,12 +61,6 @@ class ShortcutWeights:
         if found != shapes or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
             raise CheckpointError(f"the shortcuts in {folder} hold {found}, expected finite {shapes}; fit them again")
         return cls(**tensors, facts=header["facts"])
-
-
-def unit_norm(hidden_states: Tensor) -> Tensor:
-    """Return hidden states [..., D] scaled to a root mean square of 1, in their dtype."""
-    square = hidden_states.float().square().mean(-1, keepdim=True)
-    return (hidden_states.float() * torch.rsqrt(square + 1e-6)).to(hidden_states.dtype)
 
 
 @dataclass(frozen=True)

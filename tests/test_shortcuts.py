@@ -10,7 +10,8 @@ from torch import nn
 
 from anee_core.conformance.cost import expect_counted, spent_by_token
 from anee_core.errors import CheckpointError, PolicyError
-from anee_core.shortcuts import LowRankShortcut, ShortcutWeights, unit_norm
+from anee_core.profiler import unit_norm
+from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}
 LAYERS, WIDTH, RANK = 6, 32, 4

@@ -15,7 +15,7 @@ from anee_core.conformance.policy_subject import FAMILIES, PolicySubject
 from anee_core.conformance.skipping import expect_rows_alone
 from anee_core.conformance.subject import CLOSE, stepwise
 from anee_core.errors import BudgetError, PolicyError
-from anee_core.interfaces import CachePolicy, CacheView, DecisionContext
+from anee_core.interfaces import CachePolicy, CacheView, DecisionContext, Observation
 from anee_core.model import AdaptiveModel
 from anee_core.policy import parse_policy
 
@@ -57,7 +57,9 @@ def answers(subject: PolicySubject) -> None:
     positions = torch.arange(7).expand(3, -1)
     for layer_idx in (0, layers - 1):
         for tokens in (7, 1):
-            signals = torch.rand(3, tokens, len(policy.controller.signals), generator=generator)
+            signals = policy.profiler.observe(
+                _observation(layer_idx, layers, positions[:, :tokens], generator), policy.controller.signals
+            )
             context = DecisionContext(
                 layer_idx, layers, positions[:, :tokens], ids[:, :tokens], "decode", adaptive.engine.budget.limit
             )
@@ -71,6 +73,14 @@ def answers(subject: PolicySubject) -> None:
             _check_actions(policy.controller.decide(signals, embedded), layers - layer_idx, tokens)
     for tokens in (4, 1):
         _check_kept(policy.cache_policy, _view(policy.cache_policy, tokens, held=9, generator=generator))
+
+
+def _observation(layer_idx: int, layers: int, positions: Tensor, generator: torch.Generator) -> Observation:
+    """Return made-up hidden states in front of a layer."""
+    batch, tokens = positions.shape
+    states = torch.randn(2, batch, tokens, 32, generator=generator)
+    feedback = torch.rand(batch, tokens, 3, generator=generator)
+    return Observation(states[0], states[1], layer_idx, layers, torch.zeros(batch, tokens), positions, 0.9, feedback)
 
 
 def _view(policy: CachePolicy, tokens: int, held: int, generator: torch.Generator) -> CacheView:

@@ -1,4 +1,8 @@
-"""Fits shortcuts in closed form: reduced-rank ridge regression of what each layer adds on its normed input."""
+"""Fits shortcuts and a gate in closed form: ridge regressions on each layer's input at unit norm.
+
+A shortcut is the reduced-rank regression of what the layer adds. The gate is the regression of how far the shortcut is
+off: the logarithm of its error relative to what the layer adds.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,9 @@ from torch import Tensor
 from anee_core.calibration import fingerprint
 from anee_core.errors import CheckpointError, InputError
 from anee_core.model import AdaptiveModel
+from anee_core.profiler import unit_norm
 from anee_core.progress import progress_bar
-from anee_core.shortcuts import ShortcutWeights, unit_norm
+from anee_core.shortcuts import ShortcutWeights
 from anee_core.training.sequence import WholeSequences
 
 logger = logging.getLogger(__name__)
@@ -30,7 +35,7 @@ _FIRST = 4
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How shortcuts are fitted.
+    """How shortcuts and gate are fitted.
 
     Args:
         rank: width of the shortcuts.
@@ -54,6 +59,17 @@ class FitOptions:
             raise InputError(f"ridge is above 0 and skipped lies in [0, 1); got {self.ridge:g} and {self.skipped:g}")
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted: shortcuts, and of the gate all but its thresholds; see `GateWeights`."""
+
+    shortcuts: ShortcutWeights
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    spread: Tensor
+
+
 class Moments:
     """First and second moments of inputs x [N, D] and outputs y [N, E], gathered in fp64 piece by piece."""
 
@@ -65,12 +81,23 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in some pairs."""
-        x, y = x.double().cpu(), y.double().cpu()
+        x = x.double().cpu()
         self.count += x.shape[0]
         self.x += x.sum(0)
-        self.y += y.sum(0)
         self.xx += x.T @ x
+        self.add_outputs(x, y)
+
+    def add_outputs(self, x: Tensor, y: Tensor) -> None:
+        """Take in outputs of inputs that were taken in before."""
+        x, y = x.double().cpu(), y.double().cpu()
+        self.y += y.sum(0)
         self.xy += x.T @ y
+
+    def with_outputs(self, outputs: int) -> Moments:
+        """Return the moments of the same inputs, ready for other outputs."""
+        other = Moments(self.xx.shape[0], outputs)
+        other.count, other.x, other.xx = self.count, self.x, self.xx
+        return other
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the ridge solution W [D, E] of centred pairs, its intercept [E], and the inputs' covariance [D, D]."""
@@ -94,10 +121,10 @@ class Moments:
         return down, up, bias
 
 
-def fit_shortcuts(
+def fit(
     model: AdaptiveModel, blocks: Tensor, folder: str | Path, options: FitOptions | None = None, progress: bool = True
-) -> ShortcutWeights:
-    """Fit shortcuts for every layer of a model, one layer after the other, and return them.
+) -> Fitted:
+    """Fit every layer of a model, one after the other.
 
     Hidden states are kept on disk, in ``folder``, so memory does not grow with the text; what is fitted is kept there
     too, and an interrupted fit goes on with the layer where it stopped.
@@ -118,16 +145,21 @@ def fit_shortcuts(
         raise InputError(f"sequences of more than {_FIRST} tokens are needed; got {blocks.shape[1]}")
     layers = len(model.parts.layers)
     with torch.no_grad(), progress_bar(progress) as bar:
-        fit = _Fit(model, blocks, Path(folder), options)
-        task = bar.add_task("fitting shortcuts", total=layers, completed=fit.done)
-        while fit.done < layers:
-            fit.layer()
-            bar.update(task, completed=fit.done)
-    return fit.result()
+        run = _Fit(model, blocks, Path(folder), options)
+        task = bar.add_task("fitting shortcuts and gate", total=layers, completed=run.done)
+        while run.done < layers:
+            run.layer()
+            bar.update(task, completed=run.done)
+    return run.result()
+
+
+def relative_error(added: Tensor, estimate: Tensor) -> Tensor:
+    """Return how far estimates [..., D] are off, relative to what was really added [..., D]: [...], at least 1e-6."""
+    return ((added - estimate).norm(dim=-1) / added.norm(dim=-1).clamp(min=1e-12)).clamp(min=1e-6)
 
 
 class _Fit:
-    """A fit in progress: hidden states on disk in front of layer ``done``, and the shortcuts of those before."""
+    """A fit in progress: hidden states on disk in front of layer ``done``, and what was fitted for those before."""
 
     def __init__(self, model: AdaptiveModel, blocks: Tensor, folder: Path, options: FitOptions) -> None:
         self._model, self._blocks, self._folder, self._options = model, blocks, folder, options
@@ -169,25 +201,33 @@ class _Fit:
             moments.add(*(pair.flatten(0, 1) for pair in pairs))
             after[rows] = output.numpy()
         down, up, bias = (part.float() for part in moments.reduced(options.rank, options.ridge))
+        errors = moments.with_outputs(1)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + layer_idx)
         for rows in self._rows():
             hidden_states, output = torch.from_numpy(before[rows]), torch.from_numpy(after[rows])
             skipped = torch.rand(output.shape[:2], generator=generator) < options.skipped
             skipped[:, :_FIRST] = False
-            estimate = unit_norm(hidden_states) @ down.T @ up.T + bias
+            unit = unit_norm(hidden_states)
+            estimate = unit @ down.T @ up.T + bias
+            error = relative_error(output - hidden_states, estimate)[:, _FIRST:].log()
+            errors.add_outputs(unit[:, _FIRST:].flatten(0, 1), error.flatten(0, 1)[:, None])
             after[rows] = torch.where(skipped[..., None], hidden_states + estimate, output).numpy()
-        for name, part in (("down", down), ("up", up), ("bias", bias)):
+        weight, offset, covariance = errors.solve(options.ridge)
+        weight, mean = weight[:, 0], errors.y[0] / errors.count
+        spread = (weight @ covariance @ weight).clamp(min=1e-12).sqrt()
+        gate = {"weight": weight, "offset": offset[0], "mean": mean, "spread": spread}
+        for name, part in {"down": down, "up": up, "bias": bias, **gate}.items():
+            part = part.float()
             self._fitted[f"{name}.{layer_idx}"] = part.contiguous()
         self.done += 1
         self._keep()
 
-    def result(self) -> ShortcutWeights:
-        """Return the shortcuts of all layers."""
-        parts = {
-            name: torch.stack([self._fitted[f"{name}.{i}"] for i in range(self.done)])
-            for name in ("down", "up", "bias")
-        }
-        return ShortcutWeights(**parts, facts=self._identity)
+    def result(self) -> Fitted:
+        """Return what was fitted for all layers."""
+        names = {name.partition(".")[0] for name in self._fitted}
+        all_layers = {name: torch.stack([self._fitted[f"{name}.{i}"] for i in range(self.done)]) for name in names}
+        shortcuts = ShortcutWeights(all_layers["down"], all_layers["up"], all_layers["bias"], self._identity)
+        return Fitted(shortcuts, *(all_layers[name] for name in ("weight", "offset", "mean", "spread")))
 
     def _rows(self) -> Iterator[slice]:
         for start in range(0, len(self._blocks), self._options.batch):

@@ -6,8 +6,8 @@ from tiny import adaptive, build, tokens
 
 import anee
 from anee_core.errors import CheckpointError, InputError
-from anee_core.training import shortcut_fit
-from anee_core.training.shortcut_fit import FitOptions, Moments, fit_shortcuts
+from anee_core.training import closed_form
+from anee_core.training.closed_form import FitOptions, Moments, fit, relative_error
 
 
 def pairs(inputs=6, outputs=5, count=400):
@@ -48,8 +48,8 @@ def test_reduced_rank_loses_least(rank):
 
 def test_fitted_shortcuts_bring_skipping_closer_to_dense(tmp_path):
     model = adaptive(build("llama"))
-    weights = fit_shortcuts(model, tokens(24, 32), tmp_path / "fit", FitOptions(rank=16), progress=False)
-    weights.save(tmp_path / "shortcuts")
+    fitted = fit(model, tokens(24, 32), tmp_path / "fit", FitOptions(rank=16), progress=False)
+    fitted.shortcuts.save(tmp_path / "shortcuts")
     ids = tokens(4, 32, seed=9)
     with torch.no_grad():
         dense = model(ids).logits
@@ -60,14 +60,34 @@ def test_fitted_shortcuts_bring_skipping_closer_to_dense(tmp_path):
     assert apart["fitted"] < 0.8 * apart["plain"]
 
 
+def test_the_gate_foresees_the_error_of_the_shortcut(tmp_path):
+    model = adaptive(build("llama"))
+    ids = tokens(40, 24)
+    fitted = fit(model, ids, tmp_path / "fit", FitOptions(rank=8, skipped=0.0), progress=False)
+    with torch.no_grad():
+        states = model(ids[:16], output_hidden_states=True).hidden_states
+    alike = []
+    for layer_idx in range(5):  # after the last one comes the final norm
+        before, after = states[layer_idx][:, 4:], states[layer_idx + 1][:, 4:]
+        unit = before / before.square().mean(-1, keepdim=True).sqrt()
+        down, up, bias = (getattr(fitted.shortcuts, name)[layer_idx] for name in ("down", "up", "bias"))
+        error = relative_error(after - before, unit @ down.T @ up.T + bias).log().flatten()
+        foreseen = (unit @ fitted.weight[layer_idx] + fitted.bias[layer_idx]).flatten()
+        alike.append(float(torch.corrcoef(torch.stack((error, foreseen)))[0, 1]))
+        torch.testing.assert_close(fitted.mean[layer_idx], foreseen.mean(), atol=0.1, rtol=0)
+        torch.testing.assert_close(fitted.spread[layer_idx], foreseen.std(), atol=0.1, rtol=0.2)
+    assert sum(alike) / 5 > 0.35
+    assert min(alike) > 0.1
+
+
 def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
     model = anee.load(build("gpt2"))
-    whole = fit_shortcuts(model, tokens(6, 12), tmp_path / "whole", FitOptions(rank=4), progress=False)
+    whole = fit(model, tokens(6, 12), tmp_path / "whole", FitOptions(rank=4), progress=False)
 
     class StopFitError(Exception):
         pass
 
-    original, calls = shortcut_fit.Moments.reduced, []
+    original, calls = closed_form.Moments.reduced, []
 
     def reduced(self, *arguments):
         calls.append(1)
@@ -75,17 +95,18 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
             raise StopFitError
         return original(self, *arguments)
 
-    monkeypatch.setattr(shortcut_fit.Moments, "reduced", reduced)
+    monkeypatch.setattr(closed_form.Moments, "reduced", reduced)
     with pytest.raises(StopFitError):
-        fit_shortcuts(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=4), progress=False)
-    again = fit_shortcuts(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=4), progress=False)
+        fit(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=4), progress=False)
+    again = fit(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=4), progress=False)
     assert len(calls) == 4 + 3
-    assert all(torch.equal(getattr(whole, name), getattr(again, name)) for name in ("down", "up", "bias"))
+    assert all(torch.equal(getattr(whole.shortcuts, n), getattr(again.shortcuts, n)) for n in ("down", "up", "bias"))
+    assert all(torch.equal(getattr(whole, n), getattr(again, n)) for n in ("weight", "bias", "mean", "spread"))
     with pytest.raises(CheckpointError, match="another model, text or options"):
-        fit_shortcuts(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=5), progress=False)
+        fit(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=5), progress=False)
     (tmp_path / "parts" / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be continued"):
-        fit_shortcuts(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=4), progress=False)
+        fit(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=4), progress=False)
 
 
 def test_wrong_options_are_refused(tmp_path):
@@ -94,4 +115,4 @@ def test_wrong_options_are_refused(tmp_path):
     with pytest.raises(InputError, match="skipped lies in"):
         FitOptions(skipped=1.0)
     with pytest.raises(InputError, match="more than 4 tokens"):
-        fit_shortcuts(anee.load(build("gpt2")), tokens(2, 4), tmp_path, progress=False)
+        fit(anee.load(build("gpt2")), tokens(2, 4), tmp_path, progress=False)

@@ -1,0 +1,183 @@
+"""Skip a layer for tokens that it would hardly change, as a linear gate foresees from their hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anee_core.checkpoint import CheckpointFormat
+from anee_core.errors import BudgetError, CheckpointError, PolicyError
+from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
+
+_FORMAT = CheckpointFormat(
+    name="gate",
+    what="gate",
+    missing="'anee calibrate MODEL --folder FOLDER' makes such a folder",
+    remedy="fit or copy it again",
+    renew="fit it with this version",
+)
+
+
+@dataclass(frozen=True)
+class GateWeights:
+    """What is fitted or trained.
+
+    A token's score in front of a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``bias`` [L]; the
+    higher, the more it would lose by skipping. ``mean`` [L] and ``spread`` [L] are the scores' mean and standard
+    deviation on the text of the fit. ``thresholds`` [Q, L], in units of ``spread`` from the mean, are what each of the
+    ``budgets`` [Q] (ascending) takes. ``facts`` says how all this was found.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    spread: Tensor
+    budgets: Tensor
+    thresholds: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write gate.json and gate.safetensors into a folder.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        names = ("weight", "bias", "mean", "spread", "budgets", "thresholds")
+        layers, width = self.weight.shape
+        header = {"layers": layers, "width": width, "knots": len(self.budgets), "facts": dict(self.facts)}
+        _FORMAT.write(folder, header, {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> GateWeights:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, corrupt or of another schema.
+        """
+        header, tensors = _FORMAT.read(folder)
+        expected = {"layers", "width", "knots", "facts"}
+        if set(header) != expected:
+            raise CheckpointError(f"the gate in {folder} has keys {sorted(header)}, expected {sorted(expected)}")
+        layers, width, knots = header["layers"], header["width"], header["knots"]
+        shapes = {
+            "weight": (layers, width), "bias": (layers,), "mean": (layers,), "spread": (layers,),
+            "budgets": (knots,), "thresholds": (knots, layers),
+        }  # fmt: skip
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != shapes or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
+            raise CheckpointError(f"the gate in {folder} holds {found}, expected finite {shapes}; fit it again")
+        if not (tensors["spread"] > 0).all() or not (tensors["budgets"].diff() > 0).all():
+            raise CheckpointError(f"the gate in {folder} has spreads of 0 or budgets out of order; fit it again")
+        return cls(**tensors, facts=header["facts"])
+
+    def at(self, budget: float) -> Tensor:
+        """Return the thresholds [L] of a budget, between those of the budgets around it.
+
+        Raises:
+            BudgetError: it lies below the least budget that was prepared.
+        """
+        budgets = self.budgets.float()
+        if budget < float(budgets[0]) - 1e-6:
+            raise BudgetError(
+                f"gate: a budget of {budget:g} is below the least that it was fitted for, {float(budgets[0]):.3f}"
+            )
+        right = int(torch.searchsorted(budgets, torch.tensor(budget)).clamp(1, len(budgets) - 1))
+        place = ((budget - budgets[right - 1]) / (budgets[right] - budgets[right - 1])).clamp(0, 1)
+        return torch.lerp(self.thresholds[right - 1].float(), self.thresholds[right].float(), place)
+
+
+@dataclass(frozen=True)
+class GateController(Controller):
+    """Skip a layer for tokens that lose little by it.
+
+    A score that is linear in the hidden state says how much. It is compared with a threshold that depends on the
+    budget, relative to the scores of the sequence's earlier tokens at this layer, so that text of another kind than
+    the gate has seen spends no more and no less.
+
+    Options:
+        folder: what ``anee calibrate`` or training wrote; may stand first, without its name. Default: what is
+            installed for the model.
+        prior: how many tokens the statistics of the fit count for, beside those of the sequence.
+        first: how many first tokens of a sequence run every layer.
+        protect: how many first and last layers always run.
+    """
+
+    name: ClassVar[str] = "gate"
+    positional: ClassVar[str | None] = "folder"
+    checkpoint: ClassVar[CheckpointFormat | None] = _FORMAT
+    signals: ClassVar[tuple[str, ...]] = ("unit_state",)
+    tallies: ClassVar[int] = 3
+    default_budget: ClassVar[float | None] = 0.75
+
+    folder: str = ""
+    prior: float = 64.0
+    first: int = 4
+    protect: tuple[int, ...] = (1, 2)
+    _weights: GateWeights | None = field(default=None, init=False, compare=False, repr=False)
+    _thresholds: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.prior <= 0 or self.first < 0:
+            raise PolicyError(f"gate: prior is above 0 and first at least 0; got {self.prior:g} and {self.first}")
+
+    def protected(self, num_layers: int) -> frozenset[int]:
+        """Return the protected first and last layers."""
+        return protect_ends(self.protect, num_layers)
+
+    def bind(self, setting: Setting) -> GateController:
+        """Load the weights and find the thresholds of the budget.
+
+        Raises:
+            PolicyError: there are no weights for this model, or they are of another shape.
+            BudgetError: the budget is below what the gate was fitted for.
+        """
+        if not self.folder:
+            raise PolicyError(
+                f"{self.name}: no weights are installed for this model; fit some (anee calibrate) and name the "
+                f"folder, as in '{self.name}:FOLDER'"
+            )
+        weights = GateWeights.load(self.folder)
+        layers, width = weights.weight.shape
+        if (layers, width) != (setting.num_layers, setting.width):
+            raise PolicyError(
+                f"{self.name}: the weights in {self.folder} are for {layers} layers of width {width}, the model has "
+                f"{setting.num_layers} of {setting.width}; fit some for this model (anee calibrate)"
+            )
+        budget = setting.budget if setting.budget is not None else self.default_budget
+        assert budget is not None
+        bound = replace(self)
+        names = ("weight", "bias", "mean", "spread", "budgets", "thresholds")
+        ready = replace(weights, **{name: getattr(weights, name).float().to(setting.device) for name in names})
+        object.__setattr__(bound, "_weights", ready)
+        object.__setattr__(bound, "_thresholds", ready.at(budget))
+        return bound
+
+    def tally(self, signals: Tensor, context: DecisionContext) -> Tensor:
+        """Return each token's deviation from the mean of the fit, its square, and 1, [B, T, 3]."""
+        deviation = self._deviation(signals, context.layer_idx)
+        return torch.stack((deviation, deviation.square(), torch.ones_like(deviation)), dim=-1)
+
+    def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
+        """Return actions for one layer."""
+        layer_idx = context.layer_idx
+        assert self._weights is not None
+        assert context.totals is not None
+        total, squares, count = context.totals.unbind(-1)
+        weight = count + self.prior
+        mean = total / weight
+        variance = (squares + self.prior * self._weights.spread[layer_idx].double().square()) / weight - mean.square()
+        score = (self._deviation(signals, layer_idx).double() - mean) * variance.rsqrt()
+        skip = (score < self._thresholds[layer_idx]) & (context.position_ids >= self.first)
+        return torch.where(skip, int(Action.SKIP), int(Action.PROCESS)).to(torch.uint8)[None]
+
+    def _deviation(self, signals: Tensor, layer_idx: int) -> Tensor:
+        weights = self._weights
+        assert weights is not None
+        at = signals.device
+        weight, bias = weights.weight[layer_idx].to(at), weights.bias[layer_idx].to(at)
+        return signals @ weight + bias - weights.mean[layer_idx].to(at)

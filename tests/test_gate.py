@@ -1,0 +1,127 @@
+"""The gate: its decisions by hand, its promises on small models, its weights on disk."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FEW, adaptive, build, ragged, stepwise, tokens
+
+from anee_core.controllers import GateWeights
+from anee_core.errors import BudgetError, CheckpointError, PolicyError
+
+CLOSE = {"atol": 5e-5, "rtol": 1e-3}
+
+
+def draw(folder, layers=6, width=32):
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(layers, width, generator=generator) * width**-0.5
+    thresholds = torch.stack([torch.full((layers,), z) for z in (3.0, 0.0, -9.0)])
+    GateWeights(
+        weight, torch.zeros(layers), torch.zeros(layers), torch.ones(layers), torch.tensor([0.4, 0.7, 1.0]), thresholds
+    ).save(folder)
+    return folder
+
+
+@pytest.fixture
+def gate(tmp_path):
+    return draw(tmp_path / "gate")
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_parallel_equals_stepwise_and_rows_are_alone(family, gate):
+    model = adaptive(build(family), f"gate:{gate},prior=4", 0.7)
+    lengths = (19, 6, 11)
+    rows, mask = ragged(lengths, "left")
+    with torch.no_grad():
+        padded = model(rows, attention_mask=mask).logits
+        torch.testing.assert_close(padded[0], stepwise(model, rows[:1], mask[:1])[0], **CLOSE)
+        for i, length in enumerate(lengths):
+            torch.testing.assert_close(padded[i, -length:], model(rows[i : i + 1, -length:]).logits[0], **CLOSE)
+
+
+def test_decisions_are_those_of_the_running_statistics(gate):
+    model, ids = adaptive(build("llama"), f"gate:{gate},prior=4,first=2,protect=1 1", 0.7), tokens(2, 15)
+    weights = GateWeights.load(gate)
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+    ran = model.last_trace.ran
+    assert ran[0].all()
+    assert ran[-1].all()
+    assert ran[:, :, :2].all()
+    assert not ran.all()
+    for layer_idx in range(1, 5):
+        for row in range(2):
+            unit = states[layer_idx][row] / states[layer_idx][row].square().mean(-1, keepdim=True).sqrt()
+            scores = (unit @ weights.weight[layer_idx]).double()
+            for t in range(2, 15):
+                mean = scores[:t].sum() / (t + 4)
+                variance = (scores[:t].square().sum() + 4) / (t + 4) - mean**2
+                z = (scores[t] - mean) / variance.sqrt()
+                assert ran[layer_idx, row, t] == (z >= 0) or abs(z) < 1e-4
+
+
+def test_the_budget_chooses_the_thresholds(gate):
+    shares = []
+    for budget in (0.4, 0.55, 0.7, 0.85, 1.0):
+        model = adaptive(build("llama"), f"gate:{gate},protect=0 0", budget)
+        model(tokens(2, 24))
+        shares.append(model.last_trace.budget_spent)
+    assert shares == sorted(shares)
+    assert shares[0] < shares[2] < shares[4] == 1
+    weights = GateWeights.load(gate)
+    torch.testing.assert_close(weights.at(0.55), torch.full((6,), 1.5))
+    assert torch.equal(weights.at(1.0), weights.thresholds[-1])
+
+
+def test_a_hard_budget_holds_for_every_token(gate):
+    model = adaptive(build("llama"), f"gate:{gate}", 0.7, hard=True)
+    model(tokens(2, 24))
+    run, skip = model.engine.costs.token_shares(torch.arange(24).expand(2, -1))
+    spent = torch.where(model.last_trace.ran, run, skip).sum(0)
+    assert spent.max() <= 0.7 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "message"),
+    [
+        ("gate", None, "no weights are installed for this model"),
+        ("gate:no/such/folder", None, "is missing"),
+        ("gate:{folder},prior=0", None, "prior is above 0"),
+        ("gate:{folder},first=-1", None, "first at least 0"),
+        ("gate:{folder},protect=0 0", 0.39, "below the least that it was fitted for, 0.400"),
+        ("gate:{folder}", 0.05, "the least possible is"),
+    ],
+)
+def test_wrong_options_say_what_is_wrong(policy, budget, message, gate):
+    with pytest.raises((PolicyError, CheckpointError, BudgetError), match=message):
+        adaptive(build("llama"), policy.format(folder=gate), budget)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    draw(tmp_path / "other", width=16)
+    with pytest.raises(PolicyError, match="6 layers of width 16, the model has 6 of 32"):
+        adaptive(build("llama"), f"gate:{tmp_path / 'other'}")
+
+
+@pytest.mark.parametrize("damage", ["header", "shape", "spread", "order"])
+def test_damaged_weights_are_refused(damage, gate):
+    header, file = gate / "gate.json", gate / "gate.safetensors"
+    known = load_file(file)
+    if damage == "header":
+        header.write_text(json.dumps({**json.loads(header.read_text()), "more": 1}))
+    else:
+        changed = {"shape": ("bias", known["bias"][:3]), "spread": ("spread", known["spread"] * 0)}
+        name, tensor = changed.get(damage, ("budgets", known["budgets"].flip(0)))
+        save_file({**known, name: tensor.contiguous()}, file)
+    with pytest.raises(CheckpointError, match="gate in"):
+        adaptive(build("llama"), f"gate:{gate}")
+
+
+def test_weights_round_trip(gate, tmp_path):
+    weights = replace(GateWeights.load(gate), facts={"text": "some"})
+    weights.save(tmp_path / "again")
+    again = GateWeights.load(tmp_path / "again")
+    assert again.facts == {"text": "some"}
+    assert torch.equal(again.thresholds, weights.thresholds)
