@@ -1,4 +1,4 @@
-"""Commands that train policies."""
+"""Commands that train policies, or fit them."""
 
 from __future__ import annotations
 
@@ -88,3 +88,28 @@ def asa(
     for figures in history:
         table.add_row(f"{figures['step']:.0f}", f"{figures['perplexity']:.2f}", f"{figures['dropped']:.1%}")
     Console(stderr=True).print(table)
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    text: Annotated[Path | None, typer.Option("--text", "-t", help="Text, UTF-8. Default: the model's own.")] = None,
+    folder: Annotated[Path | None, typer.Option("--folder", "-f", help="Default: in the cache folder.")] = None,
+    rank: Annotated[int, typer.Option("--rank", help="Width of the shortcuts.")] = 128,
+    skipped: Annotated[float, typer.Option("--skipped", help="Share of pairs that skip during the fit.")] = 0.25,
+    sequences: Annotated[int, typer.Option("--sequences", help="Pieces of text.")] = 32,
+    length: Annotated[int, typer.Option("--length", help="Tokens of each.")] = 512,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+) -> None:
+    """Fit shortcuts and a gate for a model, in closed form; use them with --policy gate:FOLDER+shortcuts:FOLDER.
+
+    A calibration that was interrupted goes on when the same command is given again.
+    """
+    from anee_core.load import load
+    from anee_core.training.closed_form import FitOptions
+    from anee_core.training.gate_calibration import GateCalibration, calibrate_gate, calibrated_folder
+
+    options = GateCalibration(text, sequences, length, fit=FitOptions(rank=rank, skipped=skipped, seed=seed))
+    loaded = load(model, dtype=dtype)
+    made = calibrate_gate(loaded, folder or calibrated_folder(loaded), options)
+    Console(stderr=True).print(f"wrote {made}; use it with: --policy gate:{made}+shortcuts:{made}", soft_wrap=True)

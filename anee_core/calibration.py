@@ -19,9 +19,9 @@ from anee_core.controllers.static import StaticController
 from anee_core.engine import Engine
 from anee_core.errors import InputError
 from anee_core.interfaces import Calibration
-from anee_core.plan import Block
 from anee_core.policy import Policy
 from anee_core.progress import progress_bar
+from anee_core.samples import own_samples, prompt_block, samples_of_file
 from anee_core.trace import Trace
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
         tokens = store.tokens
         if tokens is None:
             tokens = (
-                _from_file(model, options, length)
+                samples_of_file(model, Path(str(options.text)), options.sequences, length)
                 if options.text is not None
-                else _own_samples(model, engine, options, length, advance)
+                else own_samples(model, engine, options.sequences, length, options.seed, advance)
             )
             store.keep_tokens(tokens)
         tokens = tokens.to(model.device)
@@ -108,55 +108,8 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
 def _log_probabilities(model: AdaptiveModel, engine: Engine, tokens: Tensor) -> Tensor:
     """Return next-token log-probabilities [B, T, V] in fp32."""
     trace, cache = Trace(), model.new_cache(tokens.shape[1])
-    output = engine.run(_block(model, tokens, 0), cache, trace)
+    output = engine.run(prompt_block(model, tokens, 0), cache, trace)
     return engine.logits(output.hidden_states, trace).float().log_softmax(-1)
-
-
-def _block(model: AdaptiveModel, tokens: Tensor, seen: int) -> Block:
-    positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-    return Block(model.parts.embedding(tokens), positions, tokens, None, "prefill")
-
-
-def _own_samples(
-    model: AdaptiveModel, engine: Engine, options: CalibrationOptions, length: int, advance: Callable[[], None]
-) -> Tensor:
-    """Let the dense model write [sequences, length] tokens, each from its own first token."""
-    generator = torch.Generator(model.device).manual_seed(options.seed)
-    vocabulary = int(model.config.vocab_size)
-    start = getattr(model.config, "bos_token_id", None)
-    shape = (options.sequences, 1)
-    tokens = torch.randint(vocabulary, shape, device=model.device, generator=generator)
-    if isinstance(start, int) and 0 <= start < vocabulary:
-        tokens = torch.full(shape, start, device=model.device)
-    cache, trace = model.new_cache(length), Trace()
-    advance()
-    while tokens.shape[1] < length:
-        output = engine.run(_block(model, tokens[:, -1:], tokens.shape[1] - 1), cache, trace)
-        logits = engine.logits(output.hidden_states, trace)[:, -1].float()
-        tokens = torch.cat((tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)), dim=1)
-        advance()
-    return tokens
-
-
-def _from_file(model: AdaptiveModel, options: CalibrationOptions, length: int) -> Tensor:
-    """Read [sequences, length] tokens, spread evenly over a text file."""
-    path = Path(str(options.text))
-    if model.tokenizer is None:
-        raise InputError("calibrating on a text file needs a tokenizer: pass one to anee.load")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the calibration text {path}: {error}") from error
-    need = options.sequences * length
-    stride = max(len(text) // options.sequences, 1)
-    rows = []
-    for i in range(options.sequences):
-        # A token is seldom longer than 16 characters; that bounds what has to be tokenised.
-        ids = model.tokenizer(text[i * stride : (i + 1) * stride][: 16 * length])["input_ids"]
-        rows.append(ids[:length])
-    if any(len(row) < length for row in rows):
-        raise InputError(f"{path} is too short: {need} tokens are needed; give a longer text or calibrate on fewer")
-    return torch.tensor(rows, device=model.device)
 
 
 def fingerprint(model: AdaptiveModel) -> str:

@@ -79,18 +79,25 @@ class LowRankShortcut(Shortcut):
     folder: str = ""
     _weights: ShortcutWeights | None = field(default=None, init=False, compare=False, repr=False)
 
+    @classmethod
+    def of(cls, weights: ShortcutWeights) -> LowRankShortcut:
+        """Return shortcuts with weights in memory, not yet bound."""
+        shortcut = cls()
+        object.__setattr__(shortcut, "_weights", weights)
+        return shortcut
+
     def bind(self, setting: Setting) -> Shortcut:
         """Load the weights.
 
         Raises:
             PolicyError: there are none for this model, or they are of another shape.
         """
-        if not self.folder:
+        if not self.folder and self._weights is None:
             raise PolicyError(
                 "shortcuts: none are installed for this model; fit some (anee calibrate) and name the folder, "
                 "as in 'shortcuts:FOLDER'"
             )
-        weights = ShortcutWeights.load(self.folder)
+        weights = self._weights or ShortcutWeights.load(self.folder)
         layers, _, width = weights.down.shape
         if (layers, width) != (setting.num_layers, setting.width):
             raise PolicyError(

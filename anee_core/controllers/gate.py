@@ -125,6 +125,13 @@ class GateController(Controller):
         if self.prior <= 0 or self.first < 0:
             raise PolicyError(f"gate: prior is above 0 and first at least 0; got {self.prior:g} and {self.first}")
 
+    @classmethod
+    def of(cls, weights: GateWeights, **options: Any) -> GateController:
+        """Return a gate with weights in memory, not yet bound."""
+        gate = cls(**options)
+        object.__setattr__(gate, "_weights", weights)
+        return gate
+
     def protected(self, num_layers: int) -> frozenset[int]:
         """Return the protected first and last layers."""
         return protect_ends(self.protect, num_layers)
@@ -136,12 +143,12 @@ class GateController(Controller):
             PolicyError: there are no weights for this model, or they are of another shape.
             BudgetError: the budget is below what the gate was fitted for.
         """
-        if not self.folder:
+        if not self.folder and self._weights is None:
             raise PolicyError(
                 f"{self.name}: no weights are installed for this model; fit some (anee calibrate) and name the "
                 f"folder, as in '{self.name}:FOLDER'"
             )
-        weights = GateWeights.load(self.folder)
+        weights = self._weights or GateWeights.load(self.folder)
         layers, width = weights.weight.shape
         if (layers, width) != (setting.num_layers, setting.width):
             raise PolicyError(

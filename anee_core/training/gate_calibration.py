@@ -1,0 +1,109 @@
+"""Makes shortcuts and a gate for a model without training: fits them in closed form and finds thresholds."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anee_core.calibration import cache_folder, fingerprint
+from anee_core.controllers.gate import GateWeights
+from anee_core.engine import Engine
+from anee_core.errors import CheckpointError, InputError
+from anee_core.model import AdaptiveModel
+from anee_core.policy import Policy
+from anee_core.progress import progress_bar
+from anee_core.samples import own_samples, samples_of_file
+from anee_core.shortcuts import LowRankShortcut
+from anee_core.training.closed_form import FitOptions, fit
+from anee_core.training.thresholds import Search
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = "tokens.pt"
+
+
+@dataclass(frozen=True)
+class GateCalibration:
+    """How a gate is calibrated.
+
+    Args:
+        text: a file to read instead of the model's own samples.
+        sequences: how many to fit on.
+        length: tokens of each.
+        held_out: share of them that is left out of the fit, for the thresholds.
+        fit: how shortcuts and gate are fitted.
+        progress: whether to show bars.
+    """
+
+    text: str | Path | None = None
+    sequences: int = 32
+    length: int = 512
+    held_out: float = 0.25
+    fit: FitOptions = field(default_factory=FitOptions)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sequences < 2 or not 0 < self.held_out < 1:
+            raise InputError("a calibration takes at least 2 sequences, and held_out lies in (0, 1)")
+        if self.text is not None and not Path(self.text).is_file():
+            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
+
+
+def calibrated_folder(model: AdaptiveModel) -> Path:
+    """Return where the calibration of a model is kept if nobody says otherwise."""
+    return cache_folder() / f"gate-{fingerprint(model)}"
+
+
+def calibrate_gate(model: AdaptiveModel, folder: Path, options: GateCalibration | None = None) -> Path:
+    """Write shortcuts and a gate for a model into a folder, and return it. An interrupted calibration goes on.
+
+    Raises:
+        InputError: the text is too short, or the sizes do not fit the model.
+        CheckpointError: the folder holds another calibration, or cannot be written.
+    """
+    options = options or GateCalibration()
+    limit = model.adapter.max_positions(model.config)
+    length = min(options.length, limit or options.length)
+    work = folder / "work"
+    with torch.no_grad():
+        blocks = _tokens(model, options, length, work)
+    count = max(int(len(blocks) * options.held_out), 1)
+    fitted = fit(model, blocks[count:], work, options.fit, options.progress)
+    fitted.shortcuts.save(folder)
+    shortcut = LowRankShortcut.of(fitted.shortcuts)
+    nothing = torch.empty(0)
+    facts = {"text": "own samples" if options.text is None else Path(options.text).name, **asdict(options.fit)}
+    gate = GateWeights(fitted.weight, fitted.bias, fitted.mean, fitted.spread, nothing, nothing, facts)
+    with progress_bar(options.progress) as bar:
+        task = bar.add_task("thresholds of each budget", total=None)
+        search = Search(model, gate, shortcut, blocks[:count], advance=lambda: bar.advance(task))
+        search.run().save(folder)
+    shutil.rmtree(work)
+    logger.info("wrote %s", folder)
+    return folder
+
+
+def _tokens(model: AdaptiveModel, options: GateCalibration, length: int, work: Path) -> Tensor:
+    """Return token ids [N, T], drawn once."""
+    if options.text is not None:
+        return samples_of_file(model, Path(options.text), options.sequences, length)
+    kept = work / _TOKENS
+    if kept.exists():
+        try:
+            known: Tensor = torch.load(kept, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{kept} cannot be read ({error}); remove {work}") from error
+        if known.shape == (options.sequences, length):
+            return known
+    with progress_bar(options.progress) as bar:
+        task = bar.add_task("the model's own samples", total=length)
+        engine = Engine(model.adapter, model.parts, Policy())
+        drawn = own_samples(model, engine, options.sequences, length, options.fit.seed, lambda: bar.advance(task))
+    work.mkdir(parents=True, exist_ok=True)
+    torch.save(drawn.cpu(), kept)
+    return drawn.cpu()

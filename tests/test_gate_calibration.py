@@ -1,0 +1,93 @@
+"""From a model to a gate with shortcuts that meets its budgets: calibrated, interrupted, and on the command line."""
+
+import pytest
+import torch
+from tiny import adaptive, build, tokens
+
+import anee
+from anee_core.conformance.cost import spent_by_token
+from anee_core.controllers import GateWeights
+from anee_core.errors import CheckpointError, InputError
+from anee_core.training import gate_calibration, thresholds
+from anee_core.training.closed_form import FitOptions
+from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
+
+SMALL = GateCalibration(sequences=24, length=32, fit=FitOptions(rank=8), progress=False)
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    model = adaptive(build("llama"))
+    return model, calibrate_gate(model, tmp_path_factory.mktemp("gate"), SMALL)
+
+
+@pytest.mark.parametrize("budget", [0.65, 0.75, 0.9])
+def test_budgets_are_met_on_new_text(calibrated, budget):
+    model, folder = calibrated
+    gated = anee.load(model.model, f"gate:{folder}+shortcuts:{folder}", budget)
+    assert float(spent_by_token(gated, tokens(24, 32, seed=11)).mean()) == pytest.approx(budget, abs=0.05)
+
+
+def test_the_gate_beats_chance(calibrated):
+    model, folder = calibrated
+    ids = model.generate(tokens(12, 2, seed=5), max_new_tokens=30, do_sample=True)
+    with torch.no_grad():
+        dense = model(ids).logits.log_softmax(-1)
+        apart = {}
+        for policy in ("gate:{}+shortcuts:{}", "random:protect=1 2+shortcuts:{}", "random:protect=1 2"):
+            sparse = anee.load(model.model, policy.format(folder, folder), 0.75)
+            logits = sparse(ids).logits.log_softmax(-1)
+            apart[policy.partition(":")[0] + str("shortcuts" in policy)] = float(
+                torch.nn.functional.kl_div(logits, dense, log_target=True)
+            )
+    assert apart["gateTrue"] < apart["randomTrue"] < apart["randomFalse"]
+
+
+def test_thresholds_are_kept_by_budget(calibrated):
+    _, folder = calibrated
+    weights = GateWeights.load(folder)
+    assert float(weights.budgets[-1]) == 1
+    assert 0.3 < float(weights.budgets[0]) < 0.65
+    assert (weights.thresholds.diff(dim=0) <= 0).all()
+    assert not (folder / "work").exists()
+
+
+def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
+    model, folder = calibrated
+
+    class StopSearchError(Exception):
+        pass
+
+    def stop(self, budgets=()):
+        raise StopSearchError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(thresholds.Search, "run", stop)
+        with pytest.raises(StopSearchError):
+            calibrate_gate(model, tmp_path, SMALL)
+    monkeypatch.setattr(gate_calibration, "own_samples", None)
+    calibrate_gate(model, tmp_path, SMALL)
+    again, whole = GateWeights.load(tmp_path), GateWeights.load(folder)
+    assert torch.equal(again.weight, whole.weight)
+    assert torch.equal(again.thresholds, whole.thresholds)
+
+
+def test_wrong_input_is_refused(calibrated, tmp_path):
+    model, _ = calibrated
+    with pytest.raises(InputError, match="at least 2 sequences"):
+        GateCalibration(sequences=1)
+    with pytest.raises(InputError, match="there is no such file"):
+        GateCalibration(text=tmp_path / "none.txt")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "tokens.pt").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        calibrate_gate(model, tmp_path, SMALL)
+
+
+def test_command_line(llama_folder, tmp_path, run_anee):
+    folder = tmp_path / "gate"
+    small = ["--sequences", "8", "--length", "24", "--rank", "4", "--skipped", "0.2"]
+    done = run_anee("calibrate", str(llama_folder), "-f", str(folder), *small)
+    assert done.code == 0, done.err
+    policy = f"gate:{folder}+shortcuts:{folder}"
+    assert run_anee("generate", str(llama_folder), "the cat", "-p", policy, "-b", "0.9", "-n", "3").code == 0
