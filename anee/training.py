@@ -90,6 +90,62 @@ def asa(
     Console(stderr=True).print(table)
 
 
+@train.command()
+def supervised(
+    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="Training text, UTF-8; may be repeated.")],
+    folder: Annotated[Path, typer.Option("--folder", "-f", help="For checkpoints, logs and the result.")],
+    valid: Annotated[Path | None, typer.Option("--valid", help="Validation text. Default: cut from the text.")] = None,
+    least: Annotated[float, typer.Option("--least", help="Smallest budget that is trained for.")] = 0.5,
+    rank: Annotated[int, typer.Option("--rank", help="Width of the shortcuts.")] = 128,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 300,
+    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", help="Blocks per batch and process.")] = 4,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Batches per step.")] = 1,
+    rate: Annotated[float, typer.Option("--rate", help="Factor on the learning rates.")] = 1.0,
+    precision: Annotated[str, typer.Option("--precision", help="no, bf16 or fp16 (mixed).")] = "no",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = "float32",
+    calibration_sequences: Annotated[int, typer.Option("--calibration-sequences", help="Pieces for the fit.")] = 32,
+    valid_blocks: Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")] = 8,
+    validate_every: Annotated[int, typer.Option("--validate-every", help="Steps between validations.")] = 100,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+) -> None:
+    """Train a gate and shortcuts against the dense model; use them with --policy gate:FOLDER+shortcuts:FOLDER.
+
+    Starts from a closed-form fit (anee calibrate), which it makes first. A run that was interrupted goes on when the
+    same command is given again.
+    """
+    from anee_core.load import load
+    from anee_core.training.gate import GateOptions
+    from anee_core.training.gate_run import GateTraining, train_gate
+    from anee_core.training.loop import RunOptions
+
+    chosen = GateTraining(
+        GateOptions(least=least),
+        rank=rank,
+        length=length,
+        batch=batch,
+        rate=rate,
+        valid_blocks=valid_blocks,
+        calibration_sequences=calibration_sequences,
+    )
+    run = RunOptions(
+        folder,
+        steps,
+        accumulate=accumulate,
+        precision=precision,
+        seed=seed,
+        validate_every=validate_every,
+        save_every=save_every,
+    )
+    history = train_gate(load(model, dtype=dtype), text, run, chosen, valid)
+    table = Table(*(history[-1] if history else ()))
+    for figures in history:
+        table.add_row(*(f"{value:.4g}" for value in figures.values()))
+    Console(stderr=True).print(table)
+
+
 def calibrate(
     model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
     text: Annotated[Path | None, typer.Option("--text", "-t", help="Text, UTF-8. Default: the model's own.")] = None,

@@ -62,7 +62,7 @@ def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
         raise StopSearchError
 
     with monkeypatch.context() as patch:
-        patch.setattr(thresholds.Search, "run", stop)
+        patch.setattr(thresholds.Search, "from_one_score", stop)
         with pytest.raises(StopSearchError):
             calibrate_gate(model, tmp_path, SMALL)
     monkeypatch.setattr(gate_calibration, "own_samples", None)

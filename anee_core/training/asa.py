@@ -20,6 +20,7 @@ from anee_core.cache_policies.asa import AsaWeights
 from anee_core.layout import Parts
 from anee_core.sparse_sigmoid import log_survival
 from anee_core.training.loop import Objective
+from anee_core.training.losses import divergence
 from anee_core.training.schedules import Schedule
 from anee_core.training.sequence import WholeSequences
 
@@ -101,7 +102,7 @@ class SparseAttention(Objective):
         if self.distil:
             with torch.no_grad(), self._unchanged():
                 wanted, _ = self.run(input_ids, None)
-            quality = _divergence(wanted, logits)
+            quality = divergence(wanted, logits)
         else:
             quality = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
         figures = {"quality": quality.detach(), "sparsity": 1 - held.detach()}
@@ -156,9 +157,3 @@ def mean_survival(survival: Tensor) -> Tensor:
     pairs = torch.ones(queries, queries, dtype=torch.bool, device=survival.device).tril(-1)
     pairs[-1] = False
     return (survival.exp() * pairs).sum() / (survival.shape[0] * max(int(pairs.sum()), 1))
-
-
-def _divergence(wanted: Tensor, logits: Tensor) -> Tensor:
-    """Return KL(wanted || logits), in nats per token."""
-    log_p, log_q = wanted.float().log_softmax(-1).flatten(0, 1), logits.float().log_softmax(-1).flatten(0, 1)
-    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

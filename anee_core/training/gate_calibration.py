@@ -82,7 +82,7 @@ def calibrate_gate(model: AdaptiveModel, folder: Path, options: GateCalibration 
     with progress_bar(options.progress) as bar:
         task = bar.add_task("thresholds of each budget", total=None)
         search = Search(model, gate, shortcut, blocks[:count], advance=lambda: bar.advance(task))
-        search.run().save(folder)
+        search.from_one_score().save(folder)
     shutil.rmtree(work)
     logger.info("wrote %s", folder)
     return folder

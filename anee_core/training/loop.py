@@ -154,7 +154,8 @@ class _Run:
         accelerator: Accelerator,
         settings: Mapping[str, Any],
     ) -> None:
-        self._identity = {**_identity(options, accelerator), **settings}
+        # As it will be read back: tuples become lists.
+        self._identity = json.loads(json.dumps({**_identity(options, accelerator), **settings}))
         self.objective, self.options, self.accelerator = objective, options, accelerator
         self.history: list[dict[str, float]] = []
         for optimizer in optimizers:

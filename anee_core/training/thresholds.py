@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _ROUNDS = 5
 
 @dataclass
 class Search:
-    """What a model spends under thresholds that come from one number: a score in front of any layer.
+    """Looks for thresholds that spend what they should.
 
     Args:
         model: the model, with the tokens' device and dtype.
@@ -42,10 +43,6 @@ class Search:
     options: dict[str, object] = field(default_factory=dict)
     batch: int = 4
     advance: Callable[[], None] = lambda: None
-
-    def thresholds(self, score: float) -> Tensor:
-        """Return the thresholds [L] that let every token skip whose score lies below ``score``."""
-        return (score - self.gate.mean) / self.gate.spread
 
     def spent(self, thresholds: Tensor) -> float:
         """Return the share of a dense token's FLOPs that the blocks' tokens take on average, deployed."""
@@ -66,27 +63,47 @@ class Search:
         self.advance()
         return total / len(self.blocks)
 
-    def run(self, budgets: tuple[float, ...] = BUDGETS) -> GateWeights:
-        """Return the gate with thresholds for the budgets within reach, for the least possible one, and for 1."""
+    def from_one_score(self, budgets: tuple[float, ...] = BUDGETS) -> GateWeights:
+        """Return the gate with thresholds under which every token skips whose score lies below a number, the same for
+        all layers: for the budgets within reach, for the least possible one, and for 1.
+        """
+
+        def thresholds(score: float) -> Tensor:
+            return (score - self.gate.mean) / self.gate.spread
+
         low = float((self.gate.mean - 6 * self.gate.spread).min())
         high = float((self.gate.mean + 6 * self.gate.spread).max())
-        # Pairs of a score and what it spends; spending falls as the score rises.
-        known = [(low, 1.0), (high, self.spent(self.thresholds(high)))]
-        least = known[-1][1]
-        for budget in budgets:
-            if budget <= least + _CLOSE:
-                continue
-            for _ in range(_ROUNDS):
-                left, right = _around(known, budget)
-                if min(abs(left[1] - budget), abs(right[1] - budget)) <= _CLOSE:
-                    break
-                score = _between(left, right, budget)
-                known.append((score, self.spent(self.thresholds(score))))
-                known.sort()
+        least = self.spent(thresholds(high))
+        known = [(low, 1.0), (high, least)]
         reached = [budget for budget in budgets if budget > least + _CLOSE]
-        scores = [min(known, key=lambda pair: abs(pair[1] - budget))[0] for budget in reached]
-        rows = [self.thresholds(score) for score in (high, *scores)] + [torch.full_like(self.gate.mean, _NEVER)]
-        return replace(self.gate, budgets=torch.tensor([least, *reached, 1.0]), thresholds=torch.stack(rows))
+        rows = [thresholds(high), *(thresholds(self._solve(budget, thresholds, known)) for budget in reached)]
+        return self._with(torch.tensor([least, *reached]), rows)
+
+    def from_trained(self, budgets: tuple[float, ...] = BUDGETS) -> GateWeights:
+        """Return the gate with the thresholds that it has, those of each budget moved as one until it is met."""
+        kept = [budget for budget in budgets if budget >= float(self.gate.budgets[0]) - 1e-6]
+        rows = []
+        for budget in kept:
+            base = self.gate.at(budget)
+            known = [(-4.0, 1.0), (0.0, self.spent(base)), (4.0, 0.0)]
+            rows.append(base + self._solve(budget, partial(torch.add, base), known))
+        return self._with(torch.tensor(kept), rows)
+
+    def _solve(self, budget: float, thresholds: Callable[[float], Tensor], known: list[tuple[float, float]]) -> float:
+        """Return the number whose thresholds spend a budget; spending falls as it rises. ``known`` pairs grow."""
+        for _ in range(_ROUNDS):
+            closest = min(known, key=lambda pair: abs(pair[1] - budget))
+            if abs(closest[1] - budget) <= _CLOSE:
+                break
+            score = _between(*_around(known, budget), budget)
+            known.append((score, self.spent(thresholds(score))))
+        return min(known, key=lambda pair: abs(pair[1] - budget))[0]
+
+    def _with(self, budgets: Tensor, rows: list[Tensor]) -> GateWeights:
+        everything = torch.full_like(self.gate.mean, _NEVER)
+        return replace(
+            self.gate, budgets=torch.cat((budgets, torch.ones(1))), thresholds=torch.stack([*rows, everything])
+        )
 
 
 def _around(known: list[tuple[float, float]], budget: float) -> tuple[tuple[float, float], tuple[float, float]]:

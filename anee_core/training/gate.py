@@ -1,0 +1,202 @@
+"""Training a gate and shortcuts together, for all budgets at once: hard decisions, straight-through gradients.
+
+The model itself stays as it is, and is the teacher: what is learned is to change its next-token distributions as little
+as possible for what is spent. Skipped tokens keep their keys and values, as they will when deployed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anee_core.accounting import CostModel
+from anee_core.adapter import ModelAdapter
+from anee_core.controllers.gate import GateController, GateWeights
+from anee_core.errors import InputError
+from anee_core.layout import Parts
+from anee_core.profiler import unit_norm
+from anee_core.shortcuts import ShortcutWeights
+from anee_core.training.loop import Objective
+from anee_core.training.losses import divergence
+from anee_core.training.sequence import WholeSequences
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """How a gate is trained.
+
+    Args:
+        least: smallest budget that is trained for; each sequence draws its own from there to 1.
+        knots: budgets with thresholds of their own; between them thresholds are interpolated.
+        temperature: of the sigmoid that stands in for the step in the backward pass, in standard deviations.
+        noise: scale of the Gumbel noise on the scores.
+        pressure: how fast the price of spending rises while a budget is exceeded, per step.
+    """
+
+    least: float = 0.5
+    knots: int = 6
+    temperature: float = 0.5
+    noise: float = 0.3
+    pressure: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least < 1 or self.knots < 2:
+            raise InputError(f"least lies in (0, 1) and knots are at least 2; got {self.least:g} and {self.knots}")
+        if self.temperature <= 0 or self.noise < 0 or self.pressure <= 0:
+            raise InputError("temperature and pressure are above 0, noise at least 0")
+
+
+class GatedModel(Objective):
+    """Loss of a model whose layers are skipped by a gate: divergence from the dense model, and the price of spending.
+
+    Args:
+        adapter: knows the model's family.
+        parts: the model's modules.
+        costs: what its layers cost, shortcuts included.
+        gate: weights to start from.
+        shortcuts: weights to start from.
+        controller: says which tokens and layers always run, and how much the fit's statistics count.
+        options: how.
+        held_out: blocks [N, T] to validate on, as deployed.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        parts: Parts,
+        costs: CostModel,
+        gate: GateWeights,
+        shortcuts: ShortcutWeights,
+        controller: GateController,
+        options: GateOptions,
+        held_out: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.adapter, self.parts, self.costs = parts.model, adapter, parts, costs
+        self.options, self.held_out = options, held_out
+        layers = len(parts.layers)
+        self._prior, self._first = controller.prior, controller.first
+        self._free = [i not in controller.protected(layers) for i in range(layers)]
+        self.down, self.up = nn.Parameter(shortcuts.down.float()), nn.Parameter(shortcuts.up.float())
+        self.shortcut_bias = nn.Parameter(shortcuts.bias.float())
+        self.weight, self.bias = nn.Parameter(gate.weight.float()), nn.Parameter(gate.bias.float())
+        self.budgets: Tensor
+        self.register_buffer("budgets", torch.linspace(options.least, 1.0, options.knots))
+        self.thresholds = nn.Parameter(torch.stack([gate.at(float(b)) for b in self.budgets.clamp(max=0.98)]))
+        self.mean: Tensor
+        self.spread: Tensor
+        self.price: Tensor
+        self.register_buffer("mean", gate.mean.float())
+        self.register_buffer("spread", gate.spread.float())
+        self.register_buffer("price", torch.ones(options.knots))
+
+    def train(self, mode: bool = True) -> GatedModel:
+        """Switch to training; the model itself stays without dropout."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of token ids [B, T]."""
+        lowest = self.options.least
+        budgets = lowest + (1 - lowest) * torch.rand(input_ids.shape[0], device=input_ids.device)
+        with torch.no_grad():
+            wanted = self.dense(input_ids)
+        logits, spent = self.run(input_ids, budgets, self.options.noise)
+        quality = divergence(wanted, logits)
+        over = spent.mean(1) - budgets
+        near = self._near(budgets)
+        loss = quality + ((near @ self.price) * over).mean()
+        with torch.no_grad():
+            # Dual ascent: the price of a budget rises while it is exceeded, and falls while it is not used up.
+            rise = (near * over[:, None]).sum(0) / near.sum(0).clamp(min=1e-6)
+            self.price.mul_((self.options.pressure * rise.clamp(-0.2, 0.2)).exp()).clamp_(1e-3, 1e3)
+        figures = {"quality": quality, "spent": spent.mean(), "over": over.mean(), "price": self.price.mean()}
+        return loss, {name: value.detach() for name, value in figures.items()}
+
+    def dense(self, input_ids: Tensor) -> Tensor:
+        """Return the model's own logits [B, T, V]."""
+        sequences = WholeSequences(self.adapter, self.parts, input_ids)
+        hidden_states = sequences.embedded
+        for layer_idx in range(len(self.parts.layers)):
+            hidden_states = sequences.layer(layer_idx, hidden_states)
+        return sequences.logits(hidden_states)
+
+    def run(self, input_ids: Tensor, budgets: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return logits [B, T, V] under ``budgets`` [B], and each token's share of a dense one's FLOPs, [B, T]."""
+        sequences = WholeSequences(self.adapter, self.parts, input_ids)
+        hidden_states = sequences.embedded
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        run_shares, skip_shares = self.costs.token_shares(positions)
+        thresholds = self._near(budgets) @ self.thresholds
+        spent = torch.zeros(input_ids.shape, device=input_ids.device)
+        for layer_idx, free in enumerate(self._free):
+            output = sequences.layer(layer_idx, hidden_states)
+            if not free:
+                hidden_states, spent = output, spent + run_shares[layer_idx]
+                continue
+            unit = unit_norm(hidden_states)
+            score = self._score(unit.float(), layer_idx)
+            keep = self._keep(score - thresholds[:, layer_idx : layer_idx + 1], noise)
+            keep = torch.where(positions < self._first, 1.0, keep)
+            down, up = self.down[layer_idx].to(unit.dtype), self.up[layer_idx].to(unit.dtype)
+            instead = hidden_states + unit @ down.T @ up.T + self.shortcut_bias[layer_idx].to(unit.dtype)
+            share = keep[..., None].to(unit.dtype)
+            hidden_states = share * output + (1 - share) * instead
+            spent = spent + keep * run_shares[layer_idx] + (1 - keep) * skip_shares[layer_idx]
+        return sequences.logits(hidden_states), spent
+
+    def _score(self, unit: Tensor, layer_idx: int) -> Tensor:
+        """Return scores [B, T] relative to those of earlier tokens, as `GateController.decide` takes them."""
+        deviation = unit @ self.weight[layer_idx] + self.bias[layer_idx] - self.mean[layer_idx]
+        with torch.no_grad():
+            if self.training:
+                seen = deviation[:, self._first :]
+                self.mean[layer_idx] += 0.02 * seen.mean()
+                self.spread[layer_idx].lerp_(seen.std(), 0.02)
+            past = deviation.double()
+            count = torch.arange(unit.shape[1], device=unit.device) + self._prior
+            mean = (past.cumsum(1) - past) / count
+            squares = past.square().cumsum(1) - past.square() + self._prior * self.spread[layer_idx].double().square()
+            scale = (squares / count - mean.square()).clamp(min=1e-12).rsqrt()
+        return (deviation - mean.float()) * scale.float()
+
+    def _keep(self, margin: Tensor, noise: float) -> Tensor:
+        """Return 1 where a margin [B, T] is not negative and 0 elsewhere, with the gradient of a sigmoid."""
+        if noise:
+            uniform = torch.rand(2, *margin.shape, device=margin.device).clamp(1e-6, 1 - 1e-6)
+            gumbel = -(-uniform.log()).log()
+            margin = margin + noise * (gumbel[0] - gumbel[1])
+        soft = torch.sigmoid(margin / self.options.temperature)
+        return soft + ((margin >= 0).float() - soft).detach()
+
+    def _near(self, budgets: Tensor) -> Tensor:
+        """Return the weights of each knot for budgets [B], [B, Q]: linear between two neighbours."""
+        place = (budgets - self.budgets[0]) / (self.budgets[1] - self.budgets[0])
+        knots = torch.arange(len(self.budgets), device=budgets.device)
+        return (1 - (place[:, None] - knots).abs()).clamp(min=0)
+
+    def validate(self) -> dict[str, float]:
+        """Return divergence from the dense model, and spending, of the held-out blocks at three budgets."""
+        if self.held_out is None:
+            return {}
+        figures: dict[str, float] = {}
+        for budget in (self.options.least, (self.options.least + 1) / 2, 0.9):
+            quality, spent = 0.0, 0.0
+            for block in self.held_out.split(1):  # type: ignore[no-untyped-call]
+                logits, tokens = self.run(block, torch.tensor([budget], device=block.device))
+                quality += float(divergence(self.dense(block), logits))
+                spent += float(tokens.mean())
+            figures[f"kl at {budget:.2f}"] = quality / len(self.held_out)
+            figures[f"spent at {budget:.2f}"] = spent / len(self.held_out)
+        return figures
+
+    def fitted(self) -> tuple[GateWeights, ShortcutWeights]:
+        """Return what was trained. The thresholds are those of training; budgets are met once they are searched for."""
+        gate = GateWeights(
+            self.weight.detach(), self.bias.detach(), self.mean, self.spread, self.budgets, self.thresholds.detach()
+        )
+        shortcuts = ShortcutWeights(self.down.detach(), self.up.detach(), self.shortcut_bias.detach())
+        return gate, shortcuts

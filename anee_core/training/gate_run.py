@@ -1,0 +1,148 @@
+"""A training run of a gate: from a model and text files to a folder with a gate and shortcuts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from anee_core.controllers.gate import GateController, GateWeights
+from anee_core.engine import Engine
+from anee_core.errors import InputError
+from anee_core.model import AdaptiveModel
+from anee_core.policy import Policy
+from anee_core.progress import progress_bar
+from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
+from anee_core.training.closed_form import FitOptions
+from anee_core.training.data import Batches, token_blocks
+from anee_core.training.gate import GatedModel, GateOptions
+from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
+from anee_core.training.loop import RunOptions, accelerator_of, run_training
+from anee_core.training.schedules import trapezoid
+from anee_core.training.thresholds import Search
+
+logger = logging.getLogger(__name__)
+
+RATES = {"down": 2e-4, "up": 2e-4, "shortcut_bias": 2e-4, "weight": 1e-3, "bias": 1e-2, "thresholds": 1e-2}
+"""Learning rates of the trained parts."""
+
+
+@dataclass(frozen=True)
+class GateTraining:
+    """What is trained, and on what.
+
+    Args:
+        gate: how the gate is trained.
+        rank: of the shortcuts.
+        length: tokens per block.
+        batch: blocks per batch.
+        rate: factor on the learning rates.
+        warmup: steps until they are reached.
+        valid_blocks: blocks to validate on, and to find the thresholds with.
+        calibration_sequences: pieces of text for the fit that the training starts from.
+        protect: how many first and last layers always run.
+        first: how many first tokens of a sequence run every layer.
+    """
+
+    gate: GateOptions = field(default_factory=GateOptions)
+    rank: int = 128
+    length: int = 256
+    batch: int = 4
+    rate: float = 1.0
+    warmup: int = 10
+    valid_blocks: int = 8
+    calibration_sequences: int = 32
+    protect: tuple[int, int] = (1, 2)
+    first: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.rank, self.batch, self.valid_blocks, self.calibration_sequences) < 1 or self.length <= self.first:
+            raise InputError(f"rank, batch and blocks are at least 1, and length is above first ({self.first})")
+        if self.rate <= 0:
+            raise InputError(f"rate is above 0; got {self.rate:g}")
+
+
+def train_gate(
+    model: AdaptiveModel,
+    text: Sequence[str | Path],
+    run: RunOptions,
+    options: GateTraining | None = None,
+    valid: str | Path | None = None,
+) -> list[dict[str, float]]:
+    """Train a gate and shortcuts for a model, and return the figures of every validation.
+
+    ``run.folder`` gets what ``policy="gate:FOLDER+shortcuts:FOLDER"`` loads, the closed-form fit that the training
+    starts from (in ``start``), and the checkpoints of the run; a run found there is continued.
+
+    Args:
+        model: with a tokenizer; it stays as it is.
+        text: files to learn from.
+        run: how the run goes.
+        options: what is trained.
+        valid: file to validate on. Default: the first blocks of the training text, which are then left out of training.
+
+    Raises:
+        InputError: too little text, or options out of range.
+        CheckpointError: the folder holds another run.
+        MissingPackageError: datasets is not installed.
+    """
+    options = options or GateTraining()
+    if model.tokenizer is None:
+        raise InputError("training reads text: the model needs a tokenizer")
+    for parameter in model.parts.model.parameters():
+        parameter.requires_grad_(False)
+    accelerator = accelerator_of(run)
+    start = run.folder / "start"
+    with accelerator.main_process_first():
+        blocks = token_blocks(text, model.tokenizer, options.length, run.folder / "tokens")
+        if valid is None:
+            count = min(options.valid_blocks, len(blocks) // 2)
+            held_out, blocks = blocks.select(range(count)), blocks.select(range(count, len(blocks)))
+        else:
+            held_out = token_blocks([valid], model.tokenizer, options.length, run.folder / "tokens")
+        if not (start / "gate.json").exists():
+            fit = FitOptions(rank=options.rank, seed=run.seed)
+            text_for_fit = GateCalibration(
+                text[0], options.calibration_sequences, options.length, fit=fit, progress=run.progress
+            )
+            calibrate_gate(model, start, text_for_fit)
+    gate, shortcuts = GateWeights.load(start), ShortcutWeights.load(start)
+    least = max(options.gate.least, float(gate.budgets[0]) + 0.02)
+    controller = GateController(protect=options.protect, first=options.first)
+    costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(shortcuts))).costs
+    held_out_ids = held_out[: options.valid_blocks]["input_ids"]
+    objective = GatedModel(
+        model.adapter, model.parts, costs, gate, shortcuts, controller, replace(options.gate, least=least), held_out_ids
+    ).to(accelerator.device)
+    batches = Batches(blocks, options.batch, run.seed, accelerator.process_index, accelerator.num_processes)
+    groups = [{"params": [getattr(objective, name)], "lr": rate * options.rate} for name, rate in RATES.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    rate = trapezoid(run.steps, options.warmup, decay=max(run.steps // 2, 1))
+    history = run_training(objective, [optimizer], rate, batches, run, accelerator, asdict(options))
+    if accelerator.is_main_process:
+        _write(model, objective, controller, held_out_ids, run, history)
+    return history
+
+
+def _write(
+    model: AdaptiveModel,
+    objective: GatedModel,
+    controller: GateController,
+    blocks: torch.Tensor,
+    run: RunOptions,
+    history: list[dict[str, float]],
+) -> None:
+    """Find the thresholds of what was trained, and save everything."""
+    gate, shortcuts = objective.fitted()
+    facts = {"steps": run.steps, "valid": history[-1] if history else {}}
+    replace(shortcuts, facts=facts).save(run.folder)
+    options: dict[str, object] = {"protect": controller.protect, "first": controller.first, "prior": controller.prior}
+    with progress_bar(run.progress) as bar:
+        task = bar.add_task("thresholds of each budget", total=None)
+        cpu = replace(gate, **{n: getattr(gate, n).cpu() for n in ("mean", "spread", "budgets", "thresholds")})
+        search = Search(model, cpu, LowRankShortcut.of(shortcuts), blocks, options, advance=lambda: bar.advance(task))
+        replace(search.from_trained(), facts=facts).save(run.folder)
+    logger.info("wrote %s", run.folder)

@@ -1,0 +1,156 @@
+"""Training the gate: what is trained is what is deployed, gradients reach every part, prices keep budgets."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import FEW, adaptive, build, tokens
+
+import anee
+from anee_core.controllers import GateController, GateWeights
+from anee_core.errors import CheckpointError, InputError
+from anee_core.shortcuts import ShortcutWeights
+from anee_core.training.gate import GatedModel, GateOptions
+from anee_core.training.gate_run import GateTraining, train_gate
+from anee_core.training.loop import RunOptions
+
+LAYERS, WIDTH, RANK = 6, 32, 4
+
+
+def weights():
+    generator = torch.Generator().manual_seed(3)
+    gate = GateWeights(
+        weight=torch.randn(LAYERS, WIDTH, generator=generator) * WIDTH**-0.5,
+        bias=torch.full((LAYERS,), 0.1),
+        mean=torch.full((LAYERS,), 0.05),
+        spread=torch.ones(LAYERS),
+        budgets=torch.tensor([0.3, 1.0]),
+        thresholds=torch.stack((torch.full((LAYERS,), 1.0), torch.full((LAYERS,), -1.0))),
+    )
+    shortcuts = ShortcutWeights(
+        torch.randn(LAYERS, RANK, WIDTH, generator=generator) * 0.1,
+        torch.randn(LAYERS, WIDTH, RANK, generator=generator),
+        torch.randn(LAYERS, WIDTH, generator=generator) * 0.1,
+    )
+    return gate, shortcuts
+
+
+def gated(network, folder, **options):
+    gate, shortcuts = weights()
+    gate.save(folder)
+    shortcuts.save(folder)
+    deployed = adaptive(network, f"gate:{folder},protect=1 1+shortcuts:{folder}", 0.7)
+    controller = GateController(protect=(1, 1))
+    trained = GatedModel(
+        deployed.adapter, deployed.parts, deployed.engine.costs, gate, shortcuts, controller, GateOptions(**options)
+    )
+    return trained, deployed
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_what_is_trained_is_what_is_deployed(family, tmp_path):
+    trained, deployed = gated(build(family), tmp_path, least=0.4, knots=4)
+    trained.eval()
+    ids = tokens(3, 18)
+    with torch.no_grad():
+        logits, spent = trained.run(ids, torch.full((3,), 0.7))
+        torch.testing.assert_close(logits, deployed(ids).logits, atol=5e-5, rtol=1e-3)
+        ran = deployed.last_trace.ran
+    run, skip = deployed.engine.costs.token_shares(torch.arange(18))
+    torch.testing.assert_close(spent, torch.where(ran, run[:, None], skip[:, None]).sum(0))
+    assert 0.1 < ran.float().mean() < 0.95
+
+
+def test_every_part_gets_a_gradient_and_the_model_none(tmp_path):
+    network = build("llama")
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    trained, _ = gated(network, tmp_path)
+    trained.train()
+    torch.manual_seed(0)
+    loss, figures = trained(tokens(3, 20))
+    loss.backward()
+    for name in ("down", "up", "shortcut_bias", "weight", "bias", "thresholds"):
+        assert getattr(trained, name).grad[1:-1].abs().sum() > 0, name
+    assert 0 < figures["spent"] < 1
+
+
+def test_the_price_rises_while_a_budget_is_exceeded(tmp_path):
+    trained, _ = gated(build("llama"), tmp_path, least=0.4, knots=3)
+    trained.train()
+    with torch.no_grad():
+        trained.thresholds.fill_(-99.0)  # everything runs
+        before = trained.price.clone()
+        for _ in range(8):
+            trained(tokens(4, 16))
+        assert (trained.price[:2] > before[:2]).all()
+        trained.thresholds.fill_(99.0)  # everything skips
+        before = trained.price.clone()
+        for _ in range(8):
+            trained(tokens(4, 16))
+        assert (trained.price[1:] < before[1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"least": 0.0}, "least lies in"), ({"knots": 1}, "knots are at least 2"), ({"temperature": 0.0}, "above 0")],
+)
+def test_wrong_options_are_refused(wrong, message):
+    with pytest.raises(InputError, match=message):
+        GateOptions(**wrong)
+
+
+@pytest.fixture
+def text(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    words = ["the cat", "a dog", "saw", "and then", "ran to", "the house", "of the man", "by night"]
+    lines = [" ".join(words[i] for i in torch.randint(0, 8, (12,), generator=generator)) for _ in range(300)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def small(**changes):
+    options = {"rank": 4, "length": 24, "batch": 2, "warmup": 2, "valid_blocks": 4, "calibration_sequences": 8}
+    return GateTraining(GateOptions(least=0.9, knots=3), **{**options, **changes})
+
+
+def run_options(folder, **changes):
+    return RunOptions(folder, **{"steps": 4, "validate_every": 2, "save_every": 2, "progress": False, **changes})
+
+
+def test_a_run_resumes_and_loads(llama_folder, text, tmp_path):
+    whole = train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "whole"), small())
+    assert [figures["step"] for figures in whole] == [2, 4]
+    begin, steps = GatedModel.begin, []
+
+    class StopTrainingError(Exception):
+        pass
+
+    def interrupted(self, step):
+        steps.append(step)
+        if len(steps) == 4:
+            raise StopTrainingError
+        begin(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GatedModel, "begin", interrupted)
+        with pytest.raises(StopTrainingError):
+            train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "parts"), small())
+    train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "parts"), small())
+    for file in ("gate.safetensors", "shortcuts.safetensors"):
+        first, second = (load_file(tmp_path / name / file) for name in ("whole", "parts"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    folder = tmp_path / "whole"
+    model = anee.load(llama_folder, policy=f"gate:{folder}+shortcuts:{folder}", budget=0.95)
+    model(tokens(1, 20))
+    assert model.last_trace.flops["shortcuts"] > 0
+    with pytest.raises(CheckpointError, match="batch was 2, is 3"):
+        train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "parts"), small(batch=3))
+
+
+def test_command_line(llama_folder, text, tmp_path, run_anee):
+    small = ["--steps", "2", "--length", "24", "--batch", "2", "--rank", "4", "--calibration-sequences", "8"]
+    where = ["-t", str(text), "-f", str(tmp_path / "run"), "--valid-blocks", "2", "--least", "0.9"]
+    done = run_anee("train", "supervised", str(llama_folder), *where, *small)
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "gate.json").exists()
