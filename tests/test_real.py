@@ -100,3 +100,15 @@ def test_commands_of_the_readme_run(smollm2, tmp_path):
         arguments = [sys.executable, "-m", "anee", *words, *(short if words[0] == "train" else [])]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bundled_asa_drops_much_and_costs_little(smollm2):
+    ids = smollm2.tokenizer((ROOT / "LICENSE").read_text(), return_tensors="pt")["input_ids"][:, :800]
+    sparse, window = anee.load(smollm2.model, "asa"), anee.load(smollm2.model, "window:sinks=4,keep=0.4")
+    losses = {}
+    for name, model in (("dense", smollm2), ("asa", sparse), ("window", window)):
+        with torch.no_grad():
+            losses[name] = float(torch.nn.functional.cross_entropy(model(ids).logits[0, 200:-1], ids[0, 201:]))
+    assert sparse.last_trace.context_dropped > 0.3
+    assert losses["asa"] < losses["dense"] + 0.2
+    assert losses["asa"] < losses["window"]

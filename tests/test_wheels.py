@@ -102,7 +102,10 @@ def test_plugins_are_listed_with_what_they_provide(environment):
     assert found["anee-granite"]["provides"] == {"adapters": ["granite"]}
     assert found["anee-staggered"]["provides"] == {"controllers": ["staggered"]}
     assert found["anee-strided"]["provides"] == {"cache_policies": ["strided"]}
-    assert found["anee-smollm2"]["provides"] == {"model_sources": ["smollm2"]}
+    assert found["anee-smollm2"]["provides"] == {
+        "model_sources": ["smollm2"],
+        "trained_policies": ["smollm2-135m-instruct/asa"],
+    }
     assert not any(plugin["problem"] for plugin in found.values())
 
 

