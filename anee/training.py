@@ -31,6 +31,7 @@ def asa(
     rank: Annotated[int, typer.Option("--rank", help="Width of the interaction projections.")] = 64,
     alpha: Annotated[str | None, typer.Option("--alpha", help="Schedule of alpha, like 'cosine_2_8_400'.")] = None,
     beta: Annotated[float | None, typer.Option("--beta", help="First bias. Default: nothing is dropped.")] = None,
+    start: Annotated[Path | None, typer.Option("--start", help="Folder with weights to start from.")] = None,
     distil: Annotated[
         bool | None, typer.Option("--distil/--no-distil", help="Learn from the dense model, or from the text.")
     ] = None,
@@ -65,6 +66,7 @@ def asa(
         rank=rank,
         alpha=alpha,
         beta=beta,
+        start=None if start is None else str(start),
         distil=distil,
         length=length,
         batch=batch,

@@ -245,6 +245,21 @@ def test_a_folder_with_another_run_is_refused(llama_folder, text, tmp_path):
         train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "run"), options())
 
 
+def test_a_run_may_start_from_weights(llama_folder, text, tmp_path):
+    train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "first", steps=1), options())
+    still = options(start=str(tmp_path / "first"), rate=1e-9)
+    train_asa(anee.load(llama_folder), [text], run_options(tmp_path / "second", steps=1), still)
+    first, second = (load_file(tmp_path / name / "asa.safetensors") for name in ("first", "second"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    with pytest.raises(InputError, match="choose their rank"):
+        train_asa(
+            anee.load(llama_folder),
+            [text],
+            run_options(tmp_path / "third"),
+            options(start=str(tmp_path / "first"), rank=4),
+        )
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

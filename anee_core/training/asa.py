@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from anee_core.adapter import ModelAdapter
 from anee_core.cache_policies.asa import AsaWeights
+from anee_core.errors import InputError
 from anee_core.layout import Parts
 from anee_core.sparse_sigmoid import log_survival
 from anee_core.training.loop import Objective
@@ -38,6 +39,21 @@ class Interactions(nn.Module):
         self.query = nn.Parameter(torch.randn(layers, rank, width) / width**0.5)
         self.key = nn.Parameter(torch.randn(layers, rank, width) * spread / width**0.5)
         self.beta = nn.Parameter(torch.full((layers,), beta))
+
+    def take(self, weights: AsaWeights) -> None:
+        """Start from weights that were trained before.
+
+        Raises:
+            InputError: they are of another shape.
+        """
+        for name, parameter in self.named_parameters():
+            known = getattr(weights, name)
+            if known.shape != parameter.shape:
+                raise InputError(
+                    f"the weights to start from have a {name} of shape {list(known.shape)}, this training "
+                    f"{list(parameter.shape)}; choose their rank, and the model that they are of"
+                )
+            parameter.data.copy_(known)
 
     def forward(self, layer_idx: int, attention_input: Tensor) -> Tensor:
         """Return interaction logits [B, T, T] of normed attention inputs [B, T, D]."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from anee_core.cache_policies.asa import AsaWeights
 from anee_core.calibration import fingerprint
 from anee_core.errors import InputError, MissingPackageError
 from anee_core.model import AdaptiveModel
@@ -39,6 +40,7 @@ class AsaOptions:
         alpha: schedule of the sparse sigmoid's sharpness; see `parse_schedule`. None: from 2 to 8 over four fifths of
             the run.
         beta: bias of the interactions at the start. None: where nothing is dropped at the first alpha.
+        start: folder with weights to start from, trained before for the same model.
         distil: whether to learn from the dense model instead of the text. None: unless the whole model is trained.
         length: tokens per block.
         batch: blocks per batch.
@@ -55,6 +57,7 @@ class AsaOptions:
     rank: int = 64
     alpha: str | None = None
     beta: float | None = None
+    start: str | None = None
     distil: bool | None = None
     length: int = 512
     batch: int = 4
@@ -154,12 +157,16 @@ def _objective(
         raise InputError("distil needs the dense model beside the trained one: use it with a frozen model or with LoRA")
     alpha = parse_schedule(options.alpha or f"cosine_2_8_{max(4 * steps // 5, 1)}")
     beta = 1 / max(alpha(0) - 1, 1e-3) if options.beta is None else options.beta
+    layers, width = len(model.parts.layers), model.config.hidden_size
+    interactions = Interactions(layers, options.rank, width, beta)
+    if options.start is not None:
+        interactions.take(AsaWeights.load(options.start))
     # The paths are the same inside PEFT's wrappers, but the modules are not.
     parts = model.adapter.parts(model.parts.model)
     return SparseAttention(
         adapter=model.adapter,
         parts=parts,
-        interactions=Interactions(len(parts.layers), options.rank, model.config.hidden_size, beta),
+        interactions=interactions,
         alpha=alpha,
         gamma=options.gamma,
         target=options.target,
