@@ -169,5 +169,5 @@ def calibrate(
 
     options = GateCalibration(text, sequences, length, fit=FitOptions(rank=rank, skipped=skipped, seed=seed))
     loaded = load(model, dtype=dtype)
-    made = calibrate_gate(loaded, folder or calibrated_folder(loaded), options)
+    made = calibrate_gate(loaded, folder or calibrated_folder(loaded, text), options)
     Console(stderr=True).print(f"wrote {made}; use it with: --policy gate:{made}+shortcuts:{made}", soft_wrap=True)

@@ -61,6 +61,12 @@ class Policy:
         """Return the policy with its trained parts' folders filled in where they name none, by the part's name."""
         return self._with_folders(lambda name, folder: folder or folders.get(name, ""))
 
+    def untrained(self) -> frozenset[str]:
+        """Return the names of the parts that need trained weights and name no folder with any."""
+        parts = (self.controller, self.cache_policy, self.shortcut)
+        trained = [part for part in parts if part is not None and part.checkpoint is not None]
+        return frozenset(part.name for part in trained if not part.options()["folder"])
+
     def _with_folders(self, place: Callable[[str, str], str | Path]) -> Policy:
         """Return the policy with its trained parts' folders moved: ``place`` gets a part's name and its folder."""
 

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FEW, adaptive, build, ragged, stepwise, tokens
 
-from anee_core.controllers import GateWeights
+from anee_core.controllers import GateController, GateWeights
 from anee_core.errors import BudgetError, CheckpointError, PolicyError
+from anee_core.policy import Policy
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}
 
@@ -86,7 +87,6 @@ def test_a_hard_budget_holds_for_every_token(gate):
 @pytest.mark.parametrize(
     ("policy", "budget", "message"),
     [
-        ("gate", None, "no weights are installed for this model"),
         ("gate:no/such/folder", None, "is missing"),
         ("gate:{folder},prior=0", None, "prior is above 0"),
         ("gate:{folder},first=-1", None, "first at least 0"),
@@ -97,6 +97,12 @@ def test_a_hard_budget_holds_for_every_token(gate):
 def test_wrong_options_say_what_is_wrong(policy, budget, message, gate):
     with pytest.raises((PolicyError, CheckpointError, BudgetError), match=message):
         adaptive(build("llama"), policy.format(folder=gate), budget)
+
+
+def test_weights_have_to_come_from_somewhere():
+    model = adaptive(build("llama"))
+    with pytest.raises(PolicyError, match="gate: no weights are installed for this model"):
+        model.set_policy(Policy(GateController()))
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """From a model to a gate with shortcuts that meets its budgets: calibrated, interrupted, and on the command line."""
 
+import logging
+
 import pytest
 import torch
 from tiny import adaptive, build, tokens
@@ -7,7 +9,7 @@ from tiny import adaptive, build, tokens
 import anee
 from anee_core.conformance.cost import spent_by_token
 from anee_core.controllers import GateWeights
-from anee_core.errors import CheckpointError, InputError
+from anee_core.errors import BudgetError, CheckpointError, InputError
 from anee_core.training import gate_calibration, thresholds
 from anee_core.training.closed_form import FitOptions
 from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
@@ -91,3 +93,59 @@ def test_command_line(llama_folder, tmp_path, run_anee):
     assert done.code == 0, done.err
     policy = f"gate:{folder}+shortcuts:{folder}"
     assert run_anee("generate", str(llama_folder), "the cat", "-p", policy, "-b", "0.9", "-n", "3").code == 0
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    build("gpt2").save_pretrained(tmp_path / "gpt2-tiny")
+    return tmp_path / "gpt2-tiny"
+
+
+def lines_about_fitting(caplog):
+    return [r.getMessage() for r in caplog.records if "fitting" in r.getMessage()]
+
+
+def test_rl_works_on_a_model_nobody_trained_it_for(gpt2_folder, caplog):
+    caplog.set_level(logging.INFO, "anee_core")
+    model = anee.load(gpt2_folder, policy="rl", budget=0.8)
+    assert len(lines_about_fitting(caplog)) == 1
+    torch.manual_seed(3)
+    own = anee.load(gpt2_folder).generate(tokens(16, 1, seed=7), max_new_tokens=120, do_sample=True)
+    assert float(spent_by_token(model, own).mean()) == pytest.approx(0.8, abs=0.05)
+    assert model.last_trace.flops["shortcuts"] > 0
+    again = anee.load(gpt2_folder, policy="rl+window:sinks=1,recent=8", budget=0.8)
+    assert len(lines_about_fitting(caplog)) == 1
+    with torch.no_grad():
+        assert torch.equal(again(tokens(1, 8)).logits, model(tokens(1, 8)).logits)
+    with pytest.raises(BudgetError, match=r"a budget of 0\.05 cannot be met: the least possible is 0\.\d+"):
+        anee.load(gpt2_folder, policy="rl", budget=0.05)
+
+
+def test_what_was_trained_for_a_model_goes_before_what_is_fitted(calibrated, install, caplog):
+    caplog.set_level(logging.INFO, "anee_core")
+    _, folder = calibrated
+    entries = {f"toy-2/{name}": str(folder) for name in ("gate", "shortcuts")}
+    install(
+        "toy-gate",
+        f"""
+        from pathlib import Path
+        from anee_core.hookspecs import hookimpl
+
+        @hookimpl
+        def anee_trained_policies():
+            return {{name: Path(folder) for name, folder in {entries!r}.items()}}
+        """,
+    )
+    network = build("llama").eval()
+    network.config.anee_backbone = "toy-2"
+    model = anee.load(network, "rl", 0.8)
+    assert not lines_about_fitting(caplog)
+    with torch.no_grad():
+        wanted = anee.load(network, f"rl:folder={folder}", 0.8)(tokens()).logits
+        assert torch.equal(model(tokens()).logits, wanted)
+
+
+def test_shortcuts_alone_are_fitted_on_first_use_too(gpt2_folder):
+    model = anee.load(gpt2_folder, policy="static:skip=2+shortcuts")
+    model(tokens())
+    assert model.last_trace.flops["shortcuts"] > 0

@@ -9,7 +9,9 @@ from tiny import FEW, adaptive, build, ragged, stepwise, tokens
 from torch import nn
 
 from anee_core.conformance.cost import expect_counted, spent_by_token
+from anee_core.controllers import StaticController
 from anee_core.errors import CheckpointError, PolicyError
+from anee_core.policy import Policy
 from anee_core.profiler import unit_norm
 from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
 
@@ -118,7 +120,6 @@ def test_a_saved_policy_holds_them(shortcuts, tmp_path):
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("random:p=0.3+shortcuts", "none are installed for this model"),
         ("random:p=0.3+shortcuts:no/such/folder", "is missing"),
         ("shortcuts:{folder}", "skips no layer"),
         ("dense+shortcuts:{folder}", "skips no layer"),
@@ -128,6 +129,12 @@ def test_a_saved_policy_holds_them(shortcuts, tmp_path):
 def test_wrong_policies_say_what_is_wrong(policy, message, shortcuts):
     with pytest.raises((PolicyError, CheckpointError), match=message):
         adaptive(build("llama"), policy.format(folder=shortcuts))
+
+
+def test_weights_have_to_come_from_somewhere():
+    model = adaptive(build("llama"))
+    with pytest.raises(PolicyError, match="shortcuts: none are installed for this model"):
+        model.set_policy(Policy(StaticController(skip=(1,)), shortcut=LowRankShortcut()))
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

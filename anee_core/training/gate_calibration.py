@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,8 @@ from anee_core.training.thresholds import Search
 logger = logging.getLogger(__name__)
 
 _TOKENS = "tokens.pt"
+FITTED = frozenset({"gate", "shortcuts"})
+"""What can be fitted for any model, without training, when it is first used."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,25 @@ class GateCalibration:
             raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
 
 
-def calibrated_folder(model: AdaptiveModel) -> Path:
-    """Return where the calibration of a model is kept if nobody says otherwise."""
-    return cache_folder() / f"gate-{fingerprint(model)}"
+def calibrated_folder(model: AdaptiveModel, text: str | Path | None = None) -> Path:
+    """Return where the calibration of a model, on its own samples or on a text, is kept if nobody says otherwise."""
+    source = "" if text is None else "-" + hashlib.sha256(Path(text).read_bytes()).hexdigest()[:16]
+    return cache_folder() / f"gate-{fingerprint(model)}{source}"
+
+
+def fitted_for(model: AdaptiveModel, text: str | Path | None = None) -> Path:
+    """Return the folder with what is fitted for a model; fit it now if that was not done before.
+
+    Raises:
+        InputError, CheckpointError: see `calibrate_gate`.
+    """
+    folder = calibrated_folder(model, text)
+    if not (folder / "gate.json").exists():
+        logger.info("fitting gate and shortcuts for this model, once: minutes ('anee train supervised' does better)")
+        # On a narrow model a wider shortcut would cost as much as the layer.
+        rank = max(min(128, model.config.hidden_size // 4), 1)
+        calibrate_gate(model, folder, GateCalibration(text, sequences=16, length=256, fit=FitOptions(rank=rank)))
+    return folder
 
 
 def calibrate_gate(model: AdaptiveModel, folder: Path, options: GateCalibration | None = None) -> Path:
