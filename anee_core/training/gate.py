@@ -77,8 +77,8 @@ class GatedModel(Objective):
         self.model, self.adapter, self.parts, self.costs = parts.model, adapter, parts, costs
         self.options, self.held_out = options, held_out
         layers = len(parts.layers)
-        self._prior, self._first = controller.prior, controller.first
-        self._free = [i not in controller.protected(layers) for i in range(layers)]
+        self._prior, self.first = controller.prior, controller.first
+        self.free = [i not in controller.protected(layers) for i in range(layers)]
         self.down, self.up = nn.Parameter(shortcuts.down.float()), nn.Parameter(shortcuts.up.float())
         self.shortcut_bias = nn.Parameter(shortcuts.bias.float())
         self.weight, self.bias = nn.Parameter(gate.weight.float()), nn.Parameter(gate.bias.float())
@@ -100,21 +100,29 @@ class GatedModel(Objective):
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of token ids [B, T]."""
-        lowest = self.options.least
-        budgets = lowest + (1 - lowest) * torch.rand(input_ids.shape[0], device=input_ids.device)
+        budgets = self.draw_budgets(input_ids)
         with torch.no_grad():
             wanted = self.dense(input_ids)
         logits, spent = self.run(input_ids, budgets, self.options.noise)
         quality = divergence(wanted, logits)
         over = spent.mean(1) - budgets
-        near = self._near(budgets)
-        loss = quality + ((near @ self.price) * over).mean()
-        with torch.no_grad():
-            # Dual ascent: the price of a budget rises while it is exceeded, and falls while it is not used up.
-            rise = (near * over[:, None]).sum(0) / near.sum(0).clamp(min=1e-6)
-            self.price.mul_((self.options.pressure * rise.clamp(-0.2, 0.2)).exp()).clamp_(1e-3, 1e3)
+        loss = quality + ((self.near(budgets) @ self.price) * over).mean()
+        self.move_price(self.price, budgets, over.detach())
         figures = {"quality": quality, "spent": spent.mean(), "over": over.mean(), "price": self.price.mean()}
         return loss, {name: value.detach() for name, value in figures.items()}
+
+    def draw_budgets(self, input_ids: Tensor) -> Tensor:
+        """Return a budget for each row, [B], evenly drawn."""
+        lowest = self.options.least
+        return lowest + (1 - lowest) * torch.rand(input_ids.shape[0], device=input_ids.device)
+
+    def move_price(self, price: Tensor, budgets: Tensor, over: Tensor) -> None:
+        """Raise the prices [Q] of the knots near ``budgets`` [B] that are exceeded (``over`` [B] is above 0), and lower
+        those of budgets that are not used up: dual ascent, in place.
+        """
+        shares = self.near(budgets)
+        rise = (shares * over[:, None]).sum(0) / shares.sum(0).clamp(min=1e-6)
+        price.mul_((self.options.pressure * rise.clamp(-0.2, 0.2)).exp()).clamp_(1e-3, 1e3)
 
     def dense(self, input_ids: Tensor) -> Tensor:
         """Return the model's own logits [B, T, V]."""
@@ -130,30 +138,34 @@ class GatedModel(Objective):
         hidden_states = sequences.embedded
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         run_shares, skip_shares = self.costs.token_shares(positions)
-        thresholds = self._near(budgets) @ self.thresholds
+        thresholds = self.near(budgets) @ self.thresholds
         spent = torch.zeros(input_ids.shape, device=input_ids.device)
-        for layer_idx, free in enumerate(self._free):
+        for layer_idx, free in enumerate(self.free):
             output = sequences.layer(layer_idx, hidden_states)
             if not free:
                 hidden_states, spent = output, spent + run_shares[layer_idx]
                 continue
             unit = unit_norm(hidden_states)
-            score = self._score(unit.float(), layer_idx)
-            keep = self._keep(score - thresholds[:, layer_idx : layer_idx + 1], noise)
-            keep = torch.where(positions < self._first, 1.0, keep)
-            down, up = self.down[layer_idx].to(unit.dtype), self.up[layer_idx].to(unit.dtype)
-            instead = hidden_states + unit @ down.T @ up.T + self.shortcut_bias[layer_idx].to(unit.dtype)
+            relative = self.score(unit.float(), layer_idx)
+            keep = self._keep(relative - thresholds[:, layer_idx : layer_idx + 1], noise)
+            keep = torch.where(positions < self.first, 1.0, keep)
+            instead = hidden_states + self.estimate(layer_idx, unit)
             share = keep[..., None].to(unit.dtype)
             hidden_states = share * output + (1 - share) * instead
             spent = spent + keep * run_shares[layer_idx] + (1 - keep) * skip_shares[layer_idx]
         return sequences.logits(hidden_states), spent
 
-    def _score(self, unit: Tensor, layer_idx: int) -> Tensor:
+    def estimate(self, layer_idx: int, unit: Tensor) -> Tensor:
+        """Return the shortcut's estimate of what a layer adds to hidden states of this ``unit`` norm [B, T, D]."""
+        down, up = self.down[layer_idx].to(unit.dtype), self.up[layer_idx].to(unit.dtype)
+        return unit @ down.T @ up.T + self.shortcut_bias[layer_idx].to(unit.dtype)
+
+    def score(self, unit: Tensor, layer_idx: int) -> Tensor:
         """Return scores [B, T] relative to those of earlier tokens, as `GateController.decide` takes them."""
         deviation = unit @ self.weight[layer_idx] + self.bias[layer_idx] - self.mean[layer_idx]
         with torch.no_grad():
             if self.training:
-                seen = deviation[:, self._first :]
+                seen = deviation[:, self.first :]
                 self.mean[layer_idx] += 0.02 * seen.mean()
                 self.spread[layer_idx].lerp_(seen.std(), 0.02)
             past = deviation.double()
@@ -172,7 +184,7 @@ class GatedModel(Objective):
         soft = torch.sigmoid(margin / self.options.temperature)
         return soft + ((margin >= 0).float() - soft).detach()
 
-    def _near(self, budgets: Tensor) -> Tensor:
+    def near(self, budgets: Tensor) -> Tensor:
         """Return the weights of each knot for budgets [B], [B, Q]: linear between two neighbours."""
         place = (budgets - self.budgets[0]) / (self.budgets[1] - self.budgets[0])
         knots = torch.arange(len(self.budgets), device=budgets.device)

@@ -1,0 +1,136 @@
+"""REINFORCE on a gate: decisions are drawn, rewarded by what the model then says, and made likelier or less likely.
+
+The estimator is that of Williams (1992); the baseline of a rollout is the mean of the others on the same text
+(leave-one-out; Kool et al., 2019). What supervised training only approximates is exact here: hard decisions, their real
+cost, and the divergence that they cause together. Nothing is differentiated but the gate itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from anee_core.errors import InputError
+from anee_core.profiler import unit_norm
+from anee_core.training.gate import GatedModel
+from anee_core.training.loop import Objective
+from anee_core.training.sequence import WholeSequences
+
+
+@dataclass(frozen=True)
+class ReinforceOptions:
+    """How decisions are drawn and rewarded.
+
+    Args:
+        rollouts: drawn for each text; the others are a rollout's baseline.
+        temperature: of the decisions, in standard deviations of the scores: the lower, the fewer are left to chance.
+        near_dense: divergence, in nats, under which spending less than the budget is rewarded.
+        entropy: weight of the decisions' entropy at the start; it falls to zero over the run.
+        steps: of the run.
+    """
+
+    rollouts: int = 4
+    temperature: float = 0.1
+    near_dense: float = 0.1
+    entropy: float = 1e-3
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.rollouts < 2 or self.steps < 1:
+            raise InputError(f"rollouts are at least 2, steps at least 1; got {self.rollouts} and {self.steps}")
+        if self.temperature <= 0 or self.entropy < 0 or self.near_dense < 0:
+            raise InputError("temperature is above 0, entropy and near_dense at least 0")
+
+
+class Reinforce(Objective):
+    """The gate of a `GatedModel` under REINFORCE; its shortcuts stay as they are.
+
+    A token's reward is minus its divergence from the dense model, and minus what it spends beyond its budget times the
+    budget's price; spending less is rewarded only where the divergence is small.
+    """
+
+    def __init__(self, gated: GatedModel, options: ReinforceOptions) -> None:
+        super().__init__()
+        self.gated, self.options = gated, options
+        for name in ("down", "up", "shortcut_bias"):
+            getattr(gated, name).requires_grad_(False)
+        self._entropy = options.entropy
+        self.price: Tensor
+        self.register_buffer("price", gated.price.clone())
+
+    def begin(self, step: int) -> None:
+        """Let the weight of the entropy fall."""
+        self._entropy = self.options.entropy * max(1 - step / self.options.steps, 0.0)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of token ids [B, T], whose gradient is the estimate."""
+        gated, options = self.gated, self.options
+        budgets = gated.draw_budgets(input_ids)
+        with torch.no_grad():
+            wanted = gated.dense(input_ids).float().log_softmax(-1)
+        rollouts = [self.rollout(input_ids, budgets) for _ in range(options.rollouts)]
+        price = (gated.near(budgets) @ self.price)[:, None]
+        rewards, apart = [], []
+        for logits, spent, _, _ in rollouts:
+            log_q = logits.float().log_softmax(-1)
+            divergence = (wanted.exp() * (wanted - log_q)).sum(-1)
+            over = spent - budgets[:, None]
+            counted = torch.where((over > 0) | (divergence < options.near_dense), over, 0.0)
+            rewards.append(-divergence - price * counted)
+            apart.append(divergence)
+        reward = torch.stack(rewards)  # [K, B, T]
+        baseline = (reward.sum(0, keepdim=True) - reward) / (options.rollouts - 1)
+        advantage = reward - baseline
+        log_chance = torch.stack([chosen for _, _, chosen, _ in rollouts])
+        entropy = torch.stack([left for _, _, _, left in rollouts]).mean()
+        loss = -(log_chance * advantage).mean() - self._entropy * entropy
+        spent = torch.stack([tokens for _, tokens, _, _ in rollouts])
+        over = spent.mean((0, 2)) - budgets
+        gated.move_price(self.price, budgets, over)
+        figures = {
+            "reward": reward.mean(), "quality": torch.stack(apart).mean(), "spent": spent.mean(),
+            "over": over.mean(), "entropy": entropy.detach(),
+        }  # fmt: skip
+        return loss, figures
+
+    def rollout(self, input_ids: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw decisions for token ids [B, T] under ``budgets`` [B].
+
+        Return logits [B, T, V]; what each token spends of a dense one's FLOPs, the logarithm of the chance of its
+        decisions, and their entropy, summed over layers, all [B, T]. Only the last two carry gradients.
+        """
+        gated = self.gated
+        with torch.no_grad():
+            sequences = WholeSequences(gated.adapter, gated.parts, input_ids)
+        hidden_states = sequences.embedded
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        run_shares, skip_shares = gated.costs.token_shares(positions)
+        thresholds = gated.near(budgets) @ gated.thresholds
+        spent = torch.zeros(input_ids.shape, device=input_ids.device)
+        log_chance, entropy = torch.zeros_like(spent), torch.zeros_like(spent)
+        late = positions >= gated.first
+        for layer_idx, free in enumerate(gated.free):
+            with torch.no_grad():
+                output = sequences.layer(layer_idx, hidden_states)
+                unit = unit_norm(hidden_states)
+            if not free:
+                hidden_states, spent = output, spent + run_shares[layer_idx]
+                continue
+            margin = gated.score(unit.float(), layer_idx) - thresholds[:, layer_idx : layer_idx + 1]
+            logit = margin / self.options.temperature
+            keep = (torch.rand_like(logit) < logit.sigmoid()) | ~late
+            log_chance = log_chance + late * functional.logsigmoid(torch.where(keep, logit, -logit))
+            entropy = entropy + late * (functional.softplus(logit) - logit * logit.sigmoid())
+            with torch.no_grad():
+                instead = hidden_states + gated.estimate(layer_idx, unit)
+                hidden_states = torch.where(keep[..., None], output, instead)
+                spent = spent + torch.where(keep, run_shares[layer_idx], skip_shares[layer_idx])
+        with torch.no_grad():
+            return sequences.logits(hidden_states), spent, log_chance, entropy
+
+    def validate(self) -> dict[str, float]:
+        """Return what the gated model does, as deployed."""
+        return self.gated.validate()
