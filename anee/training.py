@@ -148,6 +148,55 @@ def supervised(
     Console(stderr=True).print(table)
 
 
+@train.command()
+def rl(
+    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    text: Annotated[list[Path], typer.Option("--text", "-t", help="Training text, UTF-8; may be repeated.")],
+    folder: Annotated[Path, typer.Option("--folder", "-f", help="For checkpoints, logs and the result.")],
+    valid: Annotated[Path | None, typer.Option("--valid", help="Validation text. Default: cut from the text.")] = None,
+    least: Annotated[float, typer.Option("--least", help="Smallest budget that is trained for.")] = 0.5,
+    rank: Annotated[int, typer.Option("--rank", help="Width of the shortcuts.")] = 128,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of the supervised stage.")] = 300,
+    reinforce_steps: Annotated[int, typer.Option("--reinforce-steps", help="Steps of REINFORCE after it.")] = 100,
+    rollouts: Annotated[int, typer.Option("--rollouts", help="Drawn for each text.")] = 4,
+    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", help="Blocks per batch and process.")] = 4,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = "float32",
+    calibration_sequences: Annotated[int, typer.Option("--calibration-sequences", help="Pieces for the fit.")] = 32,
+    valid_blocks: Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")] = 8,
+    validate_every: Annotated[int, typer.Option("--validate-every", help="Steps between validations.")] = 100,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+) -> None:
+    """Train a gate and shortcuts against the dense model, then REINFORCE; use them with --policy rl:folder=FOLDER.
+
+    The better of both stages is kept; both are reported. A run that was interrupted goes on when the same command is
+    given again.
+    """
+    from anee_core.load import load
+    from anee_core.training.gate import GateOptions
+    from anee_core.training.gate_run import GateTraining
+    from anee_core.training.loop import RunOptions
+    from anee_core.training.reinforce import ReinforceOptions
+    from anee_core.training.rl_run import RlTraining, train_rl
+
+    shared = GateTraining(
+        GateOptions(least=least),
+        rank=rank,
+        length=length,
+        batch=batch,
+        valid_blocks=valid_blocks,
+        calibration_sequences=calibration_sequences,
+    )
+    chosen = RlTraining(shared, ReinforceOptions(rollouts=rollouts), steps=reinforce_steps)
+    run = RunOptions(folder, steps, seed=seed, validate_every=validate_every, save_every=save_every)
+    found = train_rl(load(model, dtype=dtype), text, run, chosen, valid)
+    table = Table("budget", *(f"KL to dense, {stage}" for stage in found))
+    for budget in next(iter(found.values()), {}):
+        table.add_row(f"{budget:.2f}", *(f"{figures[budget]:.4f}" for figures in found.values()))
+    Console(stderr=True).print(table)
+
+
 def calibrate(
     model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
     text: Annotated[Path | None, typer.Option("--text", "-t", help="Text, UTF-8. Default: the model's own.")] = None,

@@ -154,3 +154,18 @@ def test_command_line(llama_folder, text, tmp_path, run_anee):
     done = run_anee("train", "supervised", str(llama_folder), *where, *small)
     assert done.code == 0, done.err
     assert (tmp_path / "run" / "gate.json").exists()
+
+
+def test_rl_keeps_the_better_stage_and_reports_both(llama_folder, text, tmp_path, run_anee):
+    small = ["--steps", "2", "--reinforce-steps", "2", "--rollouts", "2", "--length", "24", "--batch", "2"]
+    where = ["-t", str(text), "-f", str(tmp_path / "run"), "--valid-blocks", "2", "--least", "0.9"]
+    done = run_anee("train", "rl", str(llama_folder), *where, *small, "--rank", "4", "--calibration-sequences", "8")
+    assert done.code == 0, done.err
+    assert "KL to dense, supervised" in done.err
+    assert "KL to dense, reinforce" in done.err
+    stages = [load_file(tmp_path / "run" / name / "gate.safetensors") for name in ("supervised", "reinforce")]
+    kept = load_file(tmp_path / "run" / "gate.safetensors")
+    same = [all(torch.equal(kept[n], stage[n]) for n in kept) for stage in stages]
+    assert sum(same) == 1
+    policy = f"rl:folder={tmp_path / 'run'}"
+    assert run_anee("generate", str(llama_folder), "the cat", "-p", policy, "-b", "0.95", "-n", "3").code == 0

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.engine import Engine
@@ -64,6 +66,10 @@ class GateTraining:
         if self.rate <= 0:
             raise InputError(f"rate is above 0; got {self.rate:g}")
 
+    def controller(self) -> GateController:
+        """Return the controller that runs what always runs."""
+        return GateController(protect=self.protect, first=self.first)
+
 
 def train_gate(
     model: AdaptiveModel,
@@ -90,59 +96,78 @@ def train_gate(
         MissingPackageError: datasets is not installed.
     """
     options = options or GateTraining()
-    if model.tokenizer is None:
-        raise InputError("training reads text: the model needs a tokenizer")
-    for parameter in model.parts.model.parameters():
-        parameter.requires_grad_(False)
     accelerator = accelerator_of(run)
-    start = run.folder / "start"
     with accelerator.main_process_first():
-        blocks = token_blocks(text, model.tokenizer, options.length, run.folder / "tokens")
-        if valid is None:
-            count = min(options.valid_blocks, len(blocks) // 2)
-            held_out, blocks = blocks.select(range(count)), blocks.select(range(count, len(blocks)))
-        else:
-            held_out = token_blocks([valid], model.tokenizer, options.length, run.folder / "tokens")
-        if not (start / "gate.json").exists():
-            fit = FitOptions(rank=options.rank, seed=run.seed)
-            text_for_fit = GateCalibration(
-                text[0], options.calibration_sequences, options.length, fit=fit, progress=run.progress
-            )
-            calibrate_gate(model, start, text_for_fit)
-    gate, shortcuts = GateWeights.load(start), ShortcutWeights.load(start)
-    least = max(options.gate.least, float(gate.budgets[0]) + 0.02)
-    controller = GateController(protect=options.protect, first=options.first)
-    costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(shortcuts))).costs
-    held_out_ids = held_out[: options.valid_blocks]["input_ids"]
-    objective = GatedModel(
-        model.adapter, model.parts, costs, gate, shortcuts, controller, replace(options.gate, least=least), held_out_ids
-    ).to(accelerator.device)
+        blocks, held_out = read_text(model, text, valid, run, options)
+        start = start_of(model, text[0], run, options)
+    objective = gated_model(model, start, options, held_out).to(accelerator.device)
     batches = Batches(blocks, options.batch, run.seed, accelerator.process_index, accelerator.num_processes)
     groups = [{"params": [getattr(objective, name)], "lr": rate * options.rate} for name, rate in RATES.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rate = trapezoid(run.steps, options.warmup, decay=max(run.steps // 2, 1))
     history = run_training(objective, [optimizer], rate, batches, run, accelerator, asdict(options))
     if accelerator.is_main_process:
-        _write(model, objective, controller, held_out_ids, run, history)
+        write(model, objective, options, held_out, run, {"valid": history[-1] if history else {}})
     return history
 
 
-def _write(
+def read_text(
+    model: AdaptiveModel, text: Sequence[str | Path], valid: str | Path | None, run: RunOptions, options: GateTraining
+) -> tuple[Any, Tensor]:
+    """Return the blocks to train on, and token ids [N, T] to validate on.
+
+    Raises:
+        InputError: the model has no tokenizer, or there is too little text.
+        MissingPackageError: datasets is not installed.
+    """
+    if model.tokenizer is None:
+        raise InputError("training reads text: the model needs a tokenizer")
+    blocks = token_blocks(text, model.tokenizer, options.length, run.folder / "tokens")
+    if valid is None:
+        count = min(options.valid_blocks, len(blocks) // 2)
+        held_out, blocks = blocks.select(range(count)), blocks.select(range(count, len(blocks)))
+    else:
+        held_out = token_blocks([valid], model.tokenizer, options.length, run.folder / "tokens")
+    return blocks, held_out[: options.valid_blocks]["input_ids"]
+
+
+def start_of(model: AdaptiveModel, text: str | Path, run: RunOptions, options: GateTraining) -> Path:
+    """Return the folder with the closed-form fit that a training starts from; make it if it is not there."""
+    start = run.folder / "start"
+    if not (start / "gate.json").exists():
+        fit = FitOptions(rank=options.rank, seed=run.seed)
+        sequences = options.calibration_sequences
+        calibrate_gate(model, start, GateCalibration(text, sequences, options.length, fit=fit, progress=run.progress))
+    return start
+
+
+def gated_model(model: AdaptiveModel, folder: Path, options: GateTraining, held_out: Tensor) -> GatedModel:
+    """Return a model with the gate and shortcuts of a folder, ready to be trained; the model itself is frozen."""
+    for parameter in model.parts.model.parameters():
+        parameter.requires_grad_(False)
+    gate, shortcuts = GateWeights.load(folder), ShortcutWeights.load(folder)
+    least = max(options.gate.least, float(gate.budgets[0]))
+    costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(shortcuts))).costs
+    controller, chosen = options.controller(), replace(options.gate, least=least)
+    return GatedModel(model.adapter, model.parts, costs, gate, shortcuts, controller, chosen, held_out)
+
+
+def write(
     model: AdaptiveModel,
     objective: GatedModel,
-    controller: GateController,
-    blocks: torch.Tensor,
+    options: GateTraining,
+    blocks: Tensor,
     run: RunOptions,
-    history: list[dict[str, float]],
+    facts: dict[str, Any],
 ) -> None:
-    """Find the thresholds of what was trained, and save everything."""
+    """Find the thresholds of what was trained, on token ids [N, T], and save everything in the run's folder."""
     gate, shortcuts = objective.fitted()
-    facts = {"steps": run.steps, "valid": history[-1] if history else {}}
+    facts = {"steps": run.steps, **facts}
     replace(shortcuts, facts=facts).save(run.folder)
-    options: dict[str, object] = {"protect": controller.protect, "first": controller.first, "prior": controller.prior}
+    cpu = replace(gate, **{n: getattr(gate, n).cpu() for n in ("mean", "spread", "budgets", "thresholds")})
+    always: dict[str, object] = {"protect": options.protect, "first": options.first}
     with progress_bar(run.progress) as bar:
         task = bar.add_task("thresholds of each budget", total=None)
-        cpu = replace(gate, **{n: getattr(gate, n).cpu() for n in ("mean", "spread", "budgets", "thresholds")})
-        search = Search(model, cpu, LowRankShortcut.of(shortcuts), blocks, options, advance=lambda: bar.advance(task))
+        search = Search(model, cpu, LowRankShortcut.of(shortcuts), blocks, always, advance=lambda: bar.advance(task))
         replace(search.from_trained(), facts=facts).save(run.folder)
     logger.info("wrote %s", run.folder)

@@ -81,7 +81,8 @@ class Search:
 
     def from_trained(self, budgets: tuple[float, ...] = BUDGETS) -> GateWeights:
         """Return the gate with the thresholds that it has, those of each budget moved as one until it is met."""
-        kept = [budget for budget in budgets if budget >= float(self.gate.budgets[0]) - 1e-6]
+        least = float(self.gate.budgets[0])
+        kept = [least, *(budget for budget in budgets if budget > least + _CLOSE)]
         rows = []
         for budget in kept:
             base = self.gate.at(budget)

@@ -1,0 +1,117 @@
+"""A training run of the policy "rl": a gate trained against the dense model, then REINFORCE, kept where it wins."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anee_core.controllers.gate import GateController
+from anee_core.model import AdaptiveModel
+from anee_core.policy import Policy
+from anee_core.shortcuts import LowRankShortcut
+from anee_core.training.data import Batches
+from anee_core.training.gate_run import RATES, GateTraining, gated_model, read_text, train_gate, write
+from anee_core.training.loop import RunOptions, accelerator_of, run_training
+from anee_core.training.losses import divergence
+from anee_core.training.reinforce import Reinforce, ReinforceOptions
+from anee_core.training.schedules import trapezoid
+
+logger = logging.getLogger(__name__)
+
+_FILES = ("gate.json", "gate.safetensors", "shortcuts.json", "shortcuts.safetensors")
+
+
+@dataclass(frozen=True)
+class RlTraining:
+    """Both stages.
+
+    Args:
+        supervised: the first; its text, lengths and batches are those of the second too.
+        reinforce: the second.
+        steps: of the second; the first has those of the run.
+        rate: factor on the learning rates of the second.
+    """
+
+    supervised: GateTraining = field(default_factory=GateTraining)
+    reinforce: ReinforceOptions = field(default_factory=ReinforceOptions)
+    steps: int = 100
+    rate: float = 0.3
+
+
+def train_rl(
+    model: AdaptiveModel,
+    text: Sequence[str | Path],
+    run: RunOptions,
+    options: RlTraining | None = None,
+    valid: str | Path | None = None,
+) -> dict[str, dict[float, float]]:
+    """Train both stages; return what each diverges from the dense model on held-out text, by budget.
+
+    The stages are kept in ``supervised`` and ``reinforce`` inside ``run.folder``, which itself gets the better one. A
+    run found there is continued.
+
+    Args:
+        model: with a tokenizer; it stays as it is.
+        text: files to learn from.
+        run: how the run goes.
+        options: what is trained.
+        valid: file to validate on. Default: the first blocks of the training text, which are then left out of training.
+
+    Raises:
+        InputError, CheckpointError, MissingPackageError: see `train_gate`.
+    """
+    options = options or RlTraining()
+    shared = options.supervised
+    first = replace(run, folder=run.folder / "supervised")
+    second = replace(run, folder=run.folder / "reinforce", steps=options.steps)
+    train_gate(model, text, first, shared, valid)
+    accelerator = accelerator_of(second)
+    with accelerator.main_process_first():
+        blocks, held_out = read_text(model, text, valid, first, shared)
+    gated = gated_model(model, first.folder, shared, held_out)
+    objective = Reinforce(gated, replace(options.reinforce, steps=options.steps)).to(accelerator.device)
+    groups = [
+        {"params": [getattr(gated, name)], "lr": rate * options.rate}
+        for name, rate in RATES.items()
+        if getattr(gated, name).requires_grad
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    batches = Batches(blocks, shared.batch, run.seed + 1, accelerator.process_index, accelerator.num_processes)
+    rate = trapezoid(options.steps, shared.warmup, decay=max(options.steps // 2, 1))
+    run_training(objective, [optimizer], rate, batches, second, accelerator, asdict(options))
+    found: dict[str, dict[float, float]] = {}
+    if accelerator.is_main_process:
+        write(model, gated, shared, held_out, second, {})
+        for name, folder in (("supervised", first.folder), ("reinforce", second.folder)):
+            found[name] = compared(model, folder, shared, held_out, [float(b) for b in gated.budgets[:-1]])
+        best = min(found, key=lambda name: sum(found[name].values()))
+        for file in _FILES:
+            shutil.copy(run.folder / best / file, run.folder / file)
+        logger.info("'%s' is the better stage; wrote %s", best, run.folder)
+    return found
+
+
+def compared(
+    model: AdaptiveModel, folder: Path, options: GateTraining, blocks: Tensor, budgets: list[float]
+) -> dict[float, float]:
+    """Return the divergence of a gate and its shortcuts from the dense model, in nats per token, at each budget, as
+    deployed on token ids [N, T].
+    """
+    probe = AdaptiveModel(model.model, model.adapter)
+    controller = GateController(str(folder), protect=options.protect, first=options.first)
+    found = {}
+    with torch.no_grad():
+        for budget in budgets:
+            total = 0.0
+            for row in blocks.to(probe.device).unbind():
+                wanted = probe.set_policy(Policy())(row[None], use_cache=False).logits
+                gated = Policy(controller, shortcut=LowRankShortcut(str(folder)))
+                total += float(divergence(wanted, probe.set_policy(gated, budget)(row[None], use_cache=False).logits))
+            found[round(budget, 3)] = total / len(blocks)
+    return found
