@@ -16,7 +16,10 @@ def test_protected_layers_run_even_after_an_exit():
 
 
 # What differs in options only, or drops by a score that needs nothing of the family, is tried on a few families.
-VARIANTS = {"window, share", "tova, by layer", "random tokens", "random and knorm", "heuristic and h2o"}
+VARIANTS = {
+    "static, first and last", "random, exit", "heuristic, exit",
+    "window, share", "tova, by layer", "random tokens", "random and knorm", "heuristic and h2o",
+}  # fmt: skip
 EVERYWHERE = [(f, p) for f in FAMILIES for p in POLICIES if f in FEW or p not in VARIANTS]
 
 
