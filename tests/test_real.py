@@ -89,15 +89,22 @@ def test_demo_runs(smollm2):
 
 def test_commands_of_the_readme_run(smollm2, tmp_path):
     (tmp_path / "book.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 200)
-    short = ["--steps", "2", "--length", "64", "--batch", "1", "--valid-blocks", "1"]
+    trained = ["--steps", "2", "--length", "64", "--batch", "1", "--valid-blocks", "1"]
+    gated = [*trained, "--calibration-sequences", "6"]
+    short = {
+        "train asa": trained,
+        "train supervised": gated,
+        "train rl": [*gated, "--reinforce-steps", "1", "--rollouts", "2"],
+        "calibrate smollm2": ["--sequences", "8", "--length", "48"],
+    }
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^anee (.*)$", readme, flags=re.MULTILINE)
     assert len(commands) >= 3
     for command in commands:
-        for name in ("book.txt", "asa-smollm2"):
+        for name in ("book.txt", "asa-smollm2", "gate-smollm2", "rl-smollm2"):
             command = command.replace(name, str(tmp_path / name))
         words = shlex.split(command, comments=True)
-        arguments = [sys.executable, "-m", "anee", *words, *(short if words[0] == "train" else [])]
+        arguments = [sys.executable, "-m", "anee", *words, *short.get(" ".join(words[:2]), [])]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
