@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class CheckpointFormat:
         missing: what to tell who has no such folder.
         remedy: what to do about a corrupt one.
         renew: what to do about one of another version.
+        shapes: each tensor's, in sizes that the header names. Default: any tensors.
+        facts: what else the header says.
     """
 
     name: str
@@ -34,6 +36,8 @@ class CheckpointFormat:
     missing: str
     remedy: str
     renew: str
+    shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    facts: frozenset[str] = frozenset()
 
     @property
     def header(self) -> str:
@@ -46,16 +50,17 @@ class CheckpointFormat:
         return f"{self.name}.safetensors"
 
     def write(self, folder: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint; the header gets the schema's version.
+        """Write a checkpoint; the header gets the schema's version and the sizes of the tensors.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
         path = Path(folder)
+        sizes = {size: n for name, shape in self.shapes.items() for size, n in zip(shape, tensors[name].shape)}
         try:
             path.mkdir(parents=True, exist_ok=True)
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path / self.tensors)
-            (path / self.header).write_text(json.dumps({"schema": _SCHEMA, **header}, indent=2) + "\n")
+            (path / self.header).write_text(json.dumps({"schema": _SCHEMA, **sizes, **header}, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write the {self.what} to {path}: {error}") from error
 
@@ -68,10 +73,10 @@ class CheckpointFormat:
         self.write(folder, *self.read(source))
 
     def read(self, folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the header, without its version, and the tensors.
+        """Return the header, without version and sizes, and the tensors.
 
         Raises:
-            CheckpointError: a file is missing, corrupt or of another schema.
+            CheckpointError: a file is missing, corrupt or of another schema, or does not hold what it should.
         """
         path = Path(folder)
         for file in (path / self.header, path / self.tensors):
@@ -84,4 +89,20 @@ class CheckpointFormat:
             raise CheckpointError(f"the {self.what} in {path} is corrupt ({error}); {self.remedy}") from error
         if not isinstance(header, dict) or header.pop("schema", None) != _SCHEMA:
             raise CheckpointError(f"{path / self.header} is not of schema {_SCHEMA}; {self.renew}")
-        return header, tensors
+        return self._checked(path, header, tensors) if self.shapes else header, tensors
+
+    def _checked(self, path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the header without the sizes, if nothing is missing, nothing extra, and every number finite."""
+        sizes = {size for shape in self.shapes.values() for size in shape}
+        if set(header) != sizes | self.facts:
+            raise CheckpointError(
+                f"keys of the {self.what} in {path}: found {sorted(header)}, expected {sorted(sizes | self.facts)}; "
+                f"{self.remedy}"
+            )
+        expected = {name: tuple(header[size] for size in shape) for name, shape in self.shapes.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != expected or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
+            raise CheckpointError(
+                f"tensors of the {self.what} in {path}: found {found}, expected finite {expected}; {self.remedy}"
+            )
+        return {key: value for key, value in header.items() if key in self.facts}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anee_core.accounting import Work
 from anee_core.checkpoint import CheckpointFormat
-from anee_core.errors import CheckpointError, PolicyError
+from anee_core.errors import PolicyError
 from anee_core.interfaces import Setting, Shortcut
 from anee_core.profiler import unit_norm
 
@@ -22,6 +22,8 @@ _FORMAT = CheckpointFormat(
     missing="'anee calibrate MODEL --folder FOLDER' makes such a folder",
     remedy="fit or copy them again",
     renew="fit them with this version",
+    shapes={"down": ("layers", "rank", "width"), "up": ("layers", "width", "rank"), "bias": ("layers", "width")},
+    facts=frozenset({"facts"}),
 )
 
 
@@ -40,27 +42,17 @@ class ShortcutWeights:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        layers, rank, width = self.down.shape
-        header = {"layers": layers, "rank": rank, "width": width, "facts": dict(self.facts)}
-        _FORMAT.write(folder, header, {"down": self.down, "up": self.up, "bias": self.bias})
+        _FORMAT.write(folder, {"facts": dict(self.facts)}, {"down": self.down, "up": self.up, "bias": self.bias})
 
     @classmethod
     def load(cls, folder: str | Path) -> ShortcutWeights:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: a file is missing, corrupt or of another schema.
+            CheckpointError: see `CheckpointFormat.read`.
         """
         header, tensors = _FORMAT.read(folder)
-        expected = {"layers", "rank", "width", "facts"}
-        if set(header) != expected:
-            raise CheckpointError(f"the shortcuts in {folder} have keys {sorted(header)}, expected {sorted(expected)}")
-        layers, rank, width = header["layers"], header["rank"], header["width"]
-        shapes = {"down": (layers, rank, width), "up": (layers, width, rank), "bias": (layers, width)}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != shapes or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
-            raise CheckpointError(f"the shortcuts in {folder} hold {found}, expected finite {shapes}; fit them again")
-        return cls(**tensors, facts=header["facts"])
+        return cls(**tensors, **header)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,12 @@ _FORMAT = CheckpointFormat(
     missing="'anee calibrate MODEL --folder FOLDER' makes such a folder",
     remedy="fit or copy it again",
     renew="fit it with this version",
-)
+    shapes={
+        "weight": ("layers", "width"), "bias": ("layers",), "mean": ("layers",), "spread": ("layers",),
+        "budgets": ("knots",), "thresholds": ("knots", "layers"),
+    },
+    facts=frozenset({"facts"}),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,33 +52,19 @@ class GateWeights:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        names = ("weight", "bias", "mean", "spread", "budgets", "thresholds")
-        layers, width = self.weight.shape
-        header = {"layers": layers, "width": width, "knots": len(self.budgets), "facts": dict(self.facts)}
-        _FORMAT.write(folder, header, {name: getattr(self, name) for name in names})
+        _FORMAT.write(folder, {"facts": dict(self.facts)}, {name: getattr(self, name) for name in _FORMAT.shapes})
 
     @classmethod
     def load(cls, folder: str | Path) -> GateWeights:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: a file is missing, corrupt or of another schema.
+            CheckpointError: see `CheckpointFormat.read`.
         """
         header, tensors = _FORMAT.read(folder)
-        expected = {"layers", "width", "knots", "facts"}
-        if set(header) != expected:
-            raise CheckpointError(f"the gate in {folder} has keys {sorted(header)}, expected {sorted(expected)}")
-        layers, width, knots = header["layers"], header["width"], header["knots"]
-        shapes = {
-            "weight": (layers, width), "bias": (layers,), "mean": (layers,), "spread": (layers,),
-            "budgets": (knots,), "thresholds": (knots, layers),
-        }  # fmt: skip
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != shapes or not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
-            raise CheckpointError(f"the gate in {folder} holds {found}, expected finite {shapes}; fit it again")
         if not (tensors["spread"] > 0).all() or not (tensors["budgets"].diff() > 0).all():
             raise CheckpointError(f"the gate in {folder} has spreads of 0 or budgets out of order; fit it again")
-        return cls(**tensors, facts=header["facts"])
+        return cls(**tensors, **header)
 
     def at(self, budget: float) -> Tensor:
         """Return the thresholds [L] of a budget, between those of the budgets around it.
@@ -158,8 +149,7 @@ class GateController(Controller):
         budget = setting.budget if setting.budget is not None else self.default_budget
         assert budget is not None
         bound = replace(self)
-        names = ("weight", "bias", "mean", "spread", "budgets", "thresholds")
-        ready = replace(weights, **{name: getattr(weights, name).float().to(setting.device) for name in names})
+        ready = replace(weights, **{n: getattr(weights, n).float().to(setting.device) for n in _FORMAT.shapes})
         object.__setattr__(bound, "_weights", ready)
         object.__setattr__(bound, "_thresholds", ready.at(budget))
         return bound
