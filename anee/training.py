@@ -9,6 +9,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+Model = Annotated[str, typer.Argument(help="A model source, hub id or local folder.")]
+Text = Annotated[list[Path], typer.Option("--text", "-t", help="Training text, UTF-8; may be repeated.")]
+Folder = Annotated[Path, typer.Option("--folder", "-f", help="For checkpoints, logs and the result.")]
+Valid = Annotated[Path | None, typer.Option("--valid", help="Validation text. Default: cut from the text.")]
+Least = Annotated[float, typer.Option("--least", help="Smallest budget that is trained for.")]
+Rank = Annotated[int, typer.Option("--rank", help="Width of the shortcuts.")]
+Length = Annotated[int, typer.Option("--length", help="Tokens per block.")]
+Batch = Annotated[int, typer.Option("--batch", help="Blocks per batch and process.")]
+Accumulate = Annotated[int, typer.Option("--accumulate", help="Batches per step.")]
+Precision = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16 (mixed).")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")]
+CalibrationSequences = Annotated[int, typer.Option("--calibration-sequences", help="Pieces for the fit.")]
+ValidBlocks = Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")]
+ValidateEvery = Annotated[int, typer.Option("--validate-every", help="Steps between validations.")]
+SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+
 train = typer.Typer(help="Train a policy for a model.", no_args_is_help=True)
 
 
@@ -19,10 +36,10 @@ def options() -> None:
 
 @train.command()
 def asa(
-    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
-    text: Annotated[list[Path], typer.Option("--text", "-t", help="Training text, UTF-8; may be repeated.")],
-    folder: Annotated[Path, typer.Option("--folder", "-f", help="For checkpoints, logs and the result.")],
-    valid: Annotated[Path | None, typer.Option("--valid", help="Validation text. Default: cut from the text.")] = None,
+    model: Model,
+    text: Text,
+    folder: Folder,
+    valid: Valid = None,
     gamma: Annotated[float, typer.Option("--gamma", "-g", help="Weight of the share of context kept.")] = 0.3,
     target: Annotated[
         float | None, typer.Option("--target", help="Share of context to drop; gamma then adapts until it is met.")
@@ -36,19 +53,19 @@ def asa(
         bool | None, typer.Option("--distil/--no-distil", help="Learn from the dense model, or from the text.")
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 500,
-    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 512,
-    batch: Annotated[int, typer.Option("--batch", help="Blocks per batch and process.")] = 4,
-    accumulate: Annotated[int, typer.Option("--accumulate", help="Batches per step.")] = 1,
+    length: Length = 512,
+    batch: Batch = 4,
+    accumulate: Accumulate = 1,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate of the interactions.")] = 1e-3,
     backbone_rate: Annotated[float, typer.Option("--backbone-rate", help="Learning rate of the model.")] = 1e-4,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps until the learning rates are reached.")] = 20,
     lora_rank: Annotated[int, typer.Option("--lora-rank", help="Rank of the low-rank updates.")] = 16,
-    precision: Annotated[str, typer.Option("--precision", help="no, bf16 or fp16 (mixed).")] = "no",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = "float32",
-    valid_blocks: Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")] = 8,
-    validate_every: Annotated[int, typer.Option("--validate-every", help="Steps between validations.")] = 100,
-    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    precision: Precision = "no",
+    dtype: Dtype = "float32",
+    valid_blocks: ValidBlocks = 8,
+    validate_every: ValidateEvery = 100,
+    save_every: SaveEvery = 50,
+    seed: Seed = 0,
 ) -> None:
     """Train adaptively sparse attention; use it with --policy asa:FOLDER.
 
@@ -94,24 +111,24 @@ def asa(
 
 @train.command()
 def supervised(
-    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
-    text: Annotated[list[Path], typer.Option("--text", "-t", help="Training text, UTF-8; may be repeated.")],
-    folder: Annotated[Path, typer.Option("--folder", "-f", help="For checkpoints, logs and the result.")],
-    valid: Annotated[Path | None, typer.Option("--valid", help="Validation text. Default: cut from the text.")] = None,
-    least: Annotated[float, typer.Option("--least", help="Smallest budget that is trained for.")] = 0.5,
-    rank: Annotated[int, typer.Option("--rank", help="Width of the shortcuts.")] = 128,
+    model: Model,
+    text: Text,
+    folder: Folder,
+    valid: Valid = None,
+    least: Least = 0.5,
+    rank: Rank = 128,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 300,
-    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 256,
-    batch: Annotated[int, typer.Option("--batch", help="Blocks per batch and process.")] = 4,
-    accumulate: Annotated[int, typer.Option("--accumulate", help="Batches per step.")] = 1,
+    length: Length = 256,
+    batch: Batch = 4,
+    accumulate: Accumulate = 1,
     rate: Annotated[float, typer.Option("--rate", help="Factor on the learning rates.")] = 1.0,
-    precision: Annotated[str, typer.Option("--precision", help="no, bf16 or fp16 (mixed).")] = "no",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = "float32",
-    calibration_sequences: Annotated[int, typer.Option("--calibration-sequences", help="Pieces for the fit.")] = 32,
-    valid_blocks: Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")] = 8,
-    validate_every: Annotated[int, typer.Option("--validate-every", help="Steps between validations.")] = 100,
-    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    precision: Precision = "no",
+    dtype: Dtype = "float32",
+    calibration_sequences: CalibrationSequences = 32,
+    valid_blocks: ValidBlocks = 8,
+    validate_every: ValidateEvery = 100,
+    save_every: SaveEvery = 50,
+    seed: Seed = 0,
 ) -> None:
     """Train a gate and shortcuts against the dense model; use them with --policy gate:FOLDER+shortcuts:FOLDER.
 
@@ -150,23 +167,23 @@ def supervised(
 
 @train.command()
 def rl(
-    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
-    text: Annotated[list[Path], typer.Option("--text", "-t", help="Training text, UTF-8; may be repeated.")],
-    folder: Annotated[Path, typer.Option("--folder", "-f", help="For checkpoints, logs and the result.")],
-    valid: Annotated[Path | None, typer.Option("--valid", help="Validation text. Default: cut from the text.")] = None,
-    least: Annotated[float, typer.Option("--least", help="Smallest budget that is trained for.")] = 0.5,
-    rank: Annotated[int, typer.Option("--rank", help="Width of the shortcuts.")] = 128,
+    model: Model,
+    text: Text,
+    folder: Folder,
+    valid: Valid = None,
+    least: Least = 0.5,
+    rank: Rank = 128,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of the supervised stage.")] = 300,
     reinforce_steps: Annotated[int, typer.Option("--reinforce-steps", help="Steps of REINFORCE after it.")] = 100,
     rollouts: Annotated[int, typer.Option("--rollouts", help="Drawn for each text.")] = 4,
-    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 256,
-    batch: Annotated[int, typer.Option("--batch", help="Blocks per batch and process.")] = 4,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = "float32",
-    calibration_sequences: Annotated[int, typer.Option("--calibration-sequences", help="Pieces for the fit.")] = 32,
-    valid_blocks: Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")] = 8,
-    validate_every: Annotated[int, typer.Option("--validate-every", help="Steps between validations.")] = 100,
-    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 50,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    length: Length = 256,
+    batch: Batch = 4,
+    dtype: Dtype = "float32",
+    calibration_sequences: CalibrationSequences = 32,
+    valid_blocks: ValidBlocks = 8,
+    validate_every: ValidateEvery = 100,
+    save_every: SaveEvery = 50,
+    seed: Seed = 0,
 ) -> None:
     """Train a gate and shortcuts against the dense model, then REINFORCE; use them with --policy rl:folder=FOLDER.
 
@@ -198,15 +215,15 @@ def rl(
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    model: Model,
     text: Annotated[Path | None, typer.Option("--text", "-t", help="Text, UTF-8. Default: the model's own.")] = None,
     folder: Annotated[Path | None, typer.Option("--folder", "-f", help="Default: in the cache folder.")] = None,
-    rank: Annotated[int, typer.Option("--rank", help="Width of the shortcuts.")] = 128,
+    rank: Rank = 128,
     skipped: Annotated[float, typer.Option("--skipped", help="Share of pairs that skip during the fit.")] = 0.25,
     sequences: Annotated[int, typer.Option("--sequences", help="Pieces of text.")] = 32,
     length: Annotated[int, typer.Option("--length", help="Tokens of each.")] = 512,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    dtype: Dtype = None,
+    seed: Seed = 0,
 ) -> None:
     """Fit shortcuts and a gate for a model, in closed form; use them with --policy gate:FOLDER+shortcuts:FOLDER.
 

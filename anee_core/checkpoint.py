@@ -56,7 +56,9 @@ class CheckpointFormat:
             CheckpointError: the folder cannot be written.
         """
         path = Path(folder)
-        sizes = {size: n for name, shape in self.shapes.items() for size, n in zip(shape, tensors[name].shape)}
+        sizes = {
+            size: n for name, shape in self.shapes.items() for size, n in zip(shape, tensors[name].shape, strict=True)
+        }
         try:
             path.mkdir(parents=True, exist_ok=True)
             save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path / self.tensors)

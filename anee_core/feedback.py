@@ -1,24 +1,26 @@
-"""What a policy may know of a sequence's own output: recorded per token, so that a rollback needs no undoing."""
+"""What a policy may know of a sequence's own output."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from anee_core.token_log import TokenLog
+
 UNKNOWN = (1.0, 0.0)
 """Entropy and largest probability of a token that was drawn from no known distribution."""
 
 
-class FeedbackLog:
+class FeedbackLog(TokenLog):
     """For each token index: entropy and largest probability of the distribution it was drawn from, and the share of
     dense FLOPs its sequence had spent before it. Entries are `Observation.feedback`.
 
-    ``start`` tokens have been seen already, at a cost of ``budget`` each. Like the cache, it outlives inference mode.
+    ``start`` tokens have been seen already, at a cost of ``budget`` each.
     """
 
     @torch.inference_mode(False)
     def __init__(self, batch: int, device: torch.device, start: int, budget: float) -> None:
-        self._entries = torch.tensor([*UNKNOWN, 0.0], device=device).repeat(batch, start + 1, 1)
+        super().__init__(torch.tensor([*UNKNOWN, 0.0], device=device).repeat(batch, start + 1, 1))
         self._entries[..., 2] = budget * torch.arange(start + 1, device=device)
 
     def at(self, index: int) -> Tensor:
@@ -40,12 +42,5 @@ class FeedbackLog:
         block[..., 2] = before[:, 2:] + costs.cumsum(1)
         block[:, -1, :2] = torch.where(some, distribution.detach(), before[:, :2])
         end = index + 1 + tokens
-        if end > self._entries.shape[1]:
-            extra = max(self._entries.shape[1], end - self._entries.shape[1], 64)
-            self._entries = torch.nn.functional.pad(self._entries, (0, 0, 0, extra))
+        self._reserve(end)
         self._entries[:, index + 1 : end] = block
-
-    @torch.inference_mode(False)
-    def reorder(self, rows: Tensor) -> None:
-        """Make row i a copy of row ``rows[i]``."""
-        self._entries = self._entries.index_select(0, rows.to(self._entries.device))

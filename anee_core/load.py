@@ -18,7 +18,6 @@ from anee_core.ledger import check_budget
 from anee_core.model import AdaptiveModel, Prefill, causal_lm, check_prefill
 from anee_core.plugins import Plugins
 from anee_core.policy import Policy, make_policy
-from anee_core.training.gate_calibration import FITTED, fitted_for
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +94,14 @@ def load(
     adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk)
     if not isinstance(model, nn.Module):
         adaptive.eval()
-    if parsed.untrained() & FITTED:
-        adaptive.check_budget(parsed, budget)
-        text = calibration.text if isinstance(calibration, CalibrationOptions) else None
-        folder = fitted_for(adaptive, text)
-        parsed = parsed.with_trained(dict.fromkeys(FITTED, folder))
+    if parsed.untrained():
+        # Fitting takes packages that a plain load does not.
+        from anee_core.training.gate_calibration import FITTED, fitted_for
+
+        if parsed.untrained() & FITTED:
+            adaptive.check_budget(parsed, budget)
+            text = calibration.text if isinstance(calibration, CalibrationOptions) else None
+            parsed = parsed.with_trained(dict.fromkeys(FITTED, fitted_for(adaptive, text)))
     ready = calibration if isinstance(calibration, Calibration) else parsed.calibration
     if ready is None and parsed.controller.needs_calibration:
         # A budget that cannot be met shows before the minutes that calibration may take.

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anee_core.accounting import Work
+from anee_core.accounting import Work, stored_bytes
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
 from anee_core.interfaces import Setting, Shortcut
 from anee_core.profiler import unit_norm
+from anee_core.trained import weights_for
 
 _FORMAT = CheckpointFormat(
     name="shortcuts",
@@ -36,6 +37,11 @@ class ShortcutWeights:
     bias: Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of layers and width."""
+        return self.bias.shape[0], self.bias.shape[1]
+
     def save(self, folder: str | Path) -> None:
         """Write shortcuts.json and shortcuts.safetensors into a folder.
 
@@ -52,7 +58,7 @@ class ShortcutWeights:
             CheckpointError: see `CheckpointFormat.read`.
         """
         header, tensors = _FORMAT.read(folder)
-        return cls(**tensors, **header)
+        return cls(**{**header, **tensors})
 
 
 @dataclass(frozen=True)
@@ -84,18 +90,7 @@ class LowRankShortcut(Shortcut):
         Raises:
             PolicyError: there are none for this model, or they are of another shape.
         """
-        if not self.folder and self._weights is None:
-            raise PolicyError(
-                "shortcuts: none are installed for this model; fit some (anee calibrate) and name the folder, "
-                "as in 'shortcuts:FOLDER'"
-            )
-        weights = self._weights or ShortcutWeights.load(self.folder)
-        layers, _, width = weights.down.shape
-        if (layers, width) != (setting.num_layers, setting.width):
-            raise PolicyError(
-                f"shortcuts: those in {self.folder} are for {layers} layers of width {width}, the model has "
-                f"{setting.num_layers} of {setting.width}; fit some for this model (anee calibrate)"
-            )
+        weights = weights_for(self, ShortcutWeights.load, setting, "anee calibrate", self._weights)
         down, up, bias = (w.to(setting.device, setting.dtype) for w in (weights.down, weights.up, weights.bias))
         bound = replace(self)
         object.__setattr__(bound, "_weights", ShortcutWeights(down, up, bias, weights.facts))
@@ -111,8 +106,8 @@ class LowRankShortcut(Shortcut):
     def work(self, layer_idx: int) -> Work:
         """Return the work of both maps."""
         _, rank, width = self.weights.down.shape
-        stored = sum(w[layer_idx].numel() * w.element_size() for w in (self.weights.down, self.weights.up))
-        return Work(4 * rank * width, stored + self.weights.bias[layer_idx].numel() * self.weights.bias.element_size())
+        stored = sum(stored_bytes(w[layer_idx]) for w in (self.weights.down, self.weights.up, self.weights.bias))
+        return Work(4 * rank * width, stored)
 
     def estimate(self, layer_idx: int, hidden_states: Tensor) -> Tensor:
         """Return what the layer would add to hidden states [..., D], of the same shape."""

@@ -1,15 +1,15 @@
-"""Sums over a sequence's tokens, layer by layer: recorded per token, so that a rollback needs no undoing."""
+"""Sums over a sequence's tokens, layer by layer."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from anee_core.token_log import TokenLog
 
-class TallyLog:
+
+class TallyLog(TokenLog):
     """For each token index and layer, what a controller has summed up over the tokens before it.
-
-    Like the cache, it outlives inference mode.
 
     Args:
         batch: rows.
@@ -21,7 +21,7 @@ class TallyLog:
 
     @torch.inference_mode(False)
     def __init__(self, batch: int, layers: int, width: int, device: torch.device, start: int) -> None:
-        self._totals = torch.zeros(batch, start + 1, layers, width, dtype=torch.float64, device=device)
+        super().__init__(torch.zeros(batch, start + 1, layers, width, dtype=torch.float64, device=device))
 
     @torch.inference_mode(False)
     def before(self, index: int, layer_idx: int, amounts: Tensor, real: Tensor | None) -> Tensor:
@@ -32,25 +32,14 @@ class TallyLog:
         added = amounts.detach().double()
         if real is not None:
             added = added * real[..., None]
-        start = self._totals[:, index : index + 1, layer_idx]
+        start = self._entries[:, index : index + 1, layer_idx]
         sums = torch.cat((start, start + added.to(start.device).cumsum(1)), dim=1)
         self._reserve(index + sums.shape[1])
-        self._totals[:, index : index + sums.shape[1], layer_idx] = sums
+        self._entries[:, index : index + sums.shape[1], layer_idx] = sums
         return sums[:, :-1].to(amounts.device)
 
     @torch.inference_mode(False)
     def carry(self, index: int, tokens: int) -> None:
         """Let ``tokens`` tokens from ``index`` on count nothing, in all layers."""
         self._reserve(index + tokens + 1)
-        self._totals[:, index + 1 : index + tokens + 1] = self._totals[:, index : index + 1]
-
-    @torch.inference_mode(False)
-    def reorder(self, rows: Tensor) -> None:
-        """Make row i a copy of row ``rows[i]``."""
-        self._totals = self._totals.index_select(0, rows.to(self._totals.device))
-
-    def _reserve(self, length: int) -> None:
-        missing = length - self._totals.shape[1]
-        if missing > 0:
-            extra = max(self._totals.shape[1], missing, 64)
-            self._totals = torch.nn.functional.pad(self._totals, (0, 0, 0, 0, 0, extra))
+        self._entries[:, index + 1 : index + tokens + 1] = self._entries[:, index : index + 1]

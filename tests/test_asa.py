@@ -155,7 +155,7 @@ class TestWeights:
         imports = "from pathlib import Path\nfrom anee_core.hookspecs import hookimpl\n"
         install("toy-weights", imports + hook.format(str(weights)))
         network = build("llama").eval()
-        with pytest.raises(PolicyError, match="no trained weights are installed for this model"):
+        with pytest.raises(PolicyError, match="no weights are installed for this model"):
             anee.load(network, "asa")
         network.config.anee_backbone = "toy-1"
         with torch.no_grad():

@@ -133,7 +133,7 @@ def test_wrong_policies_say_what_is_wrong(policy, message, shortcuts):
 
 def test_weights_have_to_come_from_somewhere():
     model = adaptive(build("llama"))
-    with pytest.raises(PolicyError, match="shortcuts: none are installed for this model"):
+    with pytest.raises(PolicyError, match="shortcuts: no weights are installed for this model"):
         model.set_policy(Policy(StaticController(skip=(1,)), shortcut=LowRankShortcut()))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
 from anee_core.interfaces import CachePolicy, CacheView, Setting, Wants
+from anee_core.trained import weights_for
 
 _FORMAT = CheckpointFormat(
     name="asa",
@@ -41,6 +42,11 @@ class AsaWeights:
     backbone: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of layers and width."""
+        return self.query.shape[0], self.query.shape[2]
+
     def save(self, folder: str | Path) -> None:
         """Write safetensors and a JSON header.
 
@@ -58,7 +64,7 @@ class AsaWeights:
             CheckpointError: see `CheckpointFormat.read`.
         """
         header, tensors = _FORMAT.read(folder)
-        return cls(**tensors, **header)
+        return cls(**{**header, **tensors})
 
 
 @dataclass(frozen=True)
@@ -90,18 +96,7 @@ class AsaCachePolicy(CachePolicy):
         Raises:
             PolicyError: there are none for this model, or they are of another shape, or trained with other weights.
         """
-        if not self.folder:
-            raise PolicyError(
-                "asa: no trained weights are installed for this model; train some (anee train asa) and name the "
-                "folder, as in 'asa:FOLDER'"
-            )
-        weights = AsaWeights.load(self.folder)
-        layers, _, width = weights.query.shape
-        if (layers, width) != (setting.num_layers, setting.width):
-            raise PolicyError(
-                f"asa: the weights in {self.folder} are for {layers} layers of width {width}, the model has "
-                f"{setting.num_layers} of {setting.width}; train for this model (anee train asa)"
-            )
+        weights = weights_for(self, AsaWeights.load, setting, "anee train asa")
         if weights.backbone is not None and weights.backbone != setting.backbone:
             raise PolicyError(
                 f"asa: the weights in {self.folder} were trained together with their model; load that one "

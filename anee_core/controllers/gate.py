@@ -13,6 +13,7 @@ from torch import Tensor
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import BudgetError, CheckpointError, PolicyError
 from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
+from anee_core.trained import weights_for
 
 _FORMAT = CheckpointFormat(
     name="gate",
@@ -46,6 +47,11 @@ class GateWeights:
     thresholds: Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of layers and width."""
+        return self.weight.shape[0], self.weight.shape[1]
+
     def save(self, folder: str | Path) -> None:
         """Write gate.json and gate.safetensors into a folder.
 
@@ -64,7 +70,7 @@ class GateWeights:
         header, tensors = _FORMAT.read(folder)
         if not (tensors["spread"] > 0).all() or not (tensors["budgets"].diff() > 0).all():
             raise CheckpointError(f"the gate in {folder} has spreads of 0 or budgets out of order; fit it again")
-        return cls(**tensors, **header)
+        return cls(**{**header, **tensors})
 
     def at(self, budget: float) -> Tensor:
         """Return the thresholds [L] of a budget, between those of the budgets around it.
@@ -134,18 +140,7 @@ class GateController(Controller):
             PolicyError: there are no weights for this model, or they are of another shape.
             BudgetError: the budget is below what the gate was fitted for.
         """
-        if not self.folder and self._weights is None:
-            raise PolicyError(
-                f"{self.name}: no weights are installed for this model; fit some (anee calibrate) and name the "
-                f"folder, as in '{self.name}:FOLDER'"
-            )
-        weights = self._weights or GateWeights.load(self.folder)
-        layers, width = weights.weight.shape
-        if (layers, width) != (setting.num_layers, setting.width):
-            raise PolicyError(
-                f"{self.name}: the weights in {self.folder} are for {layers} layers of width {width}, the model has "
-                f"{setting.num_layers} of {setting.width}; fit some for this model (anee calibrate)"
-            )
+        weights = weights_for(self, GateWeights.load, setting, "anee calibrate", self._weights)
         budget = setting.budget if setting.budget is not None else self.default_budget
         assert budget is not None
         bound = replace(self)
@@ -164,11 +159,8 @@ class GateController(Controller):
         layer_idx = context.layer_idx
         assert self._weights is not None
         assert context.totals is not None
-        total, squares, count = context.totals.unbind(-1)
-        weight = count + self.prior
-        mean = total / weight
-        variance = (squares + self.prior * self._weights.spread[layer_idx].double().square()) / weight - mean.square()
-        score = (self._deviation(signals, layer_idx).double() - mean) * variance.rsqrt()
+        spread = self._weights.spread[layer_idx]
+        score = standardised(self._deviation(signals, layer_idx), context.totals, self.prior, spread)
         skip = (score < self._thresholds[layer_idx]) & (context.position_ids >= self.first)
         return torch.where(skip, int(Action.SKIP), int(Action.PROCESS)).to(torch.uint8)[None]
 
@@ -178,3 +170,19 @@ class GateController(Controller):
         at = signals.device
         weight, bias = weights.weight[layer_idx].to(at), weights.bias[layer_idx].to(at)
         return signals @ weight + bias - weights.mean[layer_idx].to(at)
+
+
+def standardised(deviation: Tensor, totals: Tensor, prior: float, spread: Tensor) -> Tensor:
+    """Return how far scores lie from the mean of their sequence so far, in its standard deviations, [B, T].
+
+    Args:
+        deviation: [B, T] of the scores from the mean of the fit.
+        totals: [B, T, 3] what `GateController.tally` summed up before each token.
+        prior: how many tokens the statistics of the fit count for.
+        spread: standard deviation of the fit, [].
+    """
+    total, squares, count = totals.unbind(-1)
+    weight = count + prior
+    mean = total / weight
+    variance = (squares + prior * spread.double().square()) / weight - mean.square()
+    return (deviation.double() - mean) * variance.clamp(min=1e-12).rsqrt()

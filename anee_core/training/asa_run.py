@@ -18,7 +18,7 @@ from anee_core.calibration import fingerprint
 from anee_core.errors import InputError, MissingPackageError
 from anee_core.model import AdaptiveModel
 from anee_core.training.asa import Interactions, SparseAttention
-from anee_core.training.data import Batches, token_blocks
+from anee_core.training.data import Batches, read_text
 from anee_core.training.loop import RunOptions, accelerator_of, run_training
 from anee_core.training.schedules import parse_schedule, trapezoid
 
@@ -103,18 +103,12 @@ def train_asa(
         MissingPackageError: datasets or PEFT is not installed.
     """
     options = options or AsaOptions()
-    if model.tokenizer is None:
-        raise InputError("training reads text: the model needs a tokenizer")
     accelerator = accelerator_of(run)
     with accelerator.main_process_first():
-        blocks = token_blocks(text, model.tokenizer, options.length, run.folder / "tokens")
-        if valid is None:
-            count = min(options.valid_blocks, len(blocks) // 2)
-            held_out, blocks = blocks.select(range(count)), blocks.select(range(count, len(blocks)))
-        else:
-            held_out = token_blocks([valid], model.tokenizer, options.length, run.folder / "tokens")
+        cache = run.folder / "tokens"
+        blocks, held_out = read_text(model, text, valid, cache, options.length, options.valid_blocks)
     adapted = _open_backbone(model, options)
-    objective = _objective(model, options, run.steps, held_out[: options.valid_blocks]["input_ids"], adapted)
+    objective = _objective(model, options, run.steps, held_out, adapted)
     objective.to(accelerator.device)
     batches = Batches(blocks, options.batch, run.seed, accelerator.process_index, accelerator.num_processes)
     groups = [{"params": list(objective.interactions.parameters()), "lr": options.rate}]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anee_core.errors import InputError, MissingPackageError
+from anee_core.model import AdaptiveModel
 
 
 def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache: Path) -> Any:
@@ -46,6 +47,34 @@ def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache
             f"{', '.join(paths)}: less text than one block of {length} tokens; give more, or a shorter block"
         )
     return blocks.with_format("torch")
+
+
+def read_text(
+    model: AdaptiveModel, text: Sequence[str | Path], valid: str | Path | None, cache: Path, length: int, held_out: int
+) -> tuple[Any, Tensor]:
+    """Return the blocks to train on, and token ids [N, T] of at most ``held_out`` blocks to validate on.
+
+    Args:
+        model: with a tokenizer.
+        text: files to train on.
+        valid: file to validate on. None: the first blocks of the training text, which are then left out of training.
+        cache: see `token_blocks`.
+        length: tokens per block.
+        held_out: blocks to validate on.
+
+    Raises:
+        InputError: the model has no tokenizer, or there is too little text.
+        MissingPackageError: the package datasets is not installed.
+    """
+    if model.tokenizer is None:
+        raise InputError("training reads text: the model needs a tokenizer")
+    blocks = token_blocks(text, model.tokenizer, length, cache)
+    if valid is None:
+        count = min(held_out, len(blocks) // 2)
+        apart, blocks = blocks.select(range(count)), blocks.select(range(count, len(blocks)))
+    else:
+        apart = token_blocks([valid], model.tokenizer, length, cache)
+    return blocks, apart[:held_out]["input_ids"]
 
 
 class Batches:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anee_core.accounting import CostModel
 from anee_core.adapter import ModelAdapter
-from anee_core.controllers.gate import GateController, GateWeights
+from anee_core.controllers.gate import GateController, GateWeights, standardised
 from anee_core.errors import InputError
 from anee_core.layout import Parts
 from anee_core.profiler import unit_norm
@@ -169,11 +169,9 @@ class GatedModel(Objective):
                 self.mean[layer_idx] += 0.02 * seen.mean()
                 self.spread[layer_idx].lerp_(seen.std(), 0.02)
             past = deviation.double()
-            count = torch.arange(unit.shape[1], device=unit.device) + self._prior
-            mean = (past.cumsum(1) - past) / count
-            squares = past.square().cumsum(1) - past.square() + self._prior * self.spread[layer_idx].double().square()
-            scale = (squares / count - mean.square()).clamp(min=1e-12).rsqrt()
-        return (deviation - mean.float()) * scale.float()
+            counted = torch.stack((past, past.square(), torch.ones_like(past)), dim=-1)
+            before = counted.cumsum(1) - counted
+        return standardised(deviation, before, self._prior, self.spread[layer_idx]).float()
 
     def _keep(self, margin: Tensor, noise: float) -> Tensor:
         """Return 1 where a margin [B, T] is not negative and 0 elsewhere, with the gradient of a sigmoid."""

@@ -19,7 +19,7 @@ from anee_core.policy import Policy
 from anee_core.progress import progress_bar
 from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
 from anee_core.training.closed_form import FitOptions
-from anee_core.training.data import Batches, token_blocks
+from anee_core.training.data import Batches, read_text
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
 from anee_core.training.loop import RunOptions, accelerator_of, run_training
@@ -28,8 +28,7 @@ from anee_core.training.thresholds import Search
 
 logger = logging.getLogger(__name__)
 
-RATES = {"down": 2e-4, "up": 2e-4, "shortcut_bias": 2e-4, "weight": 1e-3, "bias": 1e-2, "thresholds": 1e-2}
-"""Learning rates of the trained parts."""
+_RATES = {"down": 2e-4, "up": 2e-4, "shortcut_bias": 2e-4, "weight": 1e-3, "bias": 1e-2, "thresholds": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -98,37 +97,17 @@ def train_gate(
     options = options or GateTraining()
     accelerator = accelerator_of(run)
     with accelerator.main_process_first():
-        blocks, held_out = read_text(model, text, valid, run, options)
+        cache = run.folder / "tokens"
+        blocks, held_out = read_text(model, text, valid, cache, options.length, options.valid_blocks)
         start = start_of(model, text[0], run, options)
     objective = gated_model(model, start, options, held_out).to(accelerator.device)
     batches = Batches(blocks, options.batch, run.seed, accelerator.process_index, accelerator.num_processes)
-    groups = [{"params": [getattr(objective, name)], "lr": rate * options.rate} for name, rate in RATES.items()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = optimizer_of(objective, options.rate)
     rate = trapezoid(run.steps, options.warmup, decay=max(run.steps // 2, 1))
     history = run_training(objective, [optimizer], rate, batches, run, accelerator, asdict(options))
     if accelerator.is_main_process:
         write(model, objective, options, held_out, run, {"valid": history[-1] if history else {}})
     return history
-
-
-def read_text(
-    model: AdaptiveModel, text: Sequence[str | Path], valid: str | Path | None, run: RunOptions, options: GateTraining
-) -> tuple[Any, Tensor]:
-    """Return the blocks to train on, and token ids [N, T] to validate on.
-
-    Raises:
-        InputError: the model has no tokenizer, or there is too little text.
-        MissingPackageError: datasets is not installed.
-    """
-    if model.tokenizer is None:
-        raise InputError("training reads text: the model needs a tokenizer")
-    blocks = token_blocks(text, model.tokenizer, options.length, run.folder / "tokens")
-    if valid is None:
-        count = min(options.valid_blocks, len(blocks) // 2)
-        held_out, blocks = blocks.select(range(count)), blocks.select(range(count, len(blocks)))
-    else:
-        held_out = token_blocks([valid], model.tokenizer, options.length, run.folder / "tokens")
-    return blocks, held_out[: options.valid_blocks]["input_ids"]
 
 
 def start_of(model: AdaptiveModel, text: str | Path, run: RunOptions, options: GateTraining) -> Path:
@@ -150,6 +129,13 @@ def gated_model(model: AdaptiveModel, folder: Path, options: GateTraining, held_
     costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(shortcuts))).costs
     controller, chosen = options.controller(), replace(options.gate, least=least)
     return GatedModel(model.adapter, model.parts, costs, gate, shortcuts, controller, chosen, held_out)
+
+
+def optimizer_of(objective: GatedModel, factor: float) -> torch.optim.Optimizer:
+    """Return an optimiser of what is trained of a gate and shortcuts; ``factor`` scales the learning rates."""
+    parts = ((getattr(objective, name), rate * factor) for name, rate in _RATES.items())
+    groups = [{"params": [part], "lr": rate} for part, rate in parts if part.requires_grad]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def write(

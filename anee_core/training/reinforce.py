@@ -17,6 +17,7 @@ from anee_core.errors import InputError
 from anee_core.profiler import unit_norm
 from anee_core.training.gate import GatedModel
 from anee_core.training.loop import Objective
+from anee_core.training.losses import divergences
 from anee_core.training.sequence import WholeSequences
 
 
@@ -70,13 +71,12 @@ class Reinforce(Objective):
         gated, options = self.gated, self.options
         budgets = gated.draw_budgets(input_ids)
         with torch.no_grad():
-            wanted = gated.dense(input_ids).float().log_softmax(-1)
+            wanted = gated.dense(input_ids)
         rollouts = [self.rollout(input_ids, budgets) for _ in range(options.rollouts)]
         price = (gated.near(budgets) @ self.price)[:, None]
         rewards, apart = [], []
         for logits, spent, _, _ in rollouts:
-            log_q = logits.float().log_softmax(-1)
-            divergence = (wanted.exp() * (wanted - log_q)).sum(-1)
+            divergence = divergences(wanted, logits)
             over = spent - budgets[:, None]
             counted = torch.where((over > 0) | (divergence < options.near_dense), over, 0.0)
             rewards.append(-divergence - price * counted)

@@ -15,8 +15,8 @@ from anee_core.controllers.gate import GateController
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy
 from anee_core.shortcuts import LowRankShortcut
-from anee_core.training.data import Batches
-from anee_core.training.gate_run import RATES, GateTraining, gated_model, read_text, train_gate, write
+from anee_core.training.data import Batches, read_text
+from anee_core.training.gate_run import GateTraining, gated_model, optimizer_of, train_gate, write
 from anee_core.training.loop import RunOptions, accelerator_of, run_training
 from anee_core.training.losses import divergence
 from anee_core.training.reinforce import Reinforce, ReinforceOptions
@@ -73,15 +73,11 @@ def train_rl(
     train_gate(model, text, first, shared, valid)
     accelerator = accelerator_of(second)
     with accelerator.main_process_first():
-        blocks, held_out = read_text(model, text, valid, first, shared)
+        cache = first.folder / "tokens"
+        blocks, held_out = read_text(model, text, valid, cache, shared.length, shared.valid_blocks)
     gated = gated_model(model, first.folder, shared, held_out)
     objective = Reinforce(gated, replace(options.reinforce, steps=options.steps)).to(accelerator.device)
-    groups = [
-        {"params": [getattr(gated, name)], "lr": rate * options.rate}
-        for name, rate in RATES.items()
-        if getattr(gated, name).requires_grad
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = optimizer_of(gated, options.rate)
     batches = Batches(blocks, shared.batch, run.seed + 1, accelerator.process_index, accelerator.num_processes)
     rate = trapezoid(options.steps, shared.warmup, decay=max(options.steps // 2, 1))
     run_training(objective, [optimizer], rate, batches, second, accelerator, asdict(options))
@@ -103,15 +99,14 @@ def compared(
     """Return the divergence of a gate and its shortcuts from the dense model, in nats per token, at each budget, as
     deployed on token ids [N, T].
     """
-    probe = AdaptiveModel(model.model, model.adapter)
     controller = GateController(str(folder), protect=options.protect, first=options.first)
-    found = {}
+    policy = Policy(controller, shortcut=LowRankShortcut(str(folder)))
+    dense = AdaptiveModel(model.model, model.adapter)
+    gated = {budget: AdaptiveModel(model.model, model.adapter).set_policy(policy, budget) for budget in budgets}
+    found = dict.fromkeys(budgets, 0.0)
     with torch.no_grad():
-        for budget in budgets:
-            total = 0.0
-            for row in blocks.to(probe.device).unbind():
-                wanted = probe.set_policy(Policy())(row[None], use_cache=False).logits
-                gated = Policy(controller, shortcut=LowRankShortcut(str(folder)))
-                total += float(divergence(wanted, probe.set_policy(gated, budget)(row[None], use_cache=False).logits))
-            found[round(budget, 3)] = total / len(blocks)
-    return found
+        for row in blocks.to(dense.device).unbind():
+            wanted = dense(row[None], use_cache=False).logits
+            for budget, probe in gated.items():
+                found[budget] += float(divergence(wanted, probe(row[None], use_cache=False).logits)) / len(blocks)
+    return {round(budget, 3): apart for budget, apart in found.items()}
