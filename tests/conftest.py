@@ -79,6 +79,17 @@ def llama_folder(tiny_llama, word_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
+def text(tmp_path):
+    """A file of made-up sentences."""
+    generator = torch.Generator().manual_seed(0)
+    words = ["the cat", "a dog", "saw", "and then", "ran to", "the house", "of the man", "by night"]
+    lines = [" ".join(words[i] for i in torch.randint(0, 8, (12,), generator=generator)) for _ in range(300)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
 def install(tmp_path_factory, monkeypatch):
     """Return a function that installs a distribution for the length of a test: its module and what pip would write.
 

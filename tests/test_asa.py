@@ -163,17 +163,6 @@ class TestWeights:
             assert torch.equal(found, anee.load(network, f"asa:{weights},shift=0.5")(tokens()).logits)
 
 
-@pytest.fixture
-def text(tmp_path):
-    """A file of made-up sentences."""
-    generator = torch.Generator().manual_seed(0)
-    words = ["the cat", "a dog", "saw", "and then", "ran to", "the house", "of the man", "by night"]
-    lines = [" ".join(words[i] for i in torch.randint(0, 8, (12,), generator=generator)) for _ in range(300)]
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(lines))
-    return path
-
-
 def options(**changes):
     return AsaOptions(
         **{"rank": RANK, "length": 32, "batch": 2, "warmup": 2, "valid_blocks": 2, "rate": 1e-2, **changes}

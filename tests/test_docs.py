@@ -15,18 +15,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory, word_tokenizer):
-    folder = tmp_path_factory.mktemp("model")
-    build("llama").save_pretrained(folder)
-    word_tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_snippet_of_the_front_page_runs(tiny_folder, capsys):
+def test_snippet_of_the_front_page_runs(llama_folder, capsys):
     code = next(snippet for snippet in SNIPPETS if "anee.load" in snippet)
     names = {}
-    tiny = code.replace('"smollm2", policy="heuristic"', f'"{tiny_folder}", policy="heuristic:protect=1 1"')
+    tiny = code.replace('"smollm2", policy="heuristic"', f'"{llama_folder}", policy="heuristic:protect=1 1"')
     assert tiny != code
     exec(compile(tiny, "README.md", "exec"), names)
     assert "layers run per token" in capsys.readouterr().out

@@ -99,16 +99,6 @@ def test_wrong_options_are_refused(wrong, message):
         GateOptions(**wrong)
 
 
-@pytest.fixture
-def text(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    words = ["the cat", "a dog", "saw", "and then", "ran to", "the house", "of the man", "by night"]
-    lines = [" ".join(words[i] for i in torch.randint(0, 8, (12,), generator=generator)) for _ in range(300)]
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(lines))
-    return path
-
-
 def small(**changes):
     options = {"rank": 4, "length": 24, "batch": 2, "warmup": 2, "valid_blocks": 4, "calibration_sequences": 8}
     return GateTraining(GateOptions(least=0.9, knots=3), **{**options, **changes})
