@@ -16,6 +16,10 @@ _STEPS = 2
 _STEEP = 4
 _FLOOR = -1e4
 """What stands for the logarithm of zero: far enough that its exponential is zero, and finite, so sums of it are."""
+_GONE = -40.0
+"""A logarithm below this is zero's: fp32 does not see e^-40 beside a token's own weight, but attention weights so small
+are subnormal numbers, which take matrix products ten times as long.
+"""
 
 
 def sparse_sigmoid(logits: Tensor, alpha: float) -> Tensor:
@@ -104,7 +108,8 @@ class _LogSurvival(torch.autograd.Function):
         p = sparse_sigmoid(torch.where(later, logits, torch.inf), alpha)
         ctx.alpha = alpha
         ctx.save_for_backward(p)
-        return p.log().clamp(min=_FLOOR).cumsum(-2)
+        left = p.log().clamp(min=_FLOOR).cumsum(-2)
+        return left.masked_fill_(left < _GONE, _FLOOR)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
