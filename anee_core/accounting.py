@@ -166,6 +166,13 @@ class CostModel:
         dense = run.sum(0)
         return run / dense, skip / dense
 
+    def spent_shares(self, ran: Tensor) -> Tensor:
+        """Return what each token of sequences that start at position 0 spends of a dense one's decoder-layer FLOPs,
+        [B, T], if it ran the layers ``ran`` [L, B, T] and skipped the others.
+        """
+        run, skip = self.token_shares(torch.arange(ran.shape[2], device=ran.device))
+        return torch.where(ran, run[:, None], skip[:, None]).sum(0)
+
     @cached_property
     def _flops(self) -> Tensor:
         """FLOPs per token of running and of skipping each layer, [2, L]."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from anee_core.controllers.static import StaticController
+from anee_core.divergence import divergences
 from anee_core.engine import Engine
 from anee_core.errors import InputError
 from anee_core.interfaces import Calibration
@@ -91,25 +92,24 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
             )
             store.keep_tokens(tokens)
         tokens = tokens.to(model.device)
-        dense = _log_probabilities(model, engine, tokens)
+        dense = _logits(model, engine, tokens)
         advance()
         for layer_idx in range(len(store.importance), layers):
             policy = Policy(StaticController(skip=(layer_idx,)))
             skipping = Engine(model.adapter, model.parts, policy, costs=engine.costs)
-            other = _log_probabilities(model, skipping, tokens)
-            divergence = (dense.exp() * (dense - other)).sum(-1)[:, _WARM_UP:].mean()
-            store.add(float(divergence))
+            apart = divergences(dense, _logits(model, skipping, tokens))
+            store.add(float(apart[:, _WARM_UP:].mean()))
             advance()
-    confidence = dense.exp().amax(-1)[:, _WARM_UP:].flatten()
+    confidence = dense.softmax(-1).amax(-1)[:, _WARM_UP:].flatten()
     quantiles = torch.quantile(confidence, torch.linspace(0, 1, _QUANTILES, device=confidence.device)).cpu()
     return Calibration(torch.tensor(store.importance), quantiles, model_print, store.source)
 
 
-def _log_probabilities(model: AdaptiveModel, engine: Engine, tokens: Tensor) -> Tensor:
-    """Return next-token log-probabilities [B, T, V] in fp32."""
+def _logits(model: AdaptiveModel, engine: Engine, tokens: Tensor) -> Tensor:
+    """Return next-token logits [B, T, V] in fp32."""
     trace, cache = Trace(), model.new_cache(tokens.shape[1])
     output = engine.run(prompt_block(model, tokens, 0), cache, trace)
-    return engine.logits(output.hidden_states, trace).float().log_softmax(-1)
+    return engine.logits(output.hidden_states, trace).float()
 
 
 def fingerprint(model: AdaptiveModel) -> str:

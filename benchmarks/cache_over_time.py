@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from token_dropping import read_blocks
 from torch import Tensor
 
 import anee
+from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     chosen = parser.parse_args()
     found = {}
     model = anee.load(chosen.model, dtype=chosen.dtype)
-    prompt = read_blocks(model.tokenizer, chosen.text, chosen.length, 1)
+    prompt = text_blocks(model, chosen.text, chosen.length, 1)
     for policy in track(chosen.policy, console=Console(stderr=True)):
         adaptive = anee.load(model.model, policy, tokenizer=model.tokenizer, prefill_chunk=chosen.chunk)
         found[policy] = watch(adaptive, prompt, chosen.tokens)

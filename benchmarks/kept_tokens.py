@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from token_dropping import read_blocks
 from torch import Tensor
 
 import anee
+from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
 
 KINDS = (
@@ -94,7 +94,7 @@ def main() -> None:
     if not 0 < chosen.show <= chosen.length or not 0 <= chosen.back < chosen.length:
         parser.error("--show and --back lie within --length")
     model = anee.load(chosen.model, chosen.policy, dtype=chosen.dtype)
-    blocks = read_blocks(model.tokenizer, chosen.text, chosen.length, chosen.blocks)
+    blocks = text_blocks(model, chosen.text, chosen.length, chosen.blocks)
     pieces = [[model.tokenizer.decode([i]) for i in block] for block in blocks.tolist()]
     words = Counter(p.strip() for block in pieces for p in block if p.startswith(" ") and p.strip().islower())
     frequent = {word for word, _ in words.most_common(FREQUENT)}

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 import anee
-from anee_core.model import AdaptiveModel
+from anee_core.evaluation import text_blocks, text_quality
 
 POLICIES = {
     "window": "window:sinks=0,keep={keep}",
@@ -35,31 +32,6 @@ POLICIES = {
     "random": "random_tokens:keep={keep}",
 }
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
-
-
-def read_blocks(tokenizer: Any, path: str, length: int, count: int) -> torch.Tensor:
-    """Return the first blocks of a text, [N, T]."""
-    text = Path(path).read_text(encoding="utf-8")
-    for raw, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
-        text = text.replace(raw, plain)
-    ids = tokenizer(text[: count * length * 12], return_tensors="pt", verbose=False)["input_ids"][0]
-    if len(ids) < count * length:
-        raise SystemExit(f"{path}: {len(ids)} tokens are fewer than {count} blocks of {length}")
-    return ids[: count * length].view(count, length)
-
-
-def measure(model: AdaptiveModel, blocks: torch.Tensor, first: int, batch: int) -> dict[str, float]:
-    """Return perplexity and share dropped over positions from ``first`` on."""
-    losses, held = [], []
-    for rows in blocks.split(batch):
-        with torch.inference_mode():
-            logits = model(rows, use_cache=False).logits[:, first - 1 : -1]
-            targets = rows[:, first:]
-            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).item())
-        held.append((model.last_trace.held[:, :, first:] - 1).double())
-    before = torch.arange(first, blocks.shape[1], dtype=torch.float64)
-    kept = torch.cat(held, dim=1).mean((0, 1))
-    return {"perplexity": math.exp(sum(losses) / len(losses)), "dropped": 1 - (kept.sum() / before.sum()).item()}
 
 
 def runs(asa: str | None, shifts: list[float]) -> list[tuple[str, str]]:
@@ -129,14 +101,15 @@ def main() -> None:
         for name, policy in runs(chosen.asa, chosen.shift)
         if not chosen.only or name in chosen.only or name == "dense"
     ]
-    blocks = {t: read_blocks(model.tokenizer, path, chosen.length, chosen.blocks) for t, path in texts.items()}
+    blocks = {t: text_blocks(model, path, chosen.length, chosen.blocks) for t, path in texts.items()}
     with Progress(console=Console(stderr=True)) as bar:
         for text, name, policy in bar.track(wanted):
             if f"{text} {policy}" in found["records"]:
                 continue
             model.set_policy(anee.load(model.model, policy).policy)
-            figures = measure(model, blocks[text], chosen.first, chosen.batch)
-            bar.console.print(f"{text}: {policy}: {figures['perplexity']:.2f} at {figures['dropped']:.1%} dropped")
+            quality = text_quality(model, blocks[text], chosen.first, chosen.batch)
+            figures = {"perplexity": quality.perplexity, "dropped": quality.dropped}
+            bar.console.print(f"{text}: {policy}: {quality.perplexity:.2f} at {quality.dropped:.1%} dropped")
             found["records"][f"{text} {policy}"] = {"text": text, "name": name, "policy": policy, **figures}
             file.write_text(json.dumps(found, indent=2) + "\n")
     report(found, chosen.out)

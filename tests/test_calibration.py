@@ -64,7 +64,7 @@ def test_interrupted_calibration_goes_on_where_it_stopped(anee_cache, monkeypatc
 
     from anee_core import calibration as module
 
-    measured = module._log_probabilities
+    measured = module._logits
     count = 0
 
     def interrupt(*arguments):
@@ -74,7 +74,7 @@ def test_interrupted_calibration_goes_on_where_it_stopped(anee_cache, monkeypatc
             raise KeyboardInterrupt
         return measured(*arguments)
 
-    monkeypatch.setattr(module, "_log_probabilities", interrupt)
+    monkeypatch.setattr(module, "_logits", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, QUICK)
     kept = json.loads(next(anee_cache.glob("*.json")).read_text())

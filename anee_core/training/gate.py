@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from anee_core.accounting import CostModel
 from anee_core.adapter import ModelAdapter
 from anee_core.controllers.gate import GateController, GateWeights, standardised
+from anee_core.divergence import divergence
 from anee_core.errors import InputError
 from anee_core.layout import Parts
 from anee_core.profiler import unit_norm
 from anee_core.shortcuts import ShortcutWeights
 from anee_core.training.loop import Objective
-from anee_core.training.losses import divergence
 from anee_core.training.sequence import WholeSequences
 
 

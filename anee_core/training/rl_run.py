@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from anee_core.controllers.gate import GateController
+from anee_core.evaluation import dense_logits, text_quality
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy
 from anee_core.shortcuts import LowRankShortcut
 from anee_core.training.data import Batches, read_text
 from anee_core.training.gate_run import GateTraining, gated_model, optimizer_of, train_gate, write
 from anee_core.training.loop import RunOptions, accelerator_of, run_training
-from anee_core.training.losses import divergence
 from anee_core.training.reinforce import Reinforce, ReinforceOptions
 from anee_core.training.schedules import trapezoid
 
@@ -101,12 +100,8 @@ def compared(
     """
     controller = GateController(str(folder), protect=options.protect, first=options.first)
     policy = Policy(controller, shortcut=LowRankShortcut(str(folder)))
-    dense = AdaptiveModel(model.model, model.adapter)
-    gated = {budget: AdaptiveModel(model.model, model.adapter).set_policy(policy, budget) for budget in budgets}
-    found = dict.fromkeys(budgets, 0.0)
-    with torch.no_grad():
-        for row in blocks.to(dense.device).unbind():
-            wanted = dense(row[None], use_cache=False).logits
-            for budget, probe in gated.items():
-                found[budget] += float(divergence(wanted, probe(row[None], use_cache=False).logits)) / len(blocks)
-    return {round(budget, 3): apart for budget, apart in found.items()}
+    probe, dense = AdaptiveModel(model.model, model.adapter), dense_logits(model, blocks)
+    return {
+        round(budget, 3): text_quality(probe.set_policy(policy, budget), blocks, dense=dense).divergence
+        for budget in budgets
+    }

@@ -50,7 +50,6 @@ class Search:
         controller = GateController.of(weights, **self.options)
         probe = AdaptiveModel(self.model.model, self.model.adapter)
         probe.set_policy(Policy(controller, shortcut=self.shortcut), budget=1.0)
-        run, skip = probe.engine.costs.token_shares(torch.arange(self.blocks.shape[1]))
         total = 0.0
         with torch.no_grad():
             for start in range(0, len(self.blocks), self.batch):
@@ -58,8 +57,7 @@ class Search:
                 probe(rows.to(probe.device), use_cache=False, logits_to_keep=1)
                 assert probe.last_trace is not None
                 # Of tokens, not of what was executed: rows of a batch may repeat a token to be as long as others.
-                spent = torch.where(probe.last_trace.ran, run[:, None], skip[:, None]).sum(0)
-                total += float(spent.mean(1).sum())
+                total += float(probe.engine.costs.spent_shares(probe.last_trace.ran).mean(1).sum())
         self.advance()
         return total / len(self.blocks)
 

@@ -1,4 +1,4 @@
-"""Losses that several trainings share."""
+"""How far next-token distributions are apart."""
 
 from __future__ import annotations
 
