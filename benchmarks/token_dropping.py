@@ -12,10 +12,9 @@ WikiText's raw spacing (' @-@ ') is undone. Writes OUT.json, a table OUT.md and 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from pathlib import Path
 
+from records import Records
 from rich.console import Console
 from rich.progress import Progress
 
@@ -44,16 +43,17 @@ def runs(asa: str | None, shifts: list[float]) -> list[tuple[str, str]]:
     return made + [("ASA", f"asa:{asa + ',' if asa else ''}shift={shift}") for shift in shifts]
 
 
-def report(found: dict, out: Path) -> None:
+def report(records: Records, out: Path) -> None:
     """Write the table and the plot."""
     from matplotlib.figure import Figure
 
-    records = list(found["records"].values())
-    texts = list(dict.fromkeys(r["text"] for r in records))
+    setting, found = records.setting, records.all()
+    texts = list(dict.fromkeys(r["text"] for r in found))
     figure = Figure(figsize=(5.5 * len(texts), 4.2))
-    lines = [f"{found['model']}, {found['setting']}", ""]
+    read = f"{setting['blocks']} blocks of {setting['length']} tokens, positions {setting['first']} on"
+    lines = [f"{setting['model']}: {read}, {setting['dtype']}", ""]
     for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
-        mine = [r for r in records if r["text"] == text]
+        mine = [r for r in found if r["text"] == text]
         dense = next(r["perplexity"] for r in mine if r["name"] == "dense")
         lines += [f"**{text}**: dense perplexity {dense:.2f}", ""]
         lines += ["| policy | dropped | perplexity | against dense |", "|---|---|---|---|"]
@@ -89,12 +89,8 @@ def main() -> None:
     chosen = parser.parse_args()
     model = anee.load(chosen.model, dtype=chosen.dtype, prefill_chunk=chosen.length)
     texts = dict(item.split("=", 1) for item in chosen.text)
-    setting = f"{chosen.blocks} blocks of {chosen.length} tokens, positions {chosen.first} on, {chosen.dtype}"
-    file = chosen.out.with_suffix(".json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(file.read_text()) if file.exists() else {}
-    if found.get("setting") != setting or found.get("model") != chosen.model:
-        found = {"model": chosen.model, "setting": setting, "machine": platform.processor(), "records": {}}
+    names = ("model", "length", "first", "blocks", "dtype", "asa")
+    records = Records(chosen.out.with_suffix(".json"), {name: getattr(chosen, name) for name in names})
     wanted = [
         (text, name, policy)
         for text in texts
@@ -104,15 +100,14 @@ def main() -> None:
     blocks = {t: text_blocks(model, path, chosen.length, chosen.blocks) for t, path in texts.items()}
     with Progress(console=Console(stderr=True)) as bar:
         for text, name, policy in bar.track(wanted):
-            if f"{text} {policy}" in found["records"]:
+            if f"{text} {policy}" in records:
                 continue
             model.set_policy(anee.load(model.model, policy).policy)
             quality = text_quality(model, blocks[text], chosen.first, chosen.batch)
             figures = {"perplexity": quality.perplexity, "dropped": quality.dropped}
             bar.console.print(f"{text}: {policy}: {quality.perplexity:.2f} at {quality.dropped:.1%} dropped")
-            found["records"][f"{text} {policy}"] = {"text": text, "name": name, "policy": policy, **figures}
-            file.write_text(json.dumps(found, indent=2) + "\n")
-    report(found, chosen.out)
+            records.add(f"{text} {policy}", {"text": text, "name": name, "policy": policy, **figures})
+    report(records, chosen.out)
 
 
 if __name__ == "__main__":

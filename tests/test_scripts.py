@@ -4,6 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from tiny import build
+
+import anee
+from anee_core.evaluation import text_quality
+from anee_core.training.closed_form import FitOptions
+from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +51,53 @@ def test_token_dropping_goes_on_where_it_was(llama_folder, text, tmp_path, run_s
     assert len(shares) >= 5
     assert (tmp_path / "out.png").exists()
     assert "| TOVA |" in (tmp_path / "out.md").read_text()
+
+
+def test_layer_skipping_holds_policies_against_the_literature(word_tokenizer, text, tmp_path, run_script):
+    folder, model_folder = tmp_path / "gate", tmp_path / "model"
+    build("llama").save_pretrained(model_folder)
+    word_tokenizer.save_pretrained(model_folder)
+    model = anee.load(model_folder)
+    calibrate_gate(model, folder, GateCalibration(text, 4, 32, fit=FitOptions(rank=2), progress=False))
+    arguments = [model_folder, "--calibration", text, "--text", f"nights={text}", "--out", tmp_path / "out"]
+    sizes = ["--length", "100", "--blocks", "2", "--calibration-blocks", "2", "--budgets", "0.8", "0.9"]
+    trained = ["--gate", folder, "--shortcuts", folder]
+    run_script("benchmarks/layer_skipping.py", *arguments, *sizes, *trained)
+    found = json.loads((tmp_path / "out.json").read_text())["records"].values()
+    by_name = {(r["name"], r["budget"]): r for r in found}
+    assert by_name["dense", 1.0]["divergence"] == 0
+    for name in ("rl", "gate only", "random", "random + shortcuts", "early exit"):
+        assert by_name[name, 0.8]["spent"] < by_name[name, 0.9]["spent"] < 1, name
+        assert by_name[name, 0.8]["divergence"] > 0
+    assert by_name["best set", 0.8]["skipped"] == by_name["block influence", 0.8]["skipped"] == pytest.approx(1 / 3)
+    assert "| block influence | 0.80 |" in (tmp_path / "out.md").read_text()
+    assert (tmp_path / "out.png").exists()
+
+
+def test_block_influence_and_confidence_are_those_of_the_model(tiny_llama, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from baselines import block_influence, early_exits, without_least_influential
+
+    blocks = torch.randint(3, 97, (4, 48), generator=torch.Generator().manual_seed(0))
+    model = anee.load(tiny_llama)
+    states = []
+    hooks = [
+        layer.register_forward_hook(lambda _, got, out: states.append((got[0], out)))
+        for layer in tiny_llama.model.layers
+    ]
+    with torch.no_grad():
+        tiny_llama(blocks)
+    for hook in hooks:
+        hook.remove()
+    wanted = [1 - float(torch.cosine_similarity(before, after, dim=-1).mean()) for before, after in states]
+    influence = block_influence(model, blocks)
+    assert influence == pytest.approx(wanted, abs=1e-5)
+    assert without_least_influential(model, influence, 1.0) == "static:skip="
+    least = influence.index(min(influence))
+    assert without_least_influential(model, influence, 0.8) == f"static:skip={least}"
+    for budget, policy in early_exits(model, blocks, [0.6, 0.8]).items():
+        exiting = anee.load(tiny_llama, policy)
+        assert text_quality(exiting, blocks).spent == pytest.approx(budget, abs=0.1)
 
 
 def test_kv_cache(llama_folder, tmp_path, run_script):

@@ -1,0 +1,136 @@
+"""Quality against the budget for policies that skip layers, side by side with the literature's ways of doing so.
+
+    python benchmarks/layer_skipping.py smollm2 --calibration wiki-valid.txt --text wikitext=wiki-test.txt
+    python benchmarks/layer_skipping.py mini --calibration books.txt --text books=valid.txt --out skipping-mini
+
+Each policy reads the same blocks as it would token by token (see the promise "parallel equals stepwise"). Thresholds
+and layer sets come from the calibration text alone; what was spent is measured. An interrupted run goes on where it
+was. Writes OUT.json, a table OUT.md and a plot OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from baselines import block_influence, early_exits, without_least_influential
+from records import Records
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+import anee
+from anee_core.calibration import CalibrationOptions, calibrate
+from anee_core.errors import BudgetError
+from anee_core.evaluation import dense_logits, text_blocks, text_quality
+from anee_core.model import AdaptiveModel
+
+BUDGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+PROTECT = "protect=2 2"
+
+
+def contenders(model: AdaptiveModel, blocks: Tensor, chosen: argparse.Namespace) -> dict[str, Callable]:
+    """Return what makes each contender's model for a budget, by its name; ``blocks`` [N, T] are for calibration."""
+    calibration = calibrate(model, CalibrationOptions(text=chosen.calibration))
+    influence = block_influence(model, blocks)
+    exits = early_exits(model, blocks, chosen.budgets)
+    gate = f":{chosen.gate}" if chosen.gate else ""
+    shortcuts = f"+shortcuts:{chosen.shortcuts}" if chosen.shortcuts else "+shortcuts"
+
+    def named(policy: str) -> Callable:
+        return lambda budget: anee.load(model.model, policy, budget, tokenizer=model.tokenizer, calibration=calibration)
+
+    return {
+        "rl": named(f"gate{gate}+shortcuts{gate}" if gate else "rl"),
+        "gate only": named(f"gate{gate}"),
+        "best set": named(f"static:{PROTECT}"),
+        "best set + shortcuts": named(f"static:{PROTECT}{shortcuts}"),
+        "random": named(f"random:{PROTECT}"),
+        "random + shortcuts": named(f"random:{PROTECT}{shortcuts}"),
+        "block influence": lambda budget: anee.load(model.model, without_least_influential(model, influence, budget)),
+        "early exit": lambda budget: anee.load(model.model, exits[budget]),
+    }
+
+
+def report(records: Records, out: Path) -> None:
+    """Write the table and the plot."""
+    from matplotlib.figure import Figure
+
+    setting, found = records.setting, records.all()
+    texts = list(dict.fromkeys(r["text"] for r in found))
+    figure = Figure(figsize=(5.5 * len(texts), 4.2))
+    lines = [f"{setting['model']}: {setting['blocks']} blocks of {setting['length']} tokens, {setting['dtype']}", ""]
+    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
+        mine = [r for r in found if r["text"] == text]
+        dense = next(r["perplexity"] for r in mine if r["name"] == "dense")
+        lines += [f"**{text}**: dense perplexity {dense:.2f}", ""]
+        lines += ["| policy | budget | spent | pairs skipped | perplexity | against dense | KL to dense | same top-1 |"]
+        lines += ["|" + "---|" * 8]
+        for name in dict.fromkeys(r["name"] for r in mine if r["name"] != "dense"):
+            points = sorted((r for r in mine if r["name"] == name), key=lambda r: r["spent"])
+            axes.plot([r["spent"] for r in points], [r["perplexity"] / dense for r in points], "o-", ms=3, label=name)
+            lines += [
+                f"| {name} | {r['budget']:.2f} | {r['spent']:.3f} | {r['skipped']:.1%} | {r['perplexity']:.2f} "
+                f"| {r['perplexity'] / dense:.3f}x | {r['divergence']:.3f} | {r['agreement']:.1%} |"
+                for r in points
+            ]
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axes.set(title=text, xlabel="share of dense layer FLOPs spent", ylabel="perplexity against dense")
+        axes.set_ylim(0.95, 3)
+        lines.append("")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out.with_suffix(".png"), dpi=130)
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text that thresholds and layer sets are found on")
+    parser.add_argument("--text", action="append", required=True, help="NAME=FILE; may be repeated")
+    parser.add_argument("--gate", help="folder with a gate and shortcuts. Default: the policy 'rl' of the model")
+    parser.add_argument("--shortcuts", help="folder with shortcuts for the baselines. Default: those of the model")
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--calibration-blocks", type=int, default=4)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", nargs="*", help="names of the policies to run")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/layer_skipping"))
+    chosen = parser.parse_args()
+    model = anee.load(chosen.model, dtype=chosen.dtype)
+    texts = dict(item.split("=", 1) for item in chosen.text)
+    setting = {name: getattr(chosen, name) for name in ("model", "length", "blocks", "dtype", "gate", "shortcuts")}
+    records = Records(chosen.out.with_suffix(".json"), setting)
+    make = contenders(model, text_blocks(model, chosen.calibration, chosen.length, chosen.calibration_blocks), chosen)
+    wanted = [(name, budget) for name in make if not chosen.only or name in chosen.only for budget in chosen.budgets]
+    console = Console(stderr=True)
+    with Progress(console=console) as bar:
+        for text, path in texts.items():
+            task = bar.add_task(text, total=len(wanted) + 1)
+            blocks = text_blocks(model, path, chosen.length, chosen.blocks)
+            dense = dense_logits(model, blocks)
+            for name, budget in [("dense", 1.0), *wanted]:
+                bar.advance(task)
+                key = f"{text} {name} {budget}"
+                if key in records:
+                    continue
+                try:
+                    adaptive = model if name == "dense" else make[name](budget)
+                except BudgetError as error:
+                    console.print(f"{key}: {error}")
+                    continue
+                quality = text_quality(adaptive, blocks, dense=dense)
+                console.print(f"{key}: perplexity {quality.perplexity:.2f}, spent {quality.spent:.3f}")
+                record = {"text": text, "name": name, "budget": budget, "policy": str(adaptive.policy)}
+                records.add(key, {**record, **asdict(quality)})
+            del dense
+    report(records, chosen.out)
+
+
+if __name__ == "__main__":
+    main()
