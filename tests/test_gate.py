@@ -60,7 +60,9 @@ def test_decisions_are_those_of_the_running_statistics(gate):
                 mean = scores[:t].sum() / (t + 4)
                 variance = (scores[:t].square().sum() + 4) / (t + 4) - mean**2
                 z = (scores[t] - mean) / variance.sqrt()
-                assert ran[layer_idx, row, t] == (z >= 0) or abs(z) < 1e-4
+                # Between 3 at 0.4 and 0 at 0.7: two tokens ran everything, and 32 pay for what they spent beyond 0.7.
+                threshold = 3 * (2 * 0.3 / 32) / 0.3
+                assert ran[layer_idx, row, t] == (z >= threshold) or abs(z - threshold) < 1e-4
 
 
 def test_the_budget_chooses_the_thresholds(gate):
@@ -72,8 +74,17 @@ def test_the_budget_chooses_the_thresholds(gate):
     assert shares == sorted(shares)
     assert shares[0] < shares[2] < shares[4] == 1
     weights = GateWeights.load(gate)
-    torch.testing.assert_close(weights.at(0.55), torch.full((6,), 1.5))
-    assert torch.equal(weights.at(1.0), weights.thresholds[-1])
+    torch.testing.assert_close(weights.at(torch.tensor(0.55)), torch.full((6,), 1.5))
+    assert torch.equal(weights.at(torch.tensor(1.0)), weights.thresholds[-1])
+
+
+def test_what_the_first_tokens_spend_is_paid_back():
+    gate = GateController(first=4)
+    allowed = gate.allowed(torch.tensor(0.7), torch.arange(4, 60))
+    assert (4 + allowed[:32].sum()) / 36 == pytest.approx(0.7)
+    assert (allowed[32:] == 0.7).all()
+    assert gate.settled == 36
+    assert (GateController(first=0).allowed(torch.tensor(0.7), torch.arange(60)) == 0.7).all()
 
 
 def test_a_hard_budget_holds_for_every_token(gate):

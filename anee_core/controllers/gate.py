@@ -29,6 +29,10 @@ _FORMAT = CheckpointFormat(
 )  # fmt: skip
 
 
+_REPAYING = 32
+"""How many tokens pay back what the first ones spend beyond the budget."""
+
+
 @dataclass(frozen=True)
 class GateWeights:
     """What is fitted or trained.
@@ -72,20 +76,14 @@ class GateWeights:
             raise CheckpointError(f"the gate in {folder} has spreads of 0 or budgets out of order; fit it again")
         return cls(**{**header, **tensors})
 
-    def at(self, budget: float) -> Tensor:
-        """Return the thresholds [L] of a budget, between those of the budgets around it.
-
-        Raises:
-            BudgetError: it lies below the least budget that was prepared.
+    def at(self, budgets: Tensor) -> Tensor:
+        """Return the thresholds [..., L] of budgets [...], between those of the budgets around each; below the least
+        that was prepared, those of the least.
         """
-        budgets = self.budgets.float()
-        if budget < float(budgets[0]) - 1e-6:
-            raise BudgetError(
-                f"gate: a budget of {budget:g} is below the least that it was fitted for, {float(budgets[0]):.3f}"
-            )
-        right = int(torch.searchsorted(budgets, torch.tensor(budget)).clamp(1, len(budgets) - 1))
-        place = ((budget - budgets[right - 1]) / (budgets[right] - budgets[right - 1])).clamp(0, 1)
-        return torch.lerp(self.thresholds[right - 1].float(), self.thresholds[right].float(), place)
+        known = self.budgets.float()
+        right = torch.searchsorted(known, budgets).clamp(1, len(known) - 1)
+        place = ((budgets - known[right - 1]) / (known[right] - known[right - 1])).clamp(0, 1)
+        return torch.lerp(self.thresholds[right - 1].float(), self.thresholds[right].float(), place[..., None])
 
 
 @dataclass(frozen=True)
@@ -145,9 +143,28 @@ class GateController(Controller):
         assert budget is not None
         bound = replace(self)
         ready = replace(weights, **{n: getattr(weights, n).float().to(setting.device) for n in _FORMAT.shapes})
+        if budget < float(ready.budgets[0]) - 1e-6:
+            raise BudgetError(
+                f"{self.name}: a budget of {budget:g} is below the least that it was fitted for, "
+                f"{float(ready.budgets[0]):.3f}"
+            )
+        positions = torch.arange(self.settled + 1, device=ready.budgets.device)
         object.__setattr__(bound, "_weights", ready)
-        object.__setattr__(bound, "_thresholds", ready.at(budget))
+        object.__setattr__(bound, "_thresholds", ready.at(self.allowed(torch.tensor(budget), positions)))
         return bound
+
+    @property
+    def settled(self) -> int:
+        """First position whose token spends the budget, and neither more nor less."""
+        return self.first + _REPAYING
+
+    def allowed(self, budget: Tensor, positions: Tensor) -> Tensor:
+        """Return what tokens at ``positions`` may spend, for a sequence that meets a budget; both shapes are broadcast.
+
+        The first tokens run every layer. The next ones pay that back, in equal parts.
+        """
+        debt = self.first * (1 - budget) / _REPAYING
+        return torch.where(positions < self.settled, budget - debt, budget)
 
     def tally(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return each token's deviation from the mean of the fit, its square, and 1, [B, T, 3]."""
@@ -161,7 +178,9 @@ class GateController(Controller):
         assert context.totals is not None
         spread = self._weights.spread[layer_idx]
         score = standardised(self._deviation(signals, layer_idx), context.totals, self.prior, spread)
-        skip = (score < self._thresholds[layer_idx]) & (context.position_ids >= self.first)
+        thresholds = self._thresholds[:, layer_idx].to(signals.device)
+        threshold = thresholds[context.position_ids.clamp(max=self.settled)]
+        skip = (score < threshold) & (context.position_ids >= self.first)
         return torch.where(skip, int(Action.SKIP), int(Action.PROCESS)).to(torch.uint8)[None]
 
     def _deviation(self, signals: Tensor, layer_idx: int) -> Tensor:

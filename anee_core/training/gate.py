@@ -77,14 +77,14 @@ class GatedModel(Objective):
         self.model, self.adapter, self.parts, self.costs = parts.model, adapter, parts, costs
         self.options, self.held_out = options, held_out
         layers = len(parts.layers)
-        self._prior, self.first = controller.prior, controller.first
+        self._controller, self.first = controller, controller.first
         self.free = [i not in controller.protected(layers) for i in range(layers)]
         self.down, self.up = nn.Parameter(shortcuts.down.float()), nn.Parameter(shortcuts.up.float())
         self.shortcut_bias = nn.Parameter(shortcuts.bias.float())
         self.weight, self.bias = nn.Parameter(gate.weight.float()), nn.Parameter(gate.bias.float())
         self.budgets: Tensor
         self.register_buffer("budgets", torch.linspace(options.least, 1.0, options.knots))
-        self.thresholds = nn.Parameter(torch.stack([gate.at(float(b)) for b in self.budgets.clamp(max=0.98)]))
+        self.thresholds = nn.Parameter(gate.at(self.budgets.clamp(max=0.98)))
         self.mean: Tensor
         self.spread: Tensor
         self.price: Tensor
@@ -138,7 +138,7 @@ class GatedModel(Objective):
         hidden_states = sequences.embedded
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         run_shares, skip_shares = self.costs.token_shares(positions)
-        thresholds = self.near(budgets) @ self.thresholds
+        thresholds = self.thresholds_of(budgets, positions)
         spent = torch.zeros(input_ids.shape, device=input_ids.device)
         for layer_idx, free in enumerate(self.free):
             output = sequences.layer(layer_idx, hidden_states)
@@ -147,7 +147,7 @@ class GatedModel(Objective):
                 continue
             unit = unit_norm(hidden_states)
             relative = self.score(unit.float(), layer_idx)
-            keep = self._keep(relative - thresholds[:, layer_idx : layer_idx + 1], noise)
+            keep = self._keep(relative - thresholds[..., layer_idx], noise)
             keep = torch.where(positions < self.first, 1.0, keep)
             instead = hidden_states + self.estimate(layer_idx, unit)
             share = keep[..., None].to(unit.dtype)
@@ -171,7 +171,7 @@ class GatedModel(Objective):
             past = deviation.double()
             counted = torch.stack((past, past.square(), torch.ones_like(past)), dim=-1)
             before = counted.cumsum(1) - counted
-        return standardised(deviation, before, self._prior, self.spread[layer_idx]).float()
+        return standardised(deviation, before, self._controller.prior, self.spread[layer_idx]).float()
 
     def _keep(self, margin: Tensor, noise: float) -> Tensor:
         """Return 1 where a margin [B, T] is not negative and 0 elsewhere, with the gradient of a sigmoid."""
@@ -182,11 +182,16 @@ class GatedModel(Objective):
         soft = torch.sigmoid(margin / self.options.temperature)
         return soft + ((margin >= 0).float() - soft).detach()
 
+    def thresholds_of(self, budgets: Tensor, positions: Tensor) -> Tensor:
+        """Return the thresholds [B, T, L] of tokens at ``positions`` [T] in sequences with ``budgets`` [B]."""
+        allowed = self._controller.allowed(budgets[:, None], positions)
+        return self.near(allowed.clamp(min=self.budgets[0])) @ self.thresholds
+
     def near(self, budgets: Tensor) -> Tensor:
-        """Return the weights of each knot for budgets [B], [B, Q]: linear between two neighbours."""
+        """Return the weights of each knot for budgets [...], [..., Q]: linear between two neighbours."""
         place = (budgets - self.budgets[0]) / (self.budgets[1] - self.budgets[0])
         knots = torch.arange(len(self.budgets), device=budgets.device)
-        return (1 - (place[:, None] - knots).abs()).clamp(min=0)
+        return (1 - (place[..., None] - knots).abs()).clamp(min=0)
 
     def validate(self) -> dict[str, float]:
         """Return divergence from the dense model, and spending, of the held-out blocks at three budgets."""

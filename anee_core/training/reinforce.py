@@ -108,7 +108,7 @@ class Reinforce(Objective):
         hidden_states = sequences.embedded
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         run_shares, skip_shares = gated.costs.token_shares(positions)
-        thresholds = gated.near(budgets) @ gated.thresholds
+        thresholds = gated.thresholds_of(budgets, positions)
         spent = torch.zeros(input_ids.shape, device=input_ids.device)
         log_chance, entropy = torch.zeros_like(spent), torch.zeros_like(spent)
         late = positions >= gated.first
@@ -119,7 +119,7 @@ class Reinforce(Objective):
             if not free:
                 hidden_states, spent = output, spent + run_shares[layer_idx]
                 continue
-            margin = gated.score(unit.float(), layer_idx) - thresholds[:, layer_idx : layer_idx + 1]
+            margin = gated.score(unit.float(), layer_idx) - thresholds[..., layer_idx]
             logit = margin / self.options.temperature
             keep = (torch.rand_like(logit) < logit.sigmoid()) | ~late
             log_chance = log_chance + late * functional.logsigmoid(torch.where(keep, logit, -logit))

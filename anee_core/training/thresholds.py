@@ -45,7 +45,10 @@ class Search:
     advance: Callable[[], None] = lambda: None
 
     def spent(self, thresholds: Tensor) -> float:
-        """Return the share of a dense token's FLOPs that the blocks' tokens take on average, deployed."""
+        """Return the share of a dense token's FLOPs that the blocks' tokens take on average, deployed.
+
+        A sequence's first tokens, and those that pay for them, are left out.
+        """
         weights = replace(self.gate, budgets=torch.tensor([0.0, 1.0]), thresholds=thresholds.expand(2, -1))
         controller = GateController.of(weights, **self.options)
         probe = AdaptiveModel(self.model.model, self.model.adapter)
@@ -57,7 +60,8 @@ class Search:
                 probe(rows.to(probe.device), use_cache=False, logits_to_keep=1)
                 assert probe.last_trace is not None
                 # Of tokens, not of what was executed: rows of a batch may repeat a token to be as long as others.
-                total += float(probe.engine.costs.spent_shares(probe.last_trace.ran).mean(1).sum())
+                spent = probe.engine.costs.spent_shares(probe.last_trace.ran)
+                total += float(spent[:, min(controller.settled, spent.shape[1] // 2) :].mean(1).sum())
         self.advance()
         return total / len(self.blocks)
 
@@ -83,7 +87,7 @@ class Search:
         kept = [least, *(budget for budget in budgets if budget > least + _CLOSE)]
         rows = []
         for budget in kept:
-            base = self.gate.at(budget)
+            base = self.gate.at(torch.tensor(budget))
             known = [(-4.0, 1.0), (0.0, self.spent(base)), (4.0, 0.0)]
             rows.append(base + self._solve(budget, partial(torch.add, base), known))
         return self._with(torch.tensor(kept), rows)
