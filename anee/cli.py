@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anee.develop import conformance, new_adapter
+from anee.evaluation import evaluate
 from anee.training import calibrate, train
 from anee_core.errors import AneeError
 
@@ -124,6 +125,7 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON l
 app.command()(conformance)
 app.command()(new_adapter)
 app.command()(calibrate)
+app.command("eval")(evaluate)
 app.add_typer(train, name="train")
 
 

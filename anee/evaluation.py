@@ -1,0 +1,118 @@
+"""The command that evaluates a model under a policy with lm-eval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from anee_core.errors import InputError, MissingPackageError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    tasks: Annotated[str, typer.Option("--tasks", "-t", help="Names of lm-eval's tasks, or of local files.")],
+    policy: Annotated[str, typer.Option("--policy", "-p", help="A policy string.")] = "dense",
+    budget: Annotated[
+        float | None, typer.Option("--budget", "-b", help="Share of the dense FLOPs that may be spent.")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option("--tasks-dir", help="Folder with NAME.jsonl, for tasks without a hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Examples per task.")] = None,
+    mode: Annotated[str, typer.Option("--mode", help="parallel, or decode: token by token, an audit.")] = "parallel",
+    batch: Annotated[int, typer.Option("--batch", help="Examples at once.")] = 1,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where to run, like cuda:0.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
+) -> None:
+    """Evaluate a model under a policy with lm-eval: scores, and beside each what it took."""
+    found = run_tasks(
+        model, tasks.split(","), policy, budget, tasks_dir=tasks_dir, limit=limit, mode=mode, batch=batch, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    table = Table("task", "metric", "score", "standard error", "examples", "budget spent", "context kept")
+    for name, task in found["tasks"].items():
+        for metric, score in task["scores"].items():
+            error = task["errors"].get(metric)
+            table.add_row(
+                name, metric, f"{score:.4f}", "" if error is None else f"{error:.4f}", str(task["examples"]),
+                f"{task['spent']['budget spent']:.3f}", f"{task['spent']['context kept']:.3f}",
+            )  # fmt: skip
+    Console().print(table)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def run_tasks(
+    model: Any,
+    tasks: list[str],
+    policy: str | None = None,
+    budget: float | None = None,
+    *,
+    tasks_dir: Path | None = None,
+    limit: int | None = None,
+    mode: str = "parallel",
+    batch: int = 1,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Return scores, their standard errors, and what was spent per token, task by task.
+
+    Args:
+        model: whatever `anee.load` takes, or an `AdaptiveModel` that has a policy already.
+        tasks: names of lm-eval's tasks, or of files in ``tasks_dir``.
+        policy: a policy string.
+        budget: share of the dense decoder-layer FLOPs that may be spent.
+        tasks_dir: folder with ``NAME.jsonl``; see `anee.local_tasks.local_task`.
+        limit: examples per task.
+        mode: ``"parallel"`` or ``"decode"``; see `anee.harness.AneeLM`.
+        batch: examples at once.
+        dtype: of the model.
+        device: where to run.
+
+    Raises:
+        MissingPackageError: lm-eval is not installed.
+        InputError: an unknown task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        from anee.harness import AneeLM
+    except ImportError as error:
+        raise MissingPackageError("evaluation needs lm-eval: pip install 'anee[eval]'") from error
+    from anee.local_tasks import find_tasks
+
+    wanted = find_tasks(tasks, tasks_dir)
+    lm = AneeLM(model, policy, budget, mode=mode, dtype=dtype, device=device, batch_size=batch)  # type: ignore[arg-type]
+    # Reading the thousands of tasks that lm-eval has takes longer than scoring a few examples.
+    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in wanted))
+    found: dict[str, Any] = {}
+    for name, task in zip(tasks, wanted, strict=True):
+        lm.start_counting()
+        try:
+            results = simple_evaluate(
+                lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+            )
+        except KeyError as error:
+            raise InputError(f"lm-eval knows no task '{name}', and it is no file in --tasks-dir") from error
+        for task_name, scores in results["results"].items():
+            values = {
+                key.split(",")[0]: v for key, v in scores.items() if isinstance(v, float) and "_stderr" not in key
+            }
+            errors = {
+                key.split(",")[0].removesuffix("_stderr"): v
+                for key, v in scores.items()
+                if isinstance(v, float) and "_stderr" in key
+            }
+            examples = results["n-samples"].get(task_name, {}).get("effective", 0)
+            found[task_name] = {"scores": values, "errors": errors, "examples": examples, "spent": lm.spent()}
+    adaptive = lm.model
+    facts = {"policy": str(adaptive.policy), "budget": adaptive.budget, "mode": mode, "limit": limit}
+    return {"model": str(model), **facts, "tasks": found}

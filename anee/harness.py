@@ -1,0 +1,99 @@
+"""An ANEE model for lm-eval (`lm_eval --model anee --model_args pretrained=...,policy=...`), as it is deployed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from anee_core.errors import InputError
+from anee_core.model import AdaptiveModel
+
+Mode = Literal["parallel", "decode"]
+
+
+@register_model("anee")
+class AneeLM(HFLM):  # type: ignore[misc]
+    """Scores and generates under a policy, and counts what that took.
+
+    Args:
+        pretrained: whatever `anee.load` takes, or an `AdaptiveModel`.
+        policy: a policy string.
+        budget: share of the dense decoder-layer FLOPs that may be spent.
+        mode: ``"parallel"`` scores a text in one forward, ``"decode"`` token by token with a cache, slowly, for audits.
+            The promise "parallel equals stepwise" makes them the same.
+        dtype: of the model, as for `anee.load`.
+        device: where to run.
+        options: lm-eval's for its "hf" model: ``batch_size``, ``max_length``, ``add_bos_token`` ...
+
+    Raises:
+        InputError: an unknown mode.
+        AneeError: the model cannot be loaded under the policy.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | AdaptiveModel,
+        policy: str | None = None,
+        budget: float | None = None,
+        mode: Mode = "parallel",
+        dtype: str | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        from anee_core.load import load
+
+        if mode not in get_args(Mode):
+            raise InputError(f"mode is {' or '.join(get_args(Mode))}; got '{mode}'")
+        if not isinstance(pretrained, AdaptiveModel):
+            wanted = None if dtype == "auto" else dtype
+            pretrained = load(
+                pretrained, policy, None if budget is None else float(budget), dtype=wanted, device=device
+            )
+        if pretrained.tokenizer is None:
+            raise InputError("lm-eval reads text: the model needs a tokenizer")
+        self.mode = mode
+        self.start_counting()
+        super().__init__(pretrained=pretrained, tokenizer=pretrained.tokenizer, backend="causal", **options)
+
+    def start_counting(self) -> None:
+        """Let `spent` begin anew."""
+        self._tokens = 0
+        self._sums: dict[str, float] = dict.fromkeys(("budget spent", "context kept", "FLOPs", "weight bytes"), 0.0)
+
+    def spent(self) -> dict[str, float]:
+        """Return, on average over all tokens since counting began: share of the dense decoder-layer FLOPs spent, share
+        of the context that layers held, FLOPs, and bytes of weights read.
+        """
+        return {name: total / max(self._tokens, 1) for name, total in self._sums.items()}
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Return logits [B, T, V] of token ids [B, T]; rows are padded with zeros on the right, which no token sees."""
+        model = self.model
+        with torch.inference_mode():
+            if self.mode == "parallel":
+                logits: Tensor = model(inps, use_cache=False).logits
+            else:
+                cache = model.new_cache(inps.shape[1])
+                with model.recording(cache):
+                    steps = [model(column, past_key_values=cache).logits for column in torch.split(inps, 1, dim=1)]
+                logits = torch.cat(steps, dim=1)
+        self._count(inps.numel())
+        return logits
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        tokens: Tensor = super()._model_generate(*args, **kwargs)
+        self._count(tokens.numel())
+        return tokens
+
+    def _count(self, tokens: int) -> None:
+        trace = self.model.last_trace
+        assert trace is not None
+        self._tokens += tokens
+        self._sums["budget spent"] += tokens * trace.budget_spent
+        self._sums["context kept"] += tokens * (1 - trace.context_dropped)
+        self._sums["FLOPs"] += trace.flops["spent"]
+        self._sums["weight bytes"] += trace.weight_bytes["spent"]
