@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,6 +114,27 @@ def test_command_line(llama_folder, folder, run_anee, tmp_path):
     found = json.loads((tmp_path / "out" / "found.json").read_text())
     assert found["policy"] == "static:skip=1"
     assert found["tasks"]["last"]["examples"] == 2
+
+
+@pytest.mark.real
+def test_lm_evals_own_command_line(llama_folder, folder, tmp_path):
+    (folder / "last.yaml").write_text(
+        f"task: last_word\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'last.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: ' {{continuation}}'\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    arguments = [
+        "--model",
+        "anee",
+        "--model_args",
+        f"pretrained={llama_folder},policy=static:skip=1",
+        "--device",
+        "cpu",
+    ]
+    tasks = ["--tasks", "last_word", "--include_path", str(folder), "--output_path", str(tmp_path / "out")]
+    subprocess.run([sys.executable, "-m", "anee.lm_eval", *arguments, *tasks], check=True, cwd=tmp_path)
+    (found,) = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(found.read_text())["n-samples"]["last_word"]["effective"] == 3
 
 
 def test_bad_input_says_what_to_do(llama_folder, folder, run_anee):
