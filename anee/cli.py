@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anee.develop import conformance, new_adapter
-from anee.evaluation import evaluate
+from anee.evaluation import evaluate, sweep
 from anee.training import calibrate, train
 from anee_core.errors import AneeError
 
@@ -126,6 +126,7 @@ app.command()(conformance)
 app.command()(new_adapter)
 app.command()(calibrate)
 app.command("eval")(evaluate)
+app.command()(sweep)
 app.add_typer(train, name="train")
 
 

@@ -1,4 +1,4 @@
-"""The command that evaluates a model under a policy with lm-eval."""
+"""Commands that evaluate policies: with lm-eval, and side by side over budgets."""
 
 from __future__ import annotations
 
@@ -116,3 +116,48 @@ def run_tasks(
     adaptive = lm.model
     facts = {"policy": str(adaptive.policy), "budget": adaptive.budget, "mode": mode, "limit": limit}
     return {"model": str(model), **facts, "tasks": found}
+
+
+def sweep(
+    models: Annotated[list[str], typer.Argument(help="Model sources, hub ids or local folders.")],
+    policy: Annotated[
+        list[str],
+        typer.Option("--policy", "-p", help="May be repeated. '{budget}' in it is filled in: tova:keep={budget}"),
+    ],
+    text: Annotated[list[str], typer.Option("--text", "-t", help="NAME=FILE to measure on; may be repeated.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Writes OUT.json and OUT.png.")],
+    budgets: Annotated[str, typer.Option("--budgets", "-b", help="Separated by commas.")] = "0.5,0.6,0.7,0.8,0.9",
+    baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Add 'random' and a window.")] = True,
+    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 512,
+    blocks: Annotated[int, typer.Option("--blocks", help="Blocks of each text.")] = 4,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens to decode for each time.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", help="Of each time; 0 for none.")] = 3,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Measure policies over budgets: quality against FLOPs, time and K/V bytes.
+
+    A sweep that was interrupted goes on when the same command is given again.
+    """
+    from anee_core.sweep import HOLE, SweepOptions, draw, run_sweep
+
+    try:
+        asked = tuple(float(budget) for budget in budgets.split(","))
+        texts = {name: Path(path) for name, path in (item.split("=", 1) for item in text)}
+    except ValueError as error:
+        raise InputError("budgets are numbers separated by commas, and a text is NAME=FILE") from error
+    policies = list(dict.fromkeys([*policy, *(("random", f"window:sinks=4,keep={HOLE}") if baselines else ())]))
+    options = SweepOptions(asked, length, blocks, tokens, repeats, dtype)
+    records = run_sweep(models, policies, texts, out, options)
+    table = Table("model", "text", "policy", "budget", "spent", "dropped", "perplexity", "KL to dense", "ms/token")
+    for r in records:
+        numbers = (f"{r['spent']:.3f}", f"{r['dropped']:.1%}", f"{r['perplexity']:.2f}", f"{r['divergence']:.4f}")
+        table.add_row(
+            r["model"],
+            r["text"],
+            r["policy"],
+            f"{r['budget']:g}",
+            *numbers,
+            f"{r['ms_per_token']:.1f}" if "ms_per_token" in r else "",
+        )
+    Console().print(table)
+    draw(records, out.with_suffix(".png"))

@@ -27,6 +27,7 @@ class TextQuality:
         spent: what a token spends of the decoder-layer FLOPs that it would dense, on average over all positions.
         skipped: share of (layer, token) pairs, of all positions.
         dropped: share of the context that layers no longer held: of all pairs of a token and an earlier one.
+        kv_bytes: allocated for keys and values, and what a policy keeps beside them, at the end of a block.
         divergence: mean KL(dense || policy) in nats per token; NaN if there was nothing to compare with.
         agreement: share of positions at which the likeliest token is the dense model's; NaN likewise.
     """
@@ -35,6 +36,7 @@ class TextQuality:
     spent: float
     skipped: float
     dropped: float
+    kv_bytes: float
     divergence: float = math.nan
     agreement: float = math.nan
 
@@ -79,7 +81,7 @@ def text_quality(
     """
     if not 1 <= first < blocks.shape[1]:
         raise InputError(f"the first scored position lies in [1, {blocks.shape[1]}); got {first}")
-    loss = spent = skipped = apart = agree = 0.0
+    loss = spent = skipped = kv_bytes = apart = agree = 0.0
     held = []
     before = torch.arange(first, blocks.shape[1], dtype=torch.float64)
     for i, rows in enumerate(torch.split(blocks, batch)):
@@ -92,6 +94,7 @@ def text_quality(
         # Of tokens, not of what was executed: rows of a batch may repeat a token to be as long as others.
         spent += share * float(model.engine.costs.spent_shares(trace.ran).mean())
         skipped += share * (1 - trace.layers_run)
+        kv_bytes += trace.kv_bytes / len(blocks)
         held.append((trace.held[:, :, first:] - 1).double().mean((0, 1)) * share)
         if dense is not None:
             apart += share * float(divergences(dense[i], logits).mean())
@@ -99,7 +102,7 @@ def text_quality(
         advance()
     dropped = 1 - float(torch.stack(held).sum() / before.sum())
     compared = (apart, agree) if dense is not None else ()
-    return TextQuality(math.exp(loss), spent, skipped, dropped, *compared)
+    return TextQuality(math.exp(loss), spent, skipped, dropped, kv_bytes, *compared)
 
 
 def dense_logits(model: AdaptiveModel, blocks: Tensor, first: int = 1, batch: int = 1) -> list[Tensor]:

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from baselines import block_influence, early_exits, without_least_influential
-from records import Records
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -26,6 +25,7 @@ from anee_core.calibration import CalibrationOptions, calibrate
 from anee_core.errors import BudgetError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
 from anee_core.model import AdaptiveModel
+from anee_core.records import Records
 
 BUDGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 PROTECT = "protect=2 2"

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from records import Records
 from rich.console import Console
 from rich.progress import Progress
 
 import anee
 from anee_core.evaluation import text_blocks, text_quality
+from anee_core.records import Records
 
 POLICIES = {
     "window": "window:sinks=0,keep={keep}",

@@ -1,4 +1,4 @@
-"""What a benchmark has measured, kept on disk record by record, so that an interrupted run goes on where it was."""
+"""Measurements kept on disk record by record, so that an interrupted run goes on where it was."""
 
 from __future__ import annotations
 

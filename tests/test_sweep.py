@@ -1,0 +1,68 @@
+"""A sweep measures every policy at every budget once, keeps what it has, and draws it."""
+
+import json
+
+import pytest
+
+import anee
+from anee_core.errors import InputError
+from anee_core.evaluation import dense_logits, text_blocks, text_quality
+from anee_core.sweep import SweepOptions, relative, run_sweep
+
+SMALL = SweepOptions((0.7, 0.9), length=120, blocks=2, repeats=0)
+POLICIES = ["random:protect=1 1", "window:sinks=1,keep={budget}"]
+
+
+def test_records_are_what_the_policies_do(llama_folder, text, tmp_path):
+    name = str(llama_folder)
+    records = run_sweep([name], POLICIES, {"nights": text}, tmp_path / "out", SMALL)
+    assert [(r["policy"], r["budget"]) for r in records] == [
+        ("dense", 1.0), *((policy, budget) for policy in POLICIES for budget in (0.7, 0.9))
+    ]  # fmt: skip
+    model = anee.load(name, POLICIES[0], 0.7)
+    blocks = text_blocks(model, text, 120, 2)
+    wanted = text_quality(model, blocks, dense=dense_logits(model, blocks))
+    assert records[1]["perplexity"] == pytest.approx(wanted.perplexity)
+    assert records[1]["spent"] == pytest.approx(wanted.spent)
+    assert records[1]["divergence"] == pytest.approx(wanted.divergence)
+    assert records[1]["dropped"] == pytest.approx(0)
+    assert records[3]["dropped"] > records[4]["dropped"] > 0
+    dense, *others = relative(records)
+    assert dense["quality"] == dense["kv"] == 1
+    assert others[2]["kv"] < others[3]["kv"]
+    assert "time" not in dense
+
+
+def test_what_was_measured_is_not_measured_again(llama_folder, text, tmp_path):
+    arguments = ([str(llama_folder)], POLICIES[:1], {"nights": text}, tmp_path / "out")
+    run_sweep(*arguments, SMALL)
+    file = tmp_path / "out.json"
+    kept = json.loads(file.read_text())
+    for record in kept["records"].values():
+        record["perplexity"] = 7.0
+    file.write_text(json.dumps(kept))
+    assert {r["perplexity"] for r in run_sweep(*arguments, SMALL)} == {7.0}
+    other = SweepOptions((0.7, 0.9), length=24, blocks=2, repeats=0)
+    assert 7.0 not in {r["perplexity"] for r in run_sweep(*arguments, other)}
+
+
+def test_command_line(llama_folder, text, tmp_path, run_anee):
+    options = ["--text", f"nights={text}", "--out", tmp_path / "out", "--budgets", "0.2,0.9", "--length", "24"]
+    small = ["--blocks", "1", "--tokens", "2", "--repeats", "1"]
+    done = run_anee("sweep", llama_folder, "--policy", "static:protect=1 1", *options, *small)
+    assert done.code == 0, done.err
+    assert "left out" in done.err  # 0.2 is out of reach
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    records = json.loads((tmp_path / "out.json").read_text())["records"].values()
+    # With two protected layers at either end, random has none of four left to skip.
+    assert {r["policy"] for r in records} == {"dense", "static:protect=1 1", "window:sinks=4,keep={budget}"}
+    assert all(r["ms_per_token"] > 0 and r["time"] > 0 for r in records)
+
+
+def test_bad_input_says_what_to_do(llama_folder, text, tmp_path, run_anee):
+    with pytest.raises(InputError, match=r"budgets lie in \(0, 1\]; got 1.5"):
+        SweepOptions((1.5,))
+    with pytest.raises(InputError, match="at least 1"):
+        SweepOptions(blocks=0)
+    done = run_anee("sweep", llama_folder, "-p", "random", "--text", str(text), "--out", tmp_path / "out")
+    assert "a text is NAME=FILE" in done.err
