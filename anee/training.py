@@ -103,10 +103,7 @@ def asa(
         save_every=save_every,
     )
     history = train_asa(load(model, dtype=dtype), text, run, chosen, valid)
-    table = Table("step", "perplexity", "context dropped")
-    for figures in history:
-        table.add_row(f"{figures['step']:.0f}", f"{figures['perplexity']:.2f}", f"{figures['dropped']:.1%}")
-    Console(stderr=True).print(table)
+    _show(history)
 
 
 @train.command()
@@ -159,10 +156,7 @@ def supervised(
         save_every=save_every,
     )
     history = train_gate(load(model, dtype=dtype), text, run, chosen, valid)
-    table = Table(*(history[-1] if history else ()))
-    for figures in history:
-        table.add_row(*(f"{value:.4g}" for value in figures.values()))
-    Console(stderr=True).print(table)
+    _show(history)
 
 
 @train.command()
@@ -211,6 +205,15 @@ def rl(
     table = Table("budget", *(f"KL to dense, {stage}" for stage in found))
     for budget in next(iter(found.values()), {}):
         table.add_row(f"{budget:.2f}", *(f"{figures[budget]:.4f}" for figures in found.values()))
+    Console(stderr=True).print(table)
+
+
+def _show(history: list[dict[str, float]]) -> None:
+    """Print the figures of every validation."""
+    names = list(history[-1] if history else ())
+    table = Table(*names)
+    for figures in history:
+        table.add_row(*(f"{figures[name]:.4g}" if name in figures else "" for name in names))
     Console(stderr=True).print(table)
 
 

@@ -72,7 +72,8 @@ class SparseAttention(Objective):
         alpha: of the sparse sigmoid, by step.
         gamma: weight of the mean survival over all pairs of a token and an earlier one.
         target: share of those pairs to drop; gamma then changes by the step until it is met. None for a fixed gamma.
-        distil: whether to learn from the dense model's next-token distributions instead of the text.
+        distil: whether to learn from the dense model's next-token distributions instead of the text. If the whole model
+            is trained, it learns from the text as a dense one too, and its sparse self from that: one model for both.
         held_out: blocks [N, T] to validate on, as deployed.
         unchanged: makes a context in which the model is the one that it was, if low-rank updates change it.
     """
@@ -115,14 +116,18 @@ class SparseAttention(Objective):
         """Return the loss of token ids [B, T]."""
         logits, survivals = self.run(input_ids, self.alpha)
         held = torch.stack([mean_survival(survival) for survival in survivals]).mean()
+        figures = {"sparsity": 1 - held.detach(), "alpha": torch.tensor(self.alpha), "gamma": self.gamma.clone()}
+        loss = self.gamma * held
         if self.distil:
-            with torch.no_grad(), self._unchanged():
+            with torch.set_grad_enabled(self._trains_all), self._unchanged():
                 wanted, _ = self.run(input_ids, None)
-            quality = divergence(wanted, logits)
+            if self._trains_all:
+                dense = next_token_loss(wanted, input_ids)
+                loss, figures = loss + dense, {"dense": dense.detach(), **figures}
+            quality = divergence(wanted.detach(), logits)
         else:
-            quality = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
-        figures = {"quality": quality.detach(), "sparsity": 1 - held.detach()}
-        return quality + self.gamma * held, {**figures, "alpha": torch.tensor(self.alpha), "gamma": self.gamma.clone()}
+            quality = next_token_loss(logits, input_ids)
+        return loss + quality, {"quality": quality.detach(), **figures}
 
     def run(self, input_ids: Tensor, alpha: float | None) -> tuple[Tensor, list[Tensor]]:
         """Return logits [B, T, V] and, for each layer, the logarithm of survival [B, T, T].
@@ -147,21 +152,29 @@ class SparseAttention(Objective):
         return AsaWeights(parts.query.detach(), parts.key.detach(), parts.beta.detach(), backbone, facts)
 
     def validate(self) -> dict[str, float]:
-        """Return perplexity and share of context dropped of the held-out blocks under the deployed step function."""
+        """Return perplexity and share of context dropped of the held-out blocks under the deployed step function, and
+        the dense model's perplexity.
+        """
         if self.held_out is None:
             return {}
-        losses, dropped = [], []
-        for block in self.held_out.unbind():
-            logits, survivals = self.run(block[None], math.inf)
-            losses.append(float(functional.cross_entropy(logits[0, :-1].float(), block[1:])))
-            dropped.append(1 - float(torch.stack([mean_survival(s) for s in survivals]).mean()))
-        mean = sum(losses) / len(losses)
-        return {"loss": mean, "perplexity": math.exp(mean), "dropped": sum(dropped) / len(dropped)}
+        loss = dense = dropped = 0.0
+        for block in torch.split(self.held_out, 1):
+            logits, survivals = self.run(block, math.inf)
+            loss += float(next_token_loss(logits, block)) / len(self.held_out)
+            dropped += (1 - float(torch.stack([mean_survival(s) for s in survivals]).mean())) / len(self.held_out)
+            with self._unchanged():
+                dense += float(next_token_loss(self.run(block, None)[0], block)) / len(self.held_out)
+        return {"loss": loss, "perplexity": math.exp(loss), "dense": math.exp(dense), "dropped": dropped}
 
     def after(self, figures: dict[str, float]) -> None:
         """Move gamma towards what drops the target's share."""
         if self.target is not None:
             self.gamma.mul_(math.exp(0.5 * max(-0.2, min(0.2, self.target - figures["sparsity"]))))
+
+
+def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits [B, T, V] for the next of token ids [B, T], in nats."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
 
 def mean_survival(survival: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class AsaOptions:
             the run.
         beta: bias of the interactions at the start. None: where nothing is dropped at the first alpha.
         start: folder with weights to start from, trained before for the same model.
-        distil: whether to learn from the dense model instead of the text. None: unless the whole model is trained.
+        distil: whether to learn from the dense model instead of the text; if the whole model is trained, it learns from
+            the text as a dense one too, and serves both. None: unless the whole model is trained.
         length: tokens per block.
         batch: blocks per batch.
         rate: learning rate of the interactions.
@@ -147,8 +148,6 @@ def _objective(
     model: AdaptiveModel, options: AsaOptions, steps: int, held_out: Tensor, adapted: Any
 ) -> SparseAttention:
     distil = options.backbone != "full" if options.distil is None else options.distil
-    if distil and options.backbone == "full":
-        raise InputError("distil needs the dense model beside the trained one: use it with a frozen model or with LoRA")
     alpha = parse_schedule(options.alpha or f"cosine_2_8_{max(4 * steps // 5, 1)}")
     beta = 1 / max(alpha(0) - 1, 1e-3) if options.beta is None else options.beta
     layers, width = len(model.parts.layers), model.config.hidden_size
