@@ -161,3 +161,28 @@ def sweep(
         )
     Console().print(table)
     draw(records, out.with_suffix(".png"))
+
+
+def report(
+    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    policy: Annotated[str, typer.Option("--policy", "-p", help="A policy string.")] = "dense",
+    budget: Annotated[
+        float | None, typer.Option("--budget", "-b", help="Share of the dense FLOPs that may be spent.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="How many tokens to add.")] = 60,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of sampling.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Continue a prompt, and write a page that shows what ran, what was kept and what was spent."""
+    from anee_core.load import load
+    from anee_core.report import write_report
+
+    adaptive = load(model, policy, budget, dtype=dtype)
+    result = adaptive.generate(prompt, max_new_tokens=max_new_tokens, do_sample=sample, seed=seed)
+    # The last token was not fed in.
+    ids = result.sequences[0, : result.trace.real.shape[1]]
+    written = write_report(adaptive, ids, len(ids) + 1 - len(result.new_tokens[0]), out)
+    Console(stderr=True).print(f"wrote {written}", soft_wrap=True)
