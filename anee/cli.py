@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anee.develop import conformance, new_adapter
-from anee.evaluation import evaluate, report, sweep
+from anee.evaluation import evaluate, publish, report, sweep
 from anee.training import calibrate, train
 from anee_core.errors import AneeError
 
@@ -128,6 +128,7 @@ app.command()(calibrate)
 app.command("eval")(evaluate)
 app.command()(sweep)
 app.command()(report)
+app.command()(publish)
 app.add_typer(train, name="train")
 
 

@@ -142,12 +142,11 @@ def sweep(
 
     try:
         asked = tuple(float(budget) for budget in budgets.split(","))
-        texts = {name: Path(path) for name, path in (item.split("=", 1) for item in text)}
     except ValueError as error:
-        raise InputError("budgets are numbers separated by commas, and a text is NAME=FILE") from error
+        raise InputError(f"budgets are numbers separated by commas; got '{budgets}'") from error
     policies = list(dict.fromkeys([*policy, *(("random", f"window:sinks=4,keep={HOLE}") if baselines else ())]))
     options = SweepOptions(asked, length, blocks, tokens, repeats, dtype)
-    records = run_sweep(models, policies, texts, out, options)
+    records = run_sweep(models, policies, _named_files(text), out, options)
     table = Table("model", "text", "policy", "budget", "spent", "dropped", "perplexity", "KL to dense", "ms/token")
     for r in records:
         numbers = (f"{r['spent']:.3f}", f"{r['dropped']:.1%}", f"{r['perplexity']:.2f}", f"{r['divergence']:.4f}")
@@ -186,3 +185,50 @@ def report(
     ids = result.sequences[0, : result.trace.real.shape[1]]
     written = write_report(adaptive, ids, len(ids) + 1 - len(result.new_tokens[0]), out)
     Console(stderr=True).print(f"wrote {written}", soft_wrap=True)
+
+
+def publish(
+    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    to: Annotated[str, typer.Option("--to", help="A folder, or with --push a repository OWNER/NAME on the hub.")],
+    policy: Annotated[str, typer.Option("--policy", "-p", help="A policy string.")],
+    budget: Annotated[
+        float | None, typer.Option("--budget", "-b", help="Share of the dense FLOPs that may be spent.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", "-t", help="NAME=FILE to measure on, for the card; may be repeated.")
+    ] = None,
+    push: Annotated[bool, typer.Option("--push", help="Put it on the hub.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 512,
+    blocks: Annotated[int, typer.Option("--blocks", help="Blocks of each text.")] = 8,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Save a policy, with all its weights and a card of what it does on texts; 'anee.load(..., policy=TO)' takes it."""
+    from tempfile import TemporaryDirectory
+
+    from anee_core import hub
+    from anee_core.card import Measured, save_with_card
+    from anee_core.evaluation import dense_logits, text_blocks, text_quality
+    from anee_core.load import load
+
+    if push and not hub.is_repository(to):
+        raise InputError(f"a repository on the hub is OWNER/NAME; got '{to}'")
+    adaptive = load(model, policy, budget, dtype=dtype)
+    plain = load(adaptive.model)
+    measured = {}
+    for name, path in _named_files(text or []).items():
+        found = text_blocks(adaptive, path, length, blocks)
+        compared = text_quality(adaptive, found, dense=dense_logits(adaptive, found))
+        measured[name] = Measured(compared, text_quality(plain, found), found.numel())
+    with TemporaryDirectory() as draft:
+        folder = save_with_card(adaptive, draft if push else to, measured, to)
+        written = hub.push(folder, to, private or None) if push else str(folder)
+    Console(stderr=True).print(f"wrote {written}", soft_wrap=True)
+
+
+def _named_files(items: list[str]) -> dict[str, Path]:
+    """Read NAME=FILE."""
+    wrong = [item for item in items if "=" not in item]
+    if wrong:
+        raise InputError(f"a text is NAME=FILE; got '{wrong[0]}'")
+    return {name: Path(path) for name, path in (item.split("=", 1) for item in items)}

@@ -16,6 +16,7 @@ from anee_core.cache_policies.full import FullCachePolicy
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.controllers.dense import DenseController
 from anee_core.errors import CheckpointError, PolicyError, suggestion
+from anee_core.hub import fetch, is_repository
 from anee_core.interfaces import CachePolicy, Calibration, Configurable, Controller, Profiler, Shortcut
 from anee_core.ledger import check_budget
 from anee_core.plugins import Plugins, Registry
@@ -67,6 +68,10 @@ class Policy:
         trained = [part for part in parts if part is not None and part.checkpoint is not None]
         return frozenset(part.name for part in trained if not part.options()["folder"])
 
+    def enclosed(self) -> Policy:
+        """Return the policy as a saved one holds it: with its trained parts' folders inside its own."""
+        return self._with_folders(lambda name, folder: name)
+
     def _with_folders(self, place: Callable[[str, str], str | Path]) -> Policy:
         """Return the policy with its trained parts' folders moved: ``place`` gets a part's name and its folder."""
 
@@ -91,7 +96,7 @@ class Policy:
         for part in (self.controller, self.cache_policy, self.shortcut):
             if part is not None and part.checkpoint is not None:
                 part.checkpoint.copy(part.options()["folder"], Path(folder) / part.name)
-        inside = self._with_folders(lambda name, folder: name)
+        inside = self.enclosed()
         header: dict[str, Any] = {"layers": _spell(inside.controller), "tokens": _spell(inside.cache_policy)}
         header.update(budget=self.budget, hard=self.hard)
         if inside.shortcut is not None:
@@ -164,7 +169,7 @@ def make_policy(given: str | Path | Policy | Controller | CachePolicy | None, pl
 def parse_policy(text: str, plugins: Plugins) -> Policy:
     """Read a policy string: ``name[:option=value,...]``, a layer policy, shortcuts and a token policy joined by ``+``.
 
-    A string that names a folder with a saved policy loads it.
+    A string that names a folder with a saved policy loads it, and so does one that names a repository on the hub.
 
     Raises:
         PolicyError: unknown name or option, wrong value, two policies of one kind, or shortcuts with nothing to skip.
@@ -183,6 +188,8 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
         registry = plugins.policy_part(name)
         if registry is None and os.path.isdir(text):
             raise CheckpointError(f"the folder '{text}' holds no saved policy: it has no {_FORMAT.header}")
+        if registry is None and is_repository(text):
+            return Policy.load(fetch(text), plugins)
         if registry is None:
             known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies, *plugins.shortcuts]
             raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")
