@@ -23,9 +23,46 @@ def test_examples_run(arguments, llama_folder, run_script):
     assert "█" in shown
 
 
+def test_layers_and_tokens_together(llama_folder, run_script):
+    policies = ["--layers", "static:skip=1", "--tokens", "tova:keep=0.5"]
+    shown = run_script("examples/combine.py", "--model", llama_folder, *policies)
+    last = next(line for line in shown.splitlines() if "static:skip=1+tova" in line)
+    assert "75%" in last
+    assert "0%" not in last.split()
+
+
+def test_an_adapter_is_written_and_checked(run_script):
+    shown = run_script("examples/own_adapter.py")
+    assert shown.count("passed") == 21
+    assert "FAILED" not in shown
+    assert "66.7%" in shown  # four of six layers
+
+
+def test_both_are_trained_and_used_together(llama_folder, text, tmp_path, run_script):
+    small = ["--steps", "2", "--length", "48", "--rank", "4", "--budget", "0.95"]
+    shown = run_script("examples/train_both.py", "--model", llama_folder, "--text", text, "--folder", tmp_path, *small)
+    assert shown.count("perplexity") == 4
+    assert "+shortcuts" in shown
+
+
+def test_walk(llama_folder, tmp_path, run_script):
+    arguments = ["--policy", "random:p=0.5,protect=1 1", "--out", tmp_path / "walk.html"]
+    shown = run_script("examples/walk.py", "--model", llama_folder, *arguments)
+    assert "relative change by layer" in shown
+    assert (tmp_path / "walk.html").exists()
+
+
+def test_scores_inside_lm_eval(llama_folder, run_script):
+    shown = run_script("examples/lm_eval_run.py", "--model", llama_folder, "--policy", "static:skip=1")
+    dense, static = (line for line in shown.splitlines() if "last_word" in line)
+    assert "spent 100.0%" in dense
+    assert "spent 77.3%" in static
+
+
 def test_every_example_is_run():
-    shown = {"demo.py", "own_policy.py"}
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == shown
+    here = Path(__file__).read_text()
+    examples = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert {name for name in examples if name in here} == examples
 
 
 def test_decoding(llama_folder, tmp_path, run_script):
