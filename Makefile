@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-real check format bench clean conformance conformance-oldest conformance-newest
+.PHONY: demo test test-real check format docs bench clean conformance conformance-oldest conformance-newest
 
 demo: .venv/demo.done  ## generate densely and under a layer-skipping policy
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,10 @@ conformance-oldest conformance-newest: conformance-%:
 	.venv-$*/bin/pip install --quiet --constraint constraints-$*.txt torch
 	.venv-$*/bin/pip install --quiet --upgrade --constraint constraints-$*.txt --editable . transformers
 	.venv-$*/bin/anee conformance --config tests/configs --json docs/results/conformance-$*.json
+
+docs: .venv/dev.done  ## the documentation site, in build/site; warnings are errors
+	$(BIN)/typer anee.cli utils docs --name anee --title "Command line" --output docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/demo.done  ## ms per token against transformers
 	$(BIN)/python benchmarks/decode.py
