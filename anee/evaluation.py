@@ -78,7 +78,7 @@ def run_tasks(
 
     Raises:
         MissingPackageError: lm-eval is not installed.
-        InputError: an unknown task.
+        InputError: an unknown task, or a file that holds none.
     """
     try:
         from lm_eval import simple_evaluate
@@ -92,16 +92,17 @@ def run_tasks(
     wanted = find_tasks(tasks, tasks_dir)
     lm = AneeLM(model, policy, budget, mode=mode, dtype=dtype, device=device, batch_size=batch)  # type: ignore[arg-type]
     # Reading the thousands of tasks that lm-eval has takes longer than scoring a few examples.
-    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in wanted))
+    named = [task for task in wanted if isinstance(task, str)]
+    manager = TaskManager(include_defaults=bool(named))
+    unknown = [name for name in named if name not in manager.all_tasks]
+    if unknown:
+        raise InputError(f"lm-eval knows no task '{unknown[0]}', and it is no file in --tasks-dir")
     found: dict[str, Any] = {}
-    for name, task in zip(tasks, wanted, strict=True):
+    for task in wanted:
         lm.start_counting()
-        try:
-            results = simple_evaluate(
-                lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
-            )
-        except KeyError as error:
-            raise InputError(f"lm-eval knows no task '{name}', and it is no file in --tasks-dir") from error
+        results = simple_evaluate(
+            lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+        )
         for task_name, scores in results["results"].items():
             values = {
                 key.split(",")[0]: v for key, v in scores.items() if isinstance(v, float) and "_stderr" not in key
@@ -114,8 +115,9 @@ def run_tasks(
             examples = results["n-samples"].get(task_name, {}).get("effective", 0)
             found[task_name] = {"scores": values, "errors": errors, "examples": examples, "spent": lm.spent()}
     adaptive = lm.model
+    source = model if isinstance(model, str) else type(adaptive.parts.model).__name__
     facts = {"policy": str(adaptive.policy), "budget": adaptive.budget, "mode": mode, "limit": limit}
-    return {"model": str(model), **facts, "tasks": found}
+    return {"model": source, **facts, "tasks": found}
 
 
 def sweep(

@@ -9,14 +9,29 @@ from typing import Any
 
 import torch
 
+from anee_core.errors import InputError
+
 
 class Records:
-    """Records by key in a JSON file. A file with another setting is begun anew."""
+    """Records by key in a JSON file, all measured with one setting.
+
+    Raises:
+        InputError: the file holds other things, or records of another setting.
+    """
 
     def __init__(self, file: Path, setting: dict[str, Any]) -> None:
         self._file, self.setting = file, json.loads(json.dumps(setting))
-        found = json.loads(file.read_text()) if file.exists() else {}
-        self._records: dict[str, dict[str, Any]] = found["records"] if found.get("setting") == self.setting else {}
+        self._records: dict[str, dict[str, Any]] = {}
+        if file.exists():
+            try:
+                known = json.loads(file.read_text())
+                found, self._records = known["setting"], dict(known["records"])
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                raise InputError(f"{file} holds no measurements ({error}); choose another name") from error
+            different = sorted(k for k in {*found, *self.setting} if found.get(k) != self.setting.get(k))
+            if different:
+                changes = ", ".join(f"{k} was {found.get(k)}, is {self.setting.get(k)}" for k in different)
+                raise InputError(f"{file} holds measurements with another setting ({changes}); choose another name")
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, key: str) -> bool:
@@ -26,8 +41,10 @@ class Records:
         """Keep a record."""
         self._records[key] = record
         facts = {"machine": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        whole = {"setting": self.setting, **facts, "records": self._records}
-        self._file.write_text(json.dumps(whole, indent=2) + "\n")
+        # Written beside and renamed, so that an interruption never leaves half a file.
+        draft = self._file.with_suffix(".tmp")
+        draft.write_text(json.dumps({"setting": self.setting, **facts, "records": self._records}, indent=2) + "\n")
+        draft.replace(self._file)
 
     def all(self) -> list[dict[str, Any]]:
         """Return the records in the order in which they were added."""

@@ -66,7 +66,8 @@ def run_sweep(
         AneeError: a model, policy or text that cannot be had. A budget out of a policy's reach is left out, and said.
     """
     options = options or SweepOptions()
-    records = Records(out.with_suffix(".json"), asdict(options))
+    setting = {name: value for name, value in asdict(options).items() if name != "budgets"}
+    records = Records(out.with_suffix(".json"), setting)
     cells = [("dense", 1.0), *((policy, budget) for policy in policies for budget in options.budgets)]
     with progress_bar(True) as bar:
         task = bar.add_task("sweep", total=len(models) * len(texts) * len(cells))

@@ -172,6 +172,7 @@ def pytest_run(*arguments, folder):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.real
 def test_pytest_option_runs_the_suite(tmp_path):
     (tmp_path / "wrong_adapter.py").write_text(textwrap.dedent(WRONG))
     config = str(CONFIGS / "llama.json")

@@ -137,7 +137,7 @@ def test_lm_evals_own_command_line(llama_folder, folder, tmp_path):
     assert json.loads(found.read_text())["n-samples"]["last_word"]["effective"] == 3
 
 
-def test_bad_input_says_what_to_do(llama_folder, folder, run_anee):
+def test_bad_input_says_what_to_do(llama_folder, folder):
     with pytest.raises(InputError, match="mode is parallel or decode"):
         AneeLM(anee.load(llama_folder), mode="quick")
     with pytest.raises(InputError, match="needs a tokenizer"):
@@ -150,6 +150,10 @@ def test_bad_input_says_what_to_do(llama_folder, folder, run_anee):
         local_task(folder / "empty.jsonl")
     with pytest.raises(InputError, match="there is no folder"):
         find_tasks(["last"], folder / "none")
+
+
+@pytest.mark.real
+def test_a_task_that_nobody_knows(llama_folder, run_anee):
     done = run_anee("eval", llama_folder, "--tasks", "no_such_task_anywhere")
     assert done.code == 2
     assert "no task 'no_such_task_anywhere'" in done.err

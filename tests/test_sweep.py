@@ -42,8 +42,11 @@ def test_what_was_measured_is_not_measured_again(llama_folder, text, tmp_path):
         record["perplexity"] = 7.0
     file.write_text(json.dumps(kept))
     assert {r["perplexity"] for r in run_sweep(*arguments, SMALL)} == {7.0}
-    other = SweepOptions((0.7, 0.9), length=24, blocks=2, repeats=0)
-    assert 7.0 not in {r["perplexity"] for r in run_sweep(*arguments, other)}
+    with pytest.raises(InputError, match="length was 120, is 24"):
+        run_sweep(*arguments, SweepOptions((0.7, 0.9), length=24, blocks=2, repeats=0))
+    file.write_text('{"records": ')
+    with pytest.raises(InputError, match="holds no measurements"):
+        run_sweep(*arguments, SMALL)
 
 
 def test_command_line(llama_folder, text, tmp_path, run_anee):

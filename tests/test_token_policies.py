@@ -199,7 +199,7 @@ def test_a_family_whose_attention_cannot_be_seen_is_refused(monkeypatch):
         ("snapkv:every=4,window=5", "window <= every"),
         ("snapkv:pool=2", "odd pool"),
         ("window:sinks=-1", "sinks >= 0"),
-        ("asa", "no trained weights are installed"),
+        ("asa", "no weights are installed"),
         ("asa:no/such/folder", "is missing"),
         ("knorm:keep=0.1 0.2", "one for each of 6 layers"),
     ],

@@ -137,6 +137,7 @@ def test_conformance_suite_is_in_the_wheel(environment):
     assert "2 passed" in done.stdout
 
 
+@pytest.mark.real
 def test_a_new_adapter_passes_as_written(environment):
     environment.run("anee", "new-adapter", "stablelm", "--output", "new")
     folder = environment.folder / "new" / "anee-stablelm"
