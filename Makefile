@@ -11,7 +11,7 @@ demo: .venv/demo.done  ## generate densely and under a layer-skipping policy
 test: .venv/dev.done  ## the default tests
 	$(BIN)/python -m pytest -n 2 -m "not real"
 
-test-real: .venv/dev.done  ## slower checks on real weights
+test-real: .venv/dev.done  ## slower checks: real weights, whole installations, a browser
 	$(BIN)/python -m pytest -m real
 
 check: .venv/dev.done  ## linter, formatter, types

@@ -35,14 +35,15 @@ def evaluate(
         model, tasks.split(","), policy, budget, tasks_dir=tasks_dir, limit=limit, mode=mode, batch=batch, dtype=dtype,
         device=device,
     )  # fmt: skip
-    table = Table("task", "metric", "score", "standard error", "examples", "budget spent", "context kept")
+    scores = ("task", "metric", "score", "standard error", "examples")
+    table = Table(*scores, "budget spent", "context kept", "MFLOPs/token", "weight MB/token")
     for name, task in found["tasks"].items():
+        spent = task["spent"]
+        took = (f"{spent['budget spent']:.3f}", f"{spent['context kept']:.3f}")
+        work = (f"{spent['FLOPs'] / 1e6:.1f}", f"{spent['weight bytes'] / 1e6:.2f}")
         for metric, score in task["scores"].items():
-            error = task["errors"].get(metric)
-            table.add_row(
-                name, metric, f"{score:.4f}", "" if error is None else f"{error:.4f}", str(task["examples"]),
-                f"{task['spent']['budget spent']:.3f}", f"{task['spent']['context kept']:.3f}",
-            )  # fmt: skip
+            error = f"{task['errors'][metric]:.4f}" if metric in task["errors"] else ""
+            table.add_row(name, metric, f"{score:.4f}", error, str(task["examples"]), *took, *work)
     Console().print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -96,13 +96,31 @@ def test_commands_of_the_readme_run(smollm2, tmp_path):
         "train supervised": gated,
         "train rl": [*gated, "--reinforce-steps", "1", "--rollouts", "2"],
         "calibrate smollm2": ["--sequences", "8", "--length", "48"],
+        "eval smollm2": ["--tasks-dir", str(tmp_path), "--limit", "1"],
+        "sweep smollm2": ["--budgets", "0.9", "--length", "64", "--blocks", "1", "--repeats", "1", "--no-baselines"],
+        "publish smollm2": ["--length", "64", "--blocks", "1"],
+        "report smollm2": ["-n", "8"],
     }
+    # Tasks by the names of lm-eval's, which come from a hub.
+    (tmp_path / "lambada_openai.jsonl").write_text('{"context": "The capital of France is", "continuation": "Paris"}\n')
+    (tmp_path / "piqa.jsonl").write_text(
+        '{"query": "Question: to sit?\\n", "choices": ["a chair", "a fish"], "gold": 0}\n'
+    )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^anee (.*)$", readme, flags=re.MULTILINE)
     assert len(commands) >= 3
     for command in commands:
-        for name in ("book.txt", "asa-smollm2", "gate-smollm2", "rl-smollm2"):
-            command = command.replace(name, str(tmp_path / name))
+        for name in (
+            "book.txt",
+            "asa-smollm2",
+            "gate-smollm2",
+            "rl-smollm2",
+            "report.html",
+            "my-policy",
+            "--out sweep",
+        ):
+            flag, _, file = name.rpartition(" ")
+            command = command.replace(name, f"{flag} {tmp_path / file}" if flag else str(tmp_path / file))
         words = shlex.split(command, comments=True)
         arguments = [sys.executable, "-m", "anee", *words, *short.get(" ".join(words[:2]), [])]
         done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
