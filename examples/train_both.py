@@ -1,7 +1,7 @@
-"""Train what skips layers and what drops tokens, for the mini model, in minutes; then use both together.
+"""Train what skips layers and what drops tokens, for one model; then use both together.
 
 python examples/train_both.py --text book.txt --folder trained
-python examples/train_both.py --text book.txt --folder trained --model smollm2 --steps 300
+python examples/train_both.py --text book.txt --folder trained --model FOLDER --steps 300
 
 The model itself stays as it is. An interrupted run goes on when the command is given again.
 """
@@ -22,7 +22,7 @@ from anee_core.training.loop import RunOptions
 def main() -> None:
     """Train both, and compare on the text's last blocks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mini", help="model source, hub id or local folder")
+    parser.add_argument("--model", default="smollm2", help="model source, hub id or local folder")
     parser.add_argument("--text", type=Path, required=True, help="what to learn from, UTF-8")
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and results")
     parser.add_argument("--steps", type=int, default=60)
