@@ -166,3 +166,13 @@ def test_cache_over_time_shows_what_was_freed(llama_folder, text, tmp_path, run_
     assert window["slots"] == [5] * 4
     assert window["peak_mib"] < dense["peak_mib"] / 3
     assert (tmp_path / "out.png").exists()
+
+
+def test_the_mini_model_is_trained_from_text(text, tmp_path, run_script):
+    text.write_text(text.read_text() * 4)
+    options = ["--steps", "1", "--batch", "1", "--vocabulary", "300", "--decay", "1"]
+    run_script("benchmarks/train_mini.py", "--text", text, "--valid", text, "--folder", tmp_path / "run", *options)
+    model = anee.load(tmp_path / "run" / "weights")
+    assert model.dtype == torch.bfloat16
+    assert model.config.anee_backbone.startswith("anee-mini")
+    assert model.generate("the cat saw", max_new_tokens=3).text.startswith("the cat saw")
