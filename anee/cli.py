@@ -14,6 +14,7 @@ from rich.table import Table
 
 from anee.develop import conformance, new_adapter
 from anee.evaluation import evaluate, publish, report, sweep
+from anee.options import Budget, Device, Dtype, MaxNewTokens, Model, PolicyString, Prompt, Sample, SampleSeed
 from anee.training import calibrate, train
 from anee_core.errors import AneeError
 
@@ -35,20 +36,18 @@ def options(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    policy: Annotated[str, typer.Option("--policy", "-p", help="A policy string, like 'static:skip=5 14'.")] = "dense",
-    budget: Annotated[
-        float | None, typer.Option("--budget", "-b", help="Share of the dense FLOPs that may be spent.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="How many tokens to add.")] = 50,
+    model: Model,
+    prompt: Prompt,
+    policy: PolicyString = "dense",
+    budget: Budget = None,
+    max_new_tokens: MaxNewTokens = 50,
     hard: Annotated[bool, typer.Option("--hard", help="Let no token exceed the budget.")] = False,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where to run, like cuda:0.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     prefill: Annotated[str, typer.Option("--prefill", help="auto, adaptive or dense.")] = "auto",
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    sample: Sample = False,
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature of sampling.")] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of sampling.")] = None,
+    seed: SampleSeed = None,
     calibration_text: Annotated[
         str | None, typer.Option("--calibration-text", help="Calibrate on this file, not on the model's own samples.")
     ] = None,

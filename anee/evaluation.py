@@ -10,24 +10,35 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from anee.options import (
+    Blocks,
+    Budget,
+    Device,
+    Dtype,
+    Length,
+    MaxNewTokens,
+    Model,
+    PolicyString,
+    Prompt,
+    Sample,
+    SampleSeed,
+)
 from anee_core.errors import InputError, MissingPackageError
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    model: Model,
     tasks: Annotated[str, typer.Option("--tasks", "-t", help="Names of lm-eval's tasks, or of local files.")],
-    policy: Annotated[str, typer.Option("--policy", "-p", help="A policy string.")] = "dense",
-    budget: Annotated[
-        float | None, typer.Option("--budget", "-b", help="Share of the dense FLOPs that may be spent.")
-    ] = None,
+    policy: PolicyString = "dense",
+    budget: Budget = None,
     tasks_dir: Annotated[
         Path | None, typer.Option("--tasks-dir", help="Folder with NAME.jsonl, for tasks without a hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Examples per task.")] = None,
     mode: Annotated[str, typer.Option("--mode", help="parallel, or decode: token by token, an audit.")] = "parallel",
     batch: Annotated[int, typer.Option("--batch", help="Examples at once.")] = 1,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where to run, like cuda:0.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
 ) -> None:
     """Evaluate a model under a policy with lm-eval: scores, and beside each what it took."""
@@ -131,11 +142,11 @@ def sweep(
     out: Annotated[Path, typer.Option("--out", "-o", help="Writes OUT.json and OUT.png.")],
     budgets: Annotated[str, typer.Option("--budgets", "-b", help="Separated by commas.")] = "0.5,0.6,0.7,0.8,0.9",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Add 'random' and a window.")] = True,
-    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 512,
-    blocks: Annotated[int, typer.Option("--blocks", help="Blocks of each text.")] = 4,
+    length: Length = 512,
+    blocks: Blocks = 4,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to decode for each time.")] = 16,
     repeats: Annotated[int, typer.Option("--repeats", help="Of each time; 0 for none.")] = 3,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    dtype: Dtype = None,
 ) -> None:
     """Measure policies over budgets: quality against FLOPs, time and K/V bytes.
 
@@ -166,17 +177,15 @@ def sweep(
 
 
 def report(
-    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Model,
+    prompt: Prompt,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
-    policy: Annotated[str, typer.Option("--policy", "-p", help="A policy string.")] = "dense",
-    budget: Annotated[
-        float | None, typer.Option("--budget", "-b", help="Share of the dense FLOPs that may be spent.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="How many tokens to add.")] = 60,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of sampling.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    policy: PolicyString = "dense",
+    budget: Budget = None,
+    max_new_tokens: MaxNewTokens = 60,
+    sample: Sample = False,
+    seed: SampleSeed = None,
+    dtype: Dtype = None,
 ) -> None:
     """Continue a prompt, and write a page that shows what ran, what was kept and what was spent."""
     from anee_core.load import load
@@ -191,38 +200,36 @@ def report(
 
 
 def publish(
-    model: Annotated[str, typer.Argument(help="A model source, hub id or local folder.")],
+    model: Model,
     to: Annotated[str, typer.Option("--to", help="A folder, or with --push a repository OWNER/NAME on the hub.")],
-    policy: Annotated[str, typer.Option("--policy", "-p", help="A policy string.")],
-    budget: Annotated[
-        float | None, typer.Option("--budget", "-b", help="Share of the dense FLOPs that may be spent.")
-    ] = None,
+    policy: PolicyString,
+    budget: Budget = None,
     text: Annotated[
         list[str] | None, typer.Option("--text", "-t", help="NAME=FILE to measure on, for the card; may be repeated.")
     ] = None,
     push: Annotated[bool, typer.Option("--push", help="Put it on the hub.")] = False,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
-    length: Annotated[int, typer.Option("--length", help="Tokens per block.")] = 512,
-    blocks: Annotated[int, typer.Option("--blocks", help="Blocks of each text.")] = 8,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    length: Length = 512,
+    blocks: Blocks = 8,
+    dtype: Dtype = None,
 ) -> None:
     """Save a policy, with all its weights and a card of what it does on texts; 'anee.load(..., policy=TO)' takes it."""
     from tempfile import TemporaryDirectory
 
     from anee_core import hub
     from anee_core.card import Measured, save_with_card
-    from anee_core.evaluation import dense_logits, text_blocks, text_quality
+    from anee_core.evaluation import dense_logits, dense_perplexity, text_blocks, text_quality
     from anee_core.load import load
 
     if push and not hub.is_repository(to):
         raise InputError(f"a repository on the hub is OWNER/NAME; got '{to}'")
     adaptive = load(model, policy, budget, dtype=dtype)
-    plain = load(adaptive.model)
     measured = {}
     for name, path in _named_files(text or []).items():
         found = text_blocks(adaptive, path, length, blocks)
-        compared = text_quality(adaptive, found, dense=dense_logits(adaptive, found))
-        measured[name] = Measured(compared, text_quality(plain, found), found.numel())
+        dense = dense_logits(adaptive, found)
+        quality = text_quality(adaptive, found, dense=dense)
+        measured[name] = Measured(quality, dense_perplexity(dense, found), found.numel())
     with TemporaryDirectory() as draft:
         folder = save_with_card(adaptive, draft if push else to, measured, to)
         written = hub.push(folder, to, private or None) if push else str(folder)

@@ -9,13 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-Model = Annotated[str, typer.Argument(help="A model source, hub id or local folder.")]
+from anee.options import Length, Model
+
 Text = Annotated[list[Path], typer.Option("--text", "-t", help="Training text, UTF-8; may be repeated.")]
 Folder = Annotated[Path, typer.Option("--folder", "-f", help="For checkpoints, logs and the result.")]
 Valid = Annotated[Path | None, typer.Option("--valid", help="Validation text. Default: cut from the text.")]
 Least = Annotated[float, typer.Option("--least", help="Smallest budget that is trained for.")]
 Rank = Annotated[int, typer.Option("--rank", help="Width of the shortcuts.")]
-Length = Annotated[int, typer.Option("--length", help="Tokens per block.")]
 Batch = Annotated[int, typer.Option("--batch", help="Blocks per batch and process.")]
 Accumulate = Annotated[int, typer.Option("--accumulate", help="Batches per step.")]
 Precision = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16 (mixed).")]

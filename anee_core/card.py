@@ -15,10 +15,10 @@ from anee_core.model import AdaptiveModel
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on one text: under the policy and dense, and on how many tokens."""
+    """What was measured on one text: under the policy, the dense model's perplexity, and on how many tokens."""
 
     policy: TextQuality
-    dense: TextQuality
+    dense: float
     tokens: int
 
 
@@ -67,6 +67,6 @@ def card(model: AdaptiveModel, place: str, measured: Mapping[str, Measured]) -> 
         q = found.policy
         lines.append(
             f"| {text} | {found.tokens:,} | {q.spent:.1%} | {q.skipped:.1%} | {q.dropped:.1%} | {q.perplexity:.2f} "
-            f"| {found.dense.perplexity:.2f} | {q.divergence:.4f} |"
+            f"| {found.dense:.2f} | {q.divergence:.4f} |"
         )
     return "\n".join(lines) + "\n"

@@ -89,8 +89,7 @@ def text_quality(
         trace = model.last_trace
         assert trace is not None
         share = len(rows) / len(blocks)
-        targets = rows[:, first:].to(logits.device).flatten()
-        loss += share * float(functional.cross_entropy(logits.flatten(0, 1), targets))
+        loss += share * _loss(logits, rows, first)
         # Of tokens, not of what was executed: rows of a batch may repeat a token to be as long as others.
         spent += share * float(model.engine.costs.spent_shares(trace.ran).mean())
         skipped += share * (1 - trace.layers_run)
@@ -109,6 +108,18 @@ def dense_logits(model: AdaptiveModel, blocks: Tensor, first: int = 1, batch: in
     """Return the dense model's next-token logits [B, T - first, V] of each batch, to compare policies with."""
     plain = AdaptiveModel(model.model, model.adapter)
     return [_logits(plain, rows, first) for rows in torch.split(blocks, batch)]
+
+
+def dense_perplexity(dense: Sequence[Tensor], blocks: Tensor, first: int = 1, batch: int = 1) -> float:
+    """Return the perplexity that belongs to what `dense_logits` returned for the same arguments."""
+    rows = torch.split(blocks, batch)
+    losses = (_loss(logits, some, first) * len(some) for logits, some in zip(dense, rows, strict=True))
+    return math.exp(sum(losses) / len(blocks))
+
+
+def _loss(logits: Tensor, rows: Tensor, first: int) -> float:
+    targets = rows[:, first:].to(logits.device).flatten()
+    return float(functional.cross_entropy(logits.flatten(0, 1), targets))
 
 
 def _logits(model: AdaptiveModel, rows: Tensor, first: int) -> Tensor:

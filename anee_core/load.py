@@ -21,6 +21,8 @@ from anee_core.policy import Policy, make_policy
 
 logger = logging.getLogger(__name__)
 
+_FITTED = frozenset({"gate", "shortcuts"})
+"""What can be fitted for any model, without training, when it is first used."""
 _WHERE = {"revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only", "force_download"}
 """Options that say where a model is, for its config and tokenizer as well as for its weights."""
 
@@ -94,14 +96,13 @@ def load(
     adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk)
     if not isinstance(model, nn.Module):
         adaptive.eval()
-    if parsed.untrained():
+    if parsed.untrained() & _FITTED:
         # Fitting takes packages that a plain load does not.
-        from anee_core.training.gate_calibration import FITTED, fitted_for
+        from anee_core.training.gate_calibration import fitted_for
 
-        if parsed.untrained() & FITTED:
-            adaptive.check_budget(parsed, budget)
-            text = calibration.text if isinstance(calibration, CalibrationOptions) else None
-            parsed = parsed.with_trained(dict.fromkeys(FITTED, fitted_for(adaptive, text)))
+        adaptive.check_budget(parsed, budget)
+        text = calibration.text if isinstance(calibration, CalibrationOptions) else None
+        parsed = parsed.with_trained(dict.fromkeys(_FITTED, fitted_for(adaptive, text)))
     ready = calibration if isinstance(calibration, Calibration) else parsed.calibration
     if ready is None and parsed.controller.needs_calibration:
         # A budget that cannot be met shows before the minutes that calibration may take.

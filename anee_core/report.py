@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anee_core.errors import InputError, MissingPackageError
-from anee_core.profiler import MAX_PROBABILITY, distribution_signals
+from anee_core.profiler import ENTROPY, MAX_PROBABILITY, distribution_signals
 from anee_core.trace import Trace
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def replay(model: AdaptiveModel, input_ids: Tensor, prompt: int) -> Replay:
             logits.append(output.logits[0])
     inputs = torch.cat(states, dim=1).float().cpu()  # [L, T, D]
     change = inputs.diff(dim=0).norm(dim=-1) / inputs[:-1].norm(dim=-1).clamp(min=1e-6)
-    entropy, confidence = distribution_signals(torch.cat(logits)).cpu().unbind(-1)
-    assert MAX_PROBABILITY == 1
+    signals = distribution_signals(torch.cat(logits)).cpu()
     return Replay(
         tokens=[model.tokenizer.decode([i]) for i in input_ids.tolist()],
         prompt=prompt,
@@ -83,8 +82,8 @@ def replay(model: AdaptiveModel, input_ids: Tensor, prompt: int) -> Replay:
         ran=trace.ran[:, 0].cpu(),
         held=trace.held[:, 0],
         change=torch.cat((change, torch.full_like(change[:1], torch.nan))),
-        entropy=entropy,
-        confidence=confidence,
+        entropy=signals[:, ENTROPY],
+        confidence=signals[:, MAX_PROBABILITY],
         spent=model.engine.costs.spent_shares(trace.ran)[0].cpu(),
     )
 
@@ -103,7 +102,8 @@ def write_report(model: AdaptiveModel, input_ids: Tensor, prompt: int, path: str
     seen = replay(model, input_ids, prompt)
     figures = {
         "layers": _map(seen.ran.int(), seen, "ran", [[0, "#e8edf2"], [1, "#1f5f99"]], bar=False),
-        "change": _map(seen.change, seen, "change", "Viridis"),
+        # First layers change the most by far, and would leave one colour for the rest.
+        "change": _map(seen.change, seen, "change", "Viridis", top=float(seen.change.nan_to_num().quantile(0.9))),
         "kept": _map(seen.held, seen, "slots held", "Cividis"),
         "budget": _budget(seen, model.budget),
         "signals": _lines({"entropy": seen.entropy, "largest probability": seen.confidence}, seen),
@@ -144,8 +144,10 @@ def _labels(seen: Replay) -> list[str]:
     return [f"{i}: {token!r}" for i, token in enumerate(seen.tokens)]
 
 
-def _map(values: Tensor, seen: Replay, name: str, colours: Any, bar: bool = True) -> go.Figure:
-    """Return a picture of values [L, T]."""
+def _map(
+    values: Tensor, seen: Replay, name: str, colours: Any, bar: bool = True, top: float | None = None
+) -> go.Figure:
+    """Return a picture of values [L, T]; from ``top`` on they share one colour."""
     import plotly.graph_objects as go
 
     labels = [_labels(seen)] * len(values)
@@ -155,8 +157,7 @@ def _map(values: Tensor, seen: Replay, name: str, colours: Any, bar: bool = True
         colorscale=colours,
         showscale=bar,
         zmin=0,
-        # First layers change the most by far, and would leave one colour for the rest.
-        zmax=float(values.float().nan_to_num().quantile(0.9)) if name == "change" else None,
+        zmax=top,
         hovertemplate="%{customdata}<br>layer %{y}<br>" + name + " %{z:.3~g}<extra></extra>",
     )
     figure = go.Figure(heat)

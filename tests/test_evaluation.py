@@ -7,7 +7,7 @@ import torch
 
 import anee
 from anee_core.errors import InputError
-from anee_core.evaluation import dense_logits, text_blocks, text_quality
+from anee_core.evaluation import dense_logits, dense_perplexity, text_blocks, text_quality
 
 
 @pytest.fixture
@@ -35,6 +35,8 @@ def test_figures_are_those_of_the_definitions(tiny_llama, blocks, batch, first):
     model = anee.load(tiny_llama, "random:p=0.4,protect=1 1+window:sinks=1,recent=6")
     dense = dense_logits(model, blocks, first, batch)
     found = text_quality(model, blocks, first, batch, dense)
+    plain = text_quality(anee.load(tiny_llama), blocks, first, batch)
+    assert dense_perplexity(dense, blocks, first, batch) == pytest.approx(plain.perplexity, rel=1e-5)
     nats, apart, same = by_hand(tiny_llama, model, blocks, first)
     assert found.perplexity == pytest.approx(math.exp(nats), rel=1e-4)
     assert found.divergence == pytest.approx(apart, rel=1e-3)

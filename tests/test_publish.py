@@ -38,6 +38,7 @@ def test_a_folder_holds_policy_weights_and_card(llama_folder, asa, text, tmp_pat
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:3] == ["nights", "96", f"{quality.spent:.1%}"]
     assert cells[4:6] == [f"{quality.dropped:.1%}", f"{quality.perplexity:.2f}"]
+    assert cells[6] == f"{text_quality(anee.load(llama_folder), text_blocks(model, text, 48, 2)).perplexity:.2f}"
     assert str(tmp_path) not in body.replace(f'policy="{out}"', "")
 
 

@@ -26,8 +26,6 @@ from anee_core.training.thresholds import Search
 logger = logging.getLogger(__name__)
 
 _TOKENS = "tokens.pt"
-FITTED = frozenset({"gate", "shortcuts"})
-"""What can be fitted for any model, without training, when it is first used."""
 
 
 @dataclass(frozen=True)
