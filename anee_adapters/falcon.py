@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts
+from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts, Recipe
 
 
 class FalconAdapter(ModelAdapter):
@@ -31,6 +31,20 @@ class FalconAdapter(ModelAdapter):
         if config.new_decoder_architecture or not config.multi_query:
             return self.layout
         return replace(self.layout, input_norm="input_layernorm", fused="self_attention.query_key_value")
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return that of layers with one key and value head, as in Falcon 7B."""
+        if config.new_decoder_architecture or not config.multi_query:
+            return None
+        return Recipe(
+            layers=frozenset({"FalconDecoderLayer"}),
+            output="self_attention.dense",
+            mlp_norm=None if config.parallel_attn else "post_attention_layernorm",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            activation="activation",
+            parallel=config.parallel_attn,
+        )
 
     def refuse(self, config: Any) -> str | None:
         """Refuse ALiBi."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from anee_core.interfaces import Layout, ModelAdapter
+from anee_core.interfaces import Layout, ModelAdapter, Recipe
 
 
 class GPT2Adapter(ModelAdapter):
@@ -19,3 +19,16 @@ class GPT2Adapter(ModelAdapter):
         input_norm="ln_1",
         fused="attn.c_attn",
     )
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return that of GPT-2's blocks without cross-attention."""
+        if config.add_cross_attention or config.reorder_and_upcast_attn:
+            return None
+        return Recipe(
+            layers=frozenset({"GPT2Block"}),
+            output="attn.c_proj",
+            mlp_norm="ln_2",
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            activation="activation_function",
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from anee_core.interfaces import Layout, ModelAdapter
+from anee_core.interfaces import Layout, ModelAdapter, Recipe
 
 
 class GPTNeoXAdapter(ModelAdapter):
@@ -16,5 +16,19 @@ class GPTNeoXAdapter(ModelAdapter):
         rotary="gpt_neox.rotary_emb",
         attention="attention",
         mlp="mlp",
+        input_norm="input_layernorm",
         cache_argument="layer_past",
     )
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return that of parallel or sequential layers."""
+        return Recipe(
+            layers=frozenset({"GPTNeoXLayer"}),
+            interleaved="attention.query_key_value",
+            output="attention.dense",
+            mlp_norm="post_attention_layernorm",
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            activation="hidden_act",
+            parallel=config.use_parallel_residual,
+        )

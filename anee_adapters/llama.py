@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from anee_core.interfaces import Layout, ModelAdapter
+from anee_core.interfaces import Layout, ModelAdapter, Recipe
 
 
 class LlamaAdapter(ModelAdapter):
@@ -20,3 +20,17 @@ class LlamaAdapter(ModelAdapter):
         key="self_attn.k_proj",
         value="self_attn.v_proj",
     )
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return that of LLaMA and those that differ from it in norms and windows only."""
+        return Recipe(
+            layers=frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}),
+            query="self_attn.q_proj",
+            output="self_attn.o_proj",
+            query_norm=None if self.layout.key_norm is None else "self_attn.q_norm",
+            mlp_norm="post_attention_layernorm",
+            gate="mlp.gate_proj",
+            up="mlp.up_proj",
+            down="mlp.down_proj",
+            activation="hidden_act",
+        )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from anee_core.interfaces import Layout, ModelAdapter, Parts
+from anee_core.interfaces import Layout, ModelAdapter, Parts, Recipe
 
 
 class OPTAdapter(ModelAdapter):
@@ -29,6 +29,20 @@ class OPTAdapter(ModelAdapter):
         if not config.do_layer_norm_before:
             layout = replace(layout, input_norm=None, final_norm=None)
         return replace(layout, final_norm=None) if config._remove_final_layer_norm else layout
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return that of layers with their norms in front."""
+        if not config.do_layer_norm_before:
+            return None
+        return Recipe(
+            layers=frozenset({"OPTDecoderLayer"}),
+            query="self_attn.q_proj",
+            output="self_attn.out_proj",
+            mlp_norm="final_layer_norm",
+            up="fc1",
+            down="fc2",
+            activation="activation_function",
+        )
 
     def parts(self, model: Any) -> Parts:
         """Count the projection to a narrower embedding as part of the final norm."""

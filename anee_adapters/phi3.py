@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from anee_adapters.llama import LlamaAdapter
-from anee_core.interfaces import Layout
+from anee_core.interfaces import Layout, Recipe
 
 
 class Phi3Adapter(LlamaAdapter):
@@ -15,3 +15,14 @@ class Phi3Adapter(LlamaAdapter):
     layout: ClassVar[Layout] = replace(
         LlamaAdapter.layout, key=None, value=None, fused="self_attn.qkv_proj", windows="all"
     )
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return LLaMA's with the MLP's two inputs in one projection."""
+        return Recipe(
+            layers=frozenset({"Phi3DecoderLayer"}),
+            output="self_attn.o_proj",
+            mlp_norm="post_attention_layernorm",
+            gate_up="mlp.gate_up_proj",
+            down="mlp.down_proj",
+            activation="hidden_act",
+        )

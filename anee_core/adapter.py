@@ -6,6 +6,7 @@ Shapes in this package: B batch, T new tokens, S slots, D width, H heads, Dh hea
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -16,6 +17,7 @@ from anee_core.accounting import Work, executed_work, layer_work, module_work
 from anee_core.errors import AdapterError
 from anee_core.layout import Layout, Parts, find
 from anee_core.projection import sliceable, tail, tail_work
+from anee_core.recipe import Recipe
 from anee_core.rotary import length_limit, rotate
 
 
@@ -45,6 +47,16 @@ class LayerCall:
         if attention_mask is None and self.attention_mask is None:
             return self
         return replace(self, attention_mask=attention_mask)
+
+    @staticmethod
+    def joined(calls: Sequence[LayerCall]) -> LayerCall:
+        """Return one call for the tokens of several, side by side, without a mask."""
+        pairs = [call.position_embeddings for call in calls if call.position_embeddings is not None]
+        cos, sin = (torch.cat([pair[i] for pair in pairs], dim=1) if pairs else None for i in range(2))
+        return LayerCall(
+            position_ids=torch.cat([call.position_ids for call in calls], dim=1),
+            position_embeddings=None if cos is None or sin is None else (cos, sin),
+        )
 
     def to(self, device: torch.device) -> LayerCall:
         """Return the call with its tensors on ``device``."""
@@ -186,6 +198,17 @@ class ModelAdapter(ABC):
             f"{type(self).__name__}: {type(parts.layers[layer_idx]).__name__} never updated its cache through "
             f"'{parts.layout.cache_argument}'; name the argument that carries the cache in Layout.cache_argument"
         )
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return what the family's layers compute, for steps that do it without calling them; None if no recipe says.
+
+        The class names in a recipe keep it from being used for other layers than those it was written for.
+        """
+        return None
+
+    def angles(self, parts: Parts, call: LayerCall) -> tuple[Tensor, Tensor] | None:
+        """Return (cos, sin), [B, T, R] each, by which a layer with a recipe turns its first R numbers of each head."""
+        return call.position_embeddings
 
     def layer_work(self, parts: Parts, layer_idx: int) -> Work:
         """Return what one run of a layer executes per token, attention's pairs apart."""

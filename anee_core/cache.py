@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from anee_core.adapter import LayerCall
 from anee_core.errors import CacheError
 from anee_core.feedback import FeedbackLog
 from anee_core.slots import Slots
@@ -151,6 +152,10 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.read_densely = False
         """Whether the next forward runs every layer, whatever the policy: the prompt of a generation."""
         self.recording = False
+        self.pay: Callable[[int, Tensor, LayerCall, AdaptiveCache, Tensor], None] | None = None
+        """Writes keys and values that are owed: layer, hidden states [B, P, D], call, cache, slots [P]."""
+        self._owed: dict[int, list[tuple[int, Tensor, LayerCall]]] = {}
+        self._starts: list[int] = []
         self._pending = 0
         self._horizon = 0
         self._final = 0
@@ -194,6 +199,52 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self._starts = [starts[id(s)] for s in self.slots]
         self._pending = count
 
+    def storage(self, layer_idx: int, heads: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one layer's storage of keys and values, [B, H, capacity, Dh], in the dtype of ``like``, for a step
+        that writes into it.
+        """
+        store = self.layers[layer_idx]
+        if store.keys is None:
+            nothing = like.new_empty(1, heads, 0, width)
+            store.lazy_initialization(nothing, nothing)
+        return store.keys, store.values
+
+    def span(self, layer_idx: int) -> tuple[int, int]:
+        """Return the slot of the current block's first token in one layer, and the number of slots handed out."""
+        return self._starts[layer_idx], self.slots[layer_idx].used
+
+    def write_slots(self, layer_idx: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Store keys and values [B, H, P, Dh] in slots [P]."""
+        store = self.layers[layer_idx]
+        if store.keys is None:
+            store.lazy_initialization(keys, values)
+        store.keys.index_copy_(2, slots.to(keys.device), keys)
+        store.values.index_copy_(2, slots.to(values.device), values)
+
+    def owe(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> int:
+        """Note that the current tokens [B, 1, D] skipped a layer and have no keys and values there yet.
+
+        Returns how many slots of a row are without, now.
+        """
+        owed = self._owed.setdefault(layer_idx, [])
+        owed.append((self._starts[layer_idx], hidden_states, call))
+        return len(owed)
+
+    @torch.no_grad()
+    def settle(self, layer_idx: int) -> None:
+        """Write the keys and values that are owed to a layer."""
+        owed = self._owed.pop(layer_idx, None)
+        if not owed:
+            return
+        assert self.pay is not None
+        starts, states, calls = zip(*owed, strict=True)
+        self.pay(layer_idx, torch.cat(states, dim=1), LayerCall.joined(calls), self, torch.tensor(starts))
+
+    def settle_all(self) -> None:
+        """Write all keys and values that are owed."""
+        for layer_idx in list(self._owed):
+            self.settle(layer_idx)
+
     def write(
         self, layer_idx: int, keys: Tensor, values: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
     ) -> None:
@@ -211,6 +262,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def held(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return one layer's keys and values, [B, H, S, Dh]."""
+        self.settle(layer_idx)
         held: tuple[Tensor, Tensor] = self.layers[layer_idx].held(self.slots[layer_idx].used)
         return held
 
@@ -271,6 +323,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     def abort(self) -> None:
         """Take back the slots of a forward that did not reach `commit`."""
         if self._pending:
+            for layer_idx, owed in self._owed.items():
+                owed[:] = [debt for debt in owed if debt[0] < self._starts[layer_idx]]
             for slots in self._distinct():
                 slots.rollback(self.seen, self.seen + self._pending)
             self._pending = 0
@@ -305,6 +359,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             slots.check_at = int(most / _LOAD_FACTOR) + _SLACK
             if most < _LOAD_FACTOR * slots.used:
                 self._horizon = max(self._horizon, dropped)
+                self.settle(layer_idx)
                 source = slots.compact(max(most, 1), slots.check_at, full=most == least > 0)
                 self.layers[layer_idx].take(source, slots.capacity)
 
@@ -330,6 +385,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 f"cannot roll back to token {to}: it lies inside a block, and what the "
                 "token policy remembers is known at its ends only; feed the tokens one by one"
             )
+        self.settle_all()
         for slots in self._distinct():
             slots.rollback(to, self.seen)
         self.seen = to
@@ -348,6 +404,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     @torch.inference_mode(False)
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row ``rows[i]`` everywhere; ``rows`` may be shorter or longer than the batch."""
+        self.settle_all()
         if self.slots:
             for slots in self._distinct():
                 slots.reorder(rows.to(slots.born.device))
@@ -372,9 +429,13 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         return torch.where(slots.valid(), slots.positions(), -1).amax(1, keepdim=True) + 1
 
     def layer_nbytes(self) -> list[int]:
-        """Return the bytes that each layer has allocated for keys, values and what its policy remembers of them."""
+        """Return the bytes that each layer has allocated for keys, values and what its policy remembers of them, the
+        hidden states of tokens whose keys and values it is owed included.
+        """
         stores = [(layer.keys, layer.values, *layer.state.values()) for layer in self.layers]
-        return [sum(t.untyped_storage().nbytes() for t in parts if t is not None) for parts in stores]
+        owed = [sum(states.nbytes for _, states, _ in self._owed.get(i, ())) for i in range(len(stores))]
+        held = [sum(t.untyped_storage().nbytes() for t in parts if t is not None) for parts in stores]
+        return [a + b for a, b in zip(held, owed, strict=True)]
 
     def nbytes(self) -> int:
         """Return the bytes allocated for keys, values and what a policy remembers of them."""
@@ -394,6 +455,11 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return the number of valid slots of each layer and row, [L, B], on the host."""
         counts = {id(s): s.held() for s in self._distinct()}
         return torch.stack([counts[id(s)].cpu() for s in self.slots]) if self.slots else torch.zeros(0, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: nothing is owed, and no model hangs on it."""
+        self.settle_all()
+        return {**self.__dict__, "pay": None}
 
     # The names by which transformers calls these.
 
@@ -435,7 +501,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Forget everything and free the storage."""
         self.seen = self.batch = self.capacity = self._pending = self._horizon = self._final = 0
         self.slots, self.feedback, self.tally = [], None, None
-        self._staged, self._snapshots = {}, {}
+        self._staged, self._snapshots, self._owed = {}, {}, {}
         for layer in self.layers:
             layer.keys = layer.values = None
             layer.state = {}

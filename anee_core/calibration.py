@@ -18,6 +18,7 @@ from torch import Tensor
 from anee_core.controllers.static import StaticController
 from anee_core.divergence import divergences
 from anee_core.engine import Engine
+from anee_core.cache_folder import cache_folder
 from anee_core.errors import InputError
 from anee_core.interfaces import Calibration
 from anee_core.policy import Policy
@@ -130,12 +131,6 @@ def _stored(tensor: Tensor) -> list[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
-
-
-def cache_folder() -> Path:
-    """Return where ANEE keeps what it measured: $ANEE_CACHE, or anee/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anee"
-    return Path(os.environ.get("ANEE_CACHE") or default)
 
 
 class _Store:

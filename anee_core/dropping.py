@@ -91,6 +91,11 @@ class Drop:
         return self._tap
 
     @property
+    def looks_inside(self) -> bool:
+        """Whether the policy wants to see what happens inside the layer's attention."""
+        return self._inside
+
+    @property
     def flops(self) -> int:
         """FLOPs that looking at the attention took."""
         return 0 if self._tap is None else self._tap.flops

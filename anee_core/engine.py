@@ -10,12 +10,12 @@ from torch import Tensor
 
 from anee_core.accounting import CostModel, Spent, executed_work, module_work
 from anee_core.adapter import LayerCall, ModelAdapter
-from anee_core.cache import AdaptiveCache, CacheWriter
+from anee_core.cache import AdaptiveCache
 from anee_core.dropping import Drop
 from anee_core.errors import BudgetError
 from anee_core.feedback import FeedbackLog
-from anee_core.interfaces import Calibration, Setting
-from anee_core.layer_step import LayerStep, ReferenceStep, devices_of, skip_some
+from anee_core.interfaces import Calibration, Setting, Shortcut
+from anee_core.layer_step import LayerStep, ReferenceStep, devices_of
 from anee_core.layout import Parts
 from anee_core.ledger import Budget
 from anee_core.masks import MaskMaker
@@ -94,7 +94,8 @@ class Engine:
         controller = policy.controller.bind(setting)
         cache_policy = policy.cache_policy.bind(setting)
         self.policy = Policy(controller, cache_policy, policy.profiler, setting.calibration, limit, hard, shortcut)
-        self._step = step or ReferenceStep(adapter, parts)
+        self._reference = ReferenceStep(adapter, parts)
+        self._step = step or self._reference
         self._devices = devices_of(parts)
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
         self._implicit_causal = parts.config._attn_implementation == "sdpa"
@@ -120,6 +121,7 @@ class Engine:
         states = [hidden_states]
         previous = hidden_states
         cache.begin(block.position_ids, block.real)
+        self._step.begin(hidden_states, cache)
         held = cache.held_by_token() if self.policy.cache_policy.keeps_all else []
         try:
             for layer_idx in range(self.costs.num_layers):
@@ -157,18 +159,25 @@ class Engine:
         shortcut = self.policy.shortcut
         if device != call.position_ids.device:
             call = call.to(device)
+        step = self._reference if drop is not None and drop.looks_inside else self._step
+        result = hidden_states
+        if selection.kind != "all":
+            # First, so that later tokens of the block see their keys and values.
+            step.propagate(layer_idx, hidden_states, call, cache, selection.skip)
+            if shortcut is not None:
+                result = _take_shortcut(shortcut, layer_idx, hidden_states, selection.skip)
         if selection.kind == "none":
-            keys, values = self._step.project(layer_idx, hidden_states, call)
-            cache.write(layer_idx, keys, values)
-            return hidden_states if shortcut is None else hidden_states + shortcut.estimate(layer_idx, hidden_states)
+            return result
         subset = selection.kind == "some"
         held = None if drop is None else drop.visible()
         needed = held is not None or masks.needed(slots, window, subset)
         mask = masks.mask(slots, window, held).to(device) if needed else None
         with nullcontext() if drop is None else drop.around(hidden_states.dtype):
-            if subset:
-                return skip_some(self._step, layer_idx, hidden_states, call, cache, selection, mask, shortcut)
-            return self._step.run(layer_idx, hidden_states, call.with_mask(mask), CacheWriter(cache, layer_idx))
+            output = step.run(layer_idx, hidden_states, call, cache, selection.run, mask)
+        if selection.run is None:
+            return output
+        rows, columns = selection.run
+        return result.index_put((rows.expand_as(columns), columns), output)
 
     def _dropping(
         self, layer_idx: int, hidden_states: Tensor, block: Block, selection: Selection, cache: AdaptiveCache
@@ -211,7 +220,8 @@ class Engine:
         spent = trace.steps[-1].spent
         spent.head_flops += batch * tokens * self.costs.head.flops
         spent.head_bytes += self.costs.head.weight_bytes
-        return self.adapter.logits(self.parts, hidden_states)
+        head = self._step.head(hidden_states)
+        return self.adapter.logits(replace(self.parts, head=head), hidden_states)
 
     def feed_back(self, block: Block, cache: AdaptiveCache, output: Output, logits: Tensor) -> None:
         """Record the outcome of a block for the policy's next decision.
@@ -243,6 +253,16 @@ class Engine:
             batch, device = block.position_ids.shape[0], block.position_ids.device
             cache.feedback = FeedbackLog(batch, device, start, self.budget.limit or 1.0)
         return cache.feedback
+
+
+def _take_shortcut(
+    shortcut: Shortcut, layer_idx: int, hidden_states: Tensor, places: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Return hidden states [B, T, D] with the shortcut's estimate added, to all or to those at ``places``."""
+    if places is None:
+        return hidden_states + shortcut.estimate(layer_idx, hidden_states)
+    skipped = hidden_states[places]
+    return hidden_states.index_put(places, skipped + shortcut.estimate(layer_idx, skipped))
 
 
 def budget_of(policy: Policy, budget: float | None) -> float | None:

@@ -19,6 +19,7 @@ from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
 from anee_core.layout import Layout, Parts
+from anee_core.recipe import Recipe
 
 __all__ = [
     "Action",
@@ -33,6 +34,7 @@ __all__ = [
     "Observation",
     "Parts",
     "Profiler",
+    "Recipe",
     "Setting",
     "Shortcut",
 ]

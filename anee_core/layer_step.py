@@ -1,31 +1,60 @@
-"""Running one layer: the call that people extend, and the seam behind which a faster one can stand."""
+"""Running one layer: the calls that people extend, and the seam behind which faster ones can stand."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache, CacheWriter
-from anee_core.interfaces import Shortcut
 from anee_core.layout import Parts
-from anee_core.plan import Selection
+
+Places = tuple[Tensor, Tensor]
+"""Rows [R, 1] and columns [R, C] of some tokens of a block, which broadcast together."""
 
 
 class LayerStep(Protocol):
-    """Runs decoder layers and projects the keys and values of skipped ones.
+    """Runs decoder layers, writes the keys and values of tokens that skip them, and applies the head.
 
-    An implementation may pack, compile or capture; `ReferenceStep` is what it must agree with.
+    An implementation may fuse, compile or capture; `ReferenceStep` is what it must agree with.
     """
 
-    def run(self, layer_idx: int, hidden_states: Tensor, call: LayerCall, view: CacheWriter) -> Tensor:
-        """Run a layer on [R, C, D]; it stores keys and values through ``view`` and reads all slots from there."""
+    def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
+        """Look at a block [B, T, D] before its layers run."""
         ...
 
-    def project(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Return keys and values [R, H, C, Dh] of hidden states [R, C, D]."""
+    def run(
+        self,
+        layer_idx: int,
+        hidden_states: Tensor,
+        call: LayerCall,
+        cache: AdaptiveCache,
+        places: Places | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Run a layer for a block [B, T, D], or for its tokens at ``places`` [R, C], and return their new states.
+
+        Their keys and values go into the cache. ``mask`` is the block's additive mask [B, 1, T, S], or None if each
+        token sees every slot up to its own.
+        """
+        ...
+
+    def propagate(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
+    ) -> None:
+        """Write the keys and values of a block [B, T, D], or of its tokens at ``places``, which skip the layer."""
+        ...
+
+    def settle(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
+    ) -> None:
+        """Write the keys and values of tokens [B, P, D] that skipped the layer before, into slots [P]."""
+        ...
+
+    def head(self, hidden_states: Tensor) -> Any:
+        """Return what to apply to normed hidden states [B, T, D] as the model's head."""
         ...
 
 
@@ -35,46 +64,46 @@ class ReferenceStep:
     def __init__(self, adapter: ModelAdapter, parts: Parts) -> None:
         self._adapter, self._parts = adapter, parts
 
-    def run(self, layer_idx: int, hidden_states: Tensor, call: LayerCall, view: CacheWriter) -> Tensor:
+    def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
+        """Do nothing."""
+
+    def run(
+        self,
+        layer_idx: int,
+        hidden_states: Tensor,
+        call: LayerCall,
+        cache: AdaptiveCache,
+        places: Places | None,
+        mask: Tensor | None,
+    ) -> Tensor:
         """Run the decoder layer itself."""
-        return self._adapter.run(self._parts, layer_idx, hidden_states, call, view)
+        writer = CacheWriter(cache, layer_idx)
+        if places is not None:
+            rows, columns = places
+            hidden_states, call = hidden_states[rows, columns], call.select(rows, columns)
+            writer = CacheWriter(cache, layer_idx, rows, columns)
+            mask = None if mask is None else mask[rows, 0, columns].unsqueeze(1)
+        return self._adapter.run(self._parts, layer_idx, hidden_states, call.with_mask(mask), writer)
 
-    def project(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
+    def propagate(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
+    ) -> None:
         """Project through the layer's own norm and projections."""
-        return self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
+        if places is not None:
+            hidden_states, call = hidden_states[places], call.select(*places)
+        keys, values = self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
+        cache.write(layer_idx, keys, values, *(places or ()))
 
+    def settle(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
+    ) -> None:
+        """Project all of them at once."""
+        keys, values = self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
+        cache.write_slots(layer_idx, keys, values, slots)
 
-def skip_some(
-    step: LayerStep,
-    layer_idx: int,
-    hidden_states: Tensor,
-    call: LayerCall,
-    cache: AdaptiveCache,
-    selection: Selection,
-    mask: Tensor | None,
-    shortcut: Shortcut | None = None,
-) -> Tensor:
-    """Run a layer for some tokens of a block [B, T, D]; give the others their keys and values, and their shortcut.
-
-    The skipped tokens' keys and values are written first, so that later tokens of the block see them.
-    ``mask`` is the block's additive mask [B, 1, T, S], or None if every query sees every slot.
-    """
-    assert selection.run is not None
-    assert selection.skip is not None
-    rows, columns = selection.skip
-    skipped = hidden_states[rows, columns]
-    keys, values = step.project(layer_idx, skipped, call.select(rows, columns))
-    cache.write(layer_idx, keys, values, rows, columns)
-    result = hidden_states
-    if shortcut is not None:
-        result = result.index_put((rows, columns), skipped + shortcut.estimate(layer_idx, skipped))
-
-    rows, columns = selection.run
-    chosen = call.select(rows, columns)
-    if mask is not None:
-        chosen = chosen.with_mask(mask[rows, 0, columns].unsqueeze(1))
-    output = step.run(layer_idx, hidden_states[rows, columns], chosen, CacheWriter(cache, layer_idx, rows, columns))
-    return result.index_put((rows.expand_as(columns), columns), output)
+    def head(self, hidden_states: Tensor) -> Any:
+        """Return the head itself."""
+        return self._parts.head
 
 
 def devices_of(parts: Parts) -> tuple[torch.device, ...]:

@@ -37,6 +37,7 @@ def load(
     device: str | torch.device | None = None,
     prefill: Prefill = "auto",
     prefill_chunk: int = 256,
+    fast: bool = True,
     tokenizer: Any = None,
     calibration: Calibration | CalibrationOptions | None = None,
     plugins: Plugins | None = None,
@@ -57,6 +58,8 @@ def load(
             and moved in place.
         prefill: how ``generate`` reads prompts; see `AdaptiveModel`.
         prefill_chunk: tokens read at once under a policy that drops tokens; see `AdaptiveModel`.
+        fast: whether decoding may use the native layer step where that is possible, see `anee_core.native.step`; its
+            numbers agree with those of the model's own modules up to rounding.
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.
@@ -93,7 +96,7 @@ def load(
     adapter = _adapter_of(inner.config, plugins)
     _check_weights(inner)
     parsed = parsed.with_trained(plugins.trained_for(getattr(inner.config, "anee_backbone", None)))
-    adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk)
+    adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk, fast)
     if not isinstance(model, nn.Module):
         adaptive.eval()
     if parsed.untrained() & _FITTED:

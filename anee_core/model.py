@@ -21,6 +21,7 @@ from anee_core.inputs import read_block
 from anee_core.interfaces import Calibration
 from anee_core.layout import Parts
 from anee_core.ledger import Budget
+from anee_core.native import step_for
 from anee_core.plan import Block
 from anee_core.policy import Policy
 from anee_core.trace import Trace
@@ -42,6 +43,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
             ``"auto"``: under the policy, unless that would have to go token by token.
         prefill_chunk: tokens of a prompt that are read at once under a policy that drops tokens: the cache never holds
             more than these and what is kept of those before.
+        fast: whether layers may run by a faster step than the model's own modules, within rounding of it.
 
     Raises:
         ModelError: the adapter refuses the model's config, or the model cannot be run.
@@ -57,6 +59,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         tokenizer: Any = None,
         prefill: Prefill = "auto",
         prefill_chunk: int = 256,
+        fast: bool = False,
     ) -> None:
         super().__init__()
         check_prefill(prefill, prefill_chunk)
@@ -65,6 +68,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         self.adapter = adapter
         self.tokenizer = tokenizer
         self.prefill = prefill
+        self.fast = fast
         inner = causal_lm(model)
         _check_family(inner, adapter)
         self.parts: Parts = adapter.parts(inner)
@@ -72,7 +76,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         self.generation_config = self.parts.model.generation_config
         _check_runnable(self.parts)
         self.last_trace: Trace | None = None
-        self.engine = Engine(adapter, self.parts, Policy())
+        self.engine = Engine(adapter, self.parts, Policy(), step=step_for(adapter, self.parts, fast))
         self.training = model.training
 
     def set_policy(
@@ -89,7 +93,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         Raises:
             PolicyError, BudgetError: policy, budget and model do not fit together.
         """
-        self.engine = Engine(self.adapter, self.parts, policy, budget, hard, calibration)
+        step = step_for(self.adapter, self.parts, self.fast)
+        self.engine = Engine(self.adapter, self.parts, policy, budget, hard, calibration, step)
         return self
 
     def check_budget(self, policy: Policy, budget: float | None) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anee_core.calibration import cache_folder, fingerprint
+from anee_core.cache_folder import cache_folder
+from anee_core.calibration import fingerprint
 from anee_core.controllers.gate import GateWeights
 from anee_core.engine import Engine
 from anee_core.errors import CheckpointError, InputError

@@ -1,0 +1,489 @@
+// One decoder layer for a few tokens, on the model's own weights: norms, projections, rotary positions, attention and
+// MLP in one call, so that a decoded token costs little more than reading the weights once.
+//
+// Arithmetic is in float32 throughout; states, keys and values are rounded to the model's type where they are stored.
+// The structs are mirrored in structs.py.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+
+struct bf16 { uint16_t bits; };
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t vec_bits __attribute__((vector_size(64), aligned(4)));
+typedef int32_t vec_int __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t vec_half __attribute__((vector_size(32), aligned(2)));
+typedef int8_t vec_byte __attribute__((vector_size(16), aligned(1)));
+constexpr int LANES = 16;
+constexpr int AHEAD = 4096;  // bytes
+
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Norm : int32_t { RMS = 0, LAYER = 1 };
+enum Rotary : int32_t { NONE = 0, HALVES = 1, PAIRS = 2 };
+enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
+enum Residual : int32_t { SEQUENTIAL = 0, PARALLEL_ONE_NORM = 1, PARALLEL_TWO_NORMS = 2 };
+
+// A linear map. Output r lies in row (r / group) * group_stride + r % group of the weight; if transposed, in that column.
+struct Matrix {
+    const void* weight;
+    const void* bias;     // null for none
+    const float* scale;   // of each output, for INT8
+    int64_t stride;       // elements between rows of the weight
+    int32_t outputs, inputs;
+    int32_t group, group_stride;
+    int32_t transposed;
+    int32_t kind;
+};
+
+struct NormWeights {
+    const void* weight;
+    const void* bias;
+    float eps;
+    int32_t kind;
+};
+
+struct Layer {
+    NormWeights input_norm, mlp_norm, query_norm, key_norm;  // weight null: there is none
+    Matrix query, key, value, output, gate, up, down;        // gate.weight null: the MLP is not gated
+    int32_t kind;  // of norms, biases, states, keys and values
+    int32_t width, heads, kv_heads, head_dim;
+    int32_t rotary, rotary_width, activation, residual;
+    float scale;
+};
+
+// The tokens of one call: token m of `count` lies at place[m] of states, cos, sin and mask; its keys and values belong
+// into slot start + column[m] of row row[m] of the cache.
+struct Tokens {
+    const void* states;   // [P, D]
+    void* result;         // [count, D]
+    const void* cos;      // [P, rotary_width]
+    const void* sin;
+    const void* mask;     // [P, mask_stride], additive, or null: a token sees all slots up to its own
+    void* keys;           // [B, H, capacity, Dh]
+    void* values;
+    const int64_t* place;
+    const int64_t* row;
+    const int64_t* column;
+    float* scratch;
+    int64_t row_stride, head_stride, mask_stride, start;
+    int32_t count, used, threads;
+};
+
+static inline float widen(float x) { return x; }
+static inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+static inline void store(float* at, float x) { *at = x; }
+static inline void store(bf16* at, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    at->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline vec load(const float* p) { return *(const vec*)p; }
+static inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(*(const vec_half*)p, vec_bits) << 16); }
+static inline vec load(const int8_t* p) { return __builtin_convertvector(*(const vec_byte*)p, vec); }
+static inline float widen(int8_t x) { return x; }
+static inline float sum(vec v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+// exp, to about two units in the last place (range reduction to |r| <= ln2/2 and a polynomial).
+static inline vec exponential(vec x) {
+    x = x < -87.0f ? (vec{} - 87.0f) : x;
+    x = x > 88.0f ? (vec{} + 88.0f) : x;
+    vec t = x * 1.44269504f;
+    vec_int whole = __builtin_convertvector(t + (t < 0.0f ? (vec{} - 0.5f) : (vec{} + 0.5f)), vec_int);
+    vec n = __builtin_convertvector(whole, vec);
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = vec{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((whole + 127) << 23);
+}
+
+struct Range { int first, last; };
+
+// The part of `count` things that falls to a thread, in multiples of `unit`.
+static inline Range share(int count, int unit, int thread, int threads) {
+    int64_t units = (count + unit - 1) / unit;
+    return {int(std::min<int64_t>(count, units * thread / threads * unit)),
+            int(std::min<int64_t>(count, units * (thread + 1) / threads * unit))};
+}
+
+// Rows times tokens. On the first pass over some rows, those that follow are fetched: rows are too short for the
+// processor to notice by itself where the next ones are.
+template <class W, int R, int M, bool FIRST>
+static inline void dots(const W* const* rows, const float* x, int64_t x_stride, int inputs, float (&out)[R][M]) {
+    vec sums[R][M] = {};
+    int i = 0;
+    for (; i + LANES <= inputs; i += LANES) {
+        vec w[R];
+        for (int r = 0; r < R; r++) {
+            w[r] = load(rows[r] + i);
+            if (FIRST) __builtin_prefetch((const char*)(rows[r] + i) + AHEAD);
+        }
+        for (int m = 0; m < M; m++) {
+            vec v = load(x + m * x_stride + i);
+            for (int r = 0; r < R; r++) sums[r][m] += w[r] * v;
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) {
+            float total = sum(sums[r][m]);
+            for (int j = i; j < inputs; j++) total += widen(rows[r][j]) * x[m * x_stride + j];
+            out[r][m] = total;
+        }
+}
+
+template <class W, int R>
+static void rows_product(const Matrix& matrix, int first, const float* x, int64_t x_stride, int tokens, float* y,
+                         int64_t y_stride) {
+    const W* rows[R];
+    for (int r = 0; r < R; r++) {
+        int at = first + r;
+        int64_t row = int64_t(at / matrix.group) * matrix.group_stride + at % matrix.group;
+        rows[r] = (const W*)matrix.weight + row * matrix.stride;
+    }
+    int m = 0;
+    auto run = [&](auto width) {
+        constexpr int M = decltype(width)::value;
+        for (; m + M <= tokens; m += M) {
+            float out[R][M];
+            if (m == 0)
+                dots<W, R, M, true>(rows, x, x_stride, matrix.inputs, out);
+            else
+                dots<W, R, M, false>(rows, x + m * x_stride, x_stride, matrix.inputs, out);
+            for (int r = 0; r < R; r++) {
+                float scale = matrix.scale ? matrix.scale[first + r] : 1.0f;
+                for (int k = 0; k < M; k++) y[(m + k) * y_stride + first + r] = out[r][k] * scale;
+            }
+        }
+    };
+    run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 1>{});
+}
+
+// The thread's columns of x W for a weight [inputs, outputs], read row after row. The sums of as many columns as fit into
+// the nearest cache are kept up to date.
+template <class W>
+static void columns_product(const Matrix& matrix, Range range, const float* x, int64_t x_stride, int tokens, float* y,
+                            int64_t y_stride) {
+    const W* weight = (const W*)matrix.weight;
+    int64_t stride = matrix.stride;
+    int tile = std::max(8 * LANES, 4096 / tokens / LANES * LANES);
+    for (int first = range.first; first < range.last; first += tile) {
+        int last = std::min(range.last, first + tile), i = 0;
+        for (int m = 0; m < tokens; m++) std::fill(y + m * y_stride + first, y + m * y_stride + last, 0.0f);
+        auto run = [&](auto rows) {
+            constexpr int R = decltype(rows)::value;
+            for (; i + R <= matrix.inputs; i += R) {
+                int at = first;
+                for (; at + LANES <= last; at += LANES) {
+                    vec w[R];
+                    for (int r = 0; r < R; r++) {
+                        w[r] = load(weight + (i + r) * stride + at);
+                        __builtin_prefetch(weight + (i + r + R) * stride + at);
+                    }
+                    for (int m = 0; m < tokens; m++) {
+                        vec total = load(y + m * y_stride + at);
+                        for (int r = 0; r < R; r++) total += w[r] * x[m * x_stride + i + r];
+                        *(vec*)(y + m * y_stride + at) = total;
+                    }
+                }
+                for (; at < last; at++)
+                    for (int m = 0; m < tokens; m++)
+                        for (int r = 0; r < R; r++)
+                            y[m * y_stride + at] += widen(weight[(i + r) * stride + at]) * x[m * x_stride + i + r];
+            }
+        };
+        run(std::integral_constant<int, 8>{});
+        run(std::integral_constant<int, 1>{});
+    }
+}
+
+// The thread's share of x W^T + b: x is [M, inputs] and y [M, outputs]. Returns that share.
+template <class W, class T>
+static Range product_of(const Matrix& matrix, const float* x, int tokens, float* y, int thread, int threads) {
+    Range range = share(matrix.outputs, matrix.transposed ? 4 * LANES : 8, thread, threads);
+    int64_t x_stride = matrix.inputs, y_stride = matrix.outputs;
+    if (matrix.transposed) {
+        columns_product<W>(matrix, range, x, x_stride, tokens, y, y_stride);
+    } else {
+        int r = range.first;
+        if (tokens < 4)
+            for (; r + 2 <= range.last; r += 2) rows_product<W, 2>(matrix, r, x, x_stride, tokens, y, y_stride);
+        for (; r + 4 <= range.last; r += 4) rows_product<W, 4>(matrix, r, x, x_stride, tokens, y, y_stride);
+        for (; r < range.last; r++) rows_product<W, 1>(matrix, r, x, x_stride, tokens, y, y_stride);
+    }
+    if (matrix.bias)
+        for (int m = 0; m < tokens; m++)
+            for (int r = range.first; r < range.last; r++) {
+                int64_t at = int64_t(r / matrix.group) * matrix.group_stride + r % matrix.group;
+                y[m * y_stride + r] += widen(((const T*)matrix.bias)[at]);
+            }
+    return range;
+}
+
+template <class T>
+static Range product(const Matrix& matrix, const float* x, int tokens, float* y, int thread, int threads) {
+    if (matrix.kind == INT8) return product_of<int8_t, T>(matrix, x, tokens, y, thread, threads);
+    return product_of<T, T>(matrix, x, tokens, y, thread, threads);
+}
+
+template <class T, class X>
+static void normalise(const NormWeights& norm, const X* x, float* y, int width) {
+    const T *weight = (const T*)norm.weight, *bias = (const T*)norm.bias;
+    float mean = 0, squares = 0;
+    if (norm.kind == LAYER) {
+        for (int i = 0; i < width; i++) mean += widen(x[i]);
+        mean /= width;
+    }
+    for (int i = 0; i < width; i++) {
+        float d = widen(x[i]) - mean;
+        squares += d * d;
+    }
+    float factor = 1.0f / std::sqrt(squares / width + norm.eps);
+    for (int i = 0; i < width; i++)
+        y[i] = (widen(x[i]) - mean) * factor * (weight ? widen(weight[i]) : 1.0f) + (bias ? widen(bias[i]) : 0.0f);
+}
+
+template <class T>
+static void rotate(const Layer& layer, float* head, const T* cos, const T* sin) {
+    int half = layer.rotary_width / 2;
+    for (int i = 0; i < half; i++) {
+        int a = layer.rotary == PAIRS ? 2 * i : i, b = layer.rotary == PAIRS ? 2 * i + 1 : i + half;
+        float x = head[a], y = head[b];
+        head[a] = x * widen(cos[a]) - y * widen(sin[a]);
+        head[b] = y * widen(cos[b]) + x * widen(sin[b]);
+    }
+}
+
+// Norm over the head and rotary positions, in place.
+template <class T>
+static void place_head(const Layer& layer, const NormWeights& norm, const Tokens& tokens, int64_t place, float* head) {
+    if (norm.weight) normalise<T>(norm, head, head, layer.head_dim);
+    if (layer.rotary == NONE) return;
+    int64_t at = place * layer.rotary_width;
+    rotate(layer, head, (const T*)tokens.cos + at, (const T*)tokens.sin + at);
+}
+
+// Attention of one query head over the slots of one row; `scores` has room for all of them.
+template <class T>
+static void attend(const Layer& layer, const Tokens& tokens, int m, int head, const float* query, float* out,
+                   float* scores) {
+    int dim = layer.head_dim, kv_head = head / (layer.heads / layer.kv_heads);
+    int64_t base = tokens.row[m] * tokens.row_stride + kv_head * tokens.head_stride;
+    const T *keys = (const T*)tokens.keys + base, *values = (const T*)tokens.values + base;
+    const T* mask = tokens.mask ? (const T*)tokens.mask + tokens.place[m] * tokens.mask_stride : nullptr;
+    int slots = mask ? tokens.used : int(tokens.start + tokens.column[m]) + 1;
+    float most = -INFINITY;
+    for (int s = 0; s < slots; s++) {
+        const T* key = keys + int64_t(s) * dim;
+        vec sums = {};
+        int i = 0;
+        for (; i + LANES <= dim; i += LANES) sums += load(key + i) * load(query + i);
+        float score = sum(sums);
+        for (; i < dim; i++) score += widen(key[i]) * query[i];
+        score = score * layer.scale + (mask ? widen(mask[s]) : 0.0f);
+        scores[s] = score;
+        most = std::max(most, score);
+    }
+    for (int s = slots; s % LANES; s++) scores[s] = -INFINITY;
+    vec totals = {};
+    for (int s = 0; s < slots; s += LANES) {
+        vec weights = exponential(load(scores + s) - most);
+        for (int i = 0; s + LANES > slots && i < LANES; i++)
+            if (s + i >= slots) weights[i] = 0;
+        *(vec*)(scores + s) = weights;
+        totals += weights;
+    }
+    float factor = 1.0f / sum(totals);
+    std::fill(out, out + dim, 0.0f);
+    for (int i = 0; i + LANES <= dim; i += LANES) {
+        vec sums = {};
+        for (int s = 0; s < slots; s++) sums += load(values + int64_t(s) * dim + i) * scores[s];
+        *(vec*)(out + i) = sums * factor;
+    }
+    for (int i = dim / LANES * LANES; i < dim; i++) {
+        float total = 0;
+        for (int s = 0; s < slots; s++) total += widen(values[int64_t(s) * dim + i]) * scores[s];
+        out[i] = total * factor;
+    }
+}
+
+static void activate(Activation kind, float* x, int count) {
+    int i = 0;
+    for (; i < count && kind == RELU; i++) x[i] = std::max(x[i], 0.0f);
+    for (; i < count && kind == GELU; i++) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+    for (; i < count; i += LANES) {
+        vec v = {};
+        int some = std::min(LANES, count - i);
+        std::memcpy(&v, x + i, some * sizeof(float));
+        // tanh(z) = 1 - 2 / (exp(2 z) + 1): both are v times a sigmoid.
+        vec z = kind == SILU ? v : 1.5957691216f * (v + 0.044715f * v * v * v);
+        v = v / (1.0f + exponential(-z));
+        std::memcpy(x + i, &v, some * sizeof(float));
+    }
+}
+
+// Keys and values of all tokens from their normed states, into the cache. Has barriers: all threads call it.
+template <class T>
+static void write_cache(const Layer& layer, const Tokens& tokens, const float* normed, float* keys, float* values,
+                        int thread) {
+    int dim = layer.head_dim, width = layer.kv_heads * dim;
+    product<T>(layer.key, normed, tokens.count, keys, thread, tokens.threads);
+    product<T>(layer.value, normed, tokens.count, values, thread, tokens.threads);
+#pragma omp barrier
+    Range range = share(tokens.count * layer.kv_heads, 1, thread, tokens.threads);
+    for (int task = range.first; task < range.last; task++) {
+        int m = task / layer.kv_heads, head = task % layer.kv_heads;
+        float* key = keys + int64_t(m) * width + head * dim;
+        const float* value = values + int64_t(m) * width + head * dim;
+        place_head<T>(layer, layer.key_norm, tokens, tokens.place[m], key);
+        int64_t slot = tokens.start + tokens.column[m];
+        int64_t at = tokens.row[m] * tokens.row_stride + head * tokens.head_stride + slot * dim;
+        for (int i = 0; i < dim; i++) {
+            store((T*)tokens.keys + at + i, key[i]);
+            store((T*)tokens.values + at + i, value[i]);
+        }
+    }
+#pragma omp barrier
+}
+
+template <class T>
+static void norm_all(const Layer& layer, const NormWeights& norm, const Tokens& tokens, float* normed, int thread) {
+    Range range = share(tokens.count, 1, thread, tokens.threads);
+    for (int m = range.first; m < range.last; m++)
+        normalise<T>(norm, (const T*)tokens.states + tokens.place[m] * layer.width, normed + int64_t(m) * layer.width,
+                     layer.width);
+#pragma omp barrier
+}
+
+template <class T>
+static void project(const Layer& layer, const Tokens& tokens) {
+    int64_t count = tokens.count, kv_width = int64_t(layer.kv_heads) * layer.head_dim;
+    float* normed = tokens.scratch;
+    float* keys = normed + count * layer.width;
+    float* values = keys + count * kv_width;
+#pragma omp parallel num_threads(tokens.threads)
+    {
+        int thread = omp_get_thread_num();
+        norm_all<T>(layer, layer.input_norm, tokens, normed, thread);
+        write_cache<T>(layer, tokens, normed, keys, values, thread);
+    }
+}
+
+template <class T>
+static void run(const Layer& layer, const Tokens& tokens) {
+    int64_t count = tokens.count, width = layer.width, dim = layer.head_dim;
+    int64_t q_width = layer.heads * dim, kv_width = layer.kv_heads * dim, inner = layer.up.outputs;
+    int64_t padded = (tokens.used + LANES - 1) / LANES * LANES;
+    float* normed = tokens.scratch;
+    float* keys = normed + count * width;
+    float* values = keys + count * kv_width;
+    float* queries = values + count * kv_width;
+    float* attended = queries + count * q_width;
+    float* summed = attended + count * q_width;
+    float* gates = summed + count * width;
+    float* ups = gates + count * inner;
+    float* changed = ups + count * inner;
+    float* all_scores = changed + count * width;
+    const T* states = (const T*)tokens.states;
+    T* result = (T*)tokens.result;
+#pragma omp parallel num_threads(tokens.threads)
+    {
+        int thread = omp_get_thread_num(), threads = tokens.threads;
+        norm_all<T>(layer, layer.input_norm, tokens, normed, thread);
+        product<T>(layer.query, normed, count, queries, thread, threads);
+        write_cache<T>(layer, tokens, normed, keys, values, thread);
+
+        Range range = share(count * layer.heads, 1, thread, threads);
+        for (int task = range.first; task < range.last; task++) {
+            int m = task / layer.heads, head = task % layer.heads;
+            float* query = queries + m * q_width + head * dim;
+            place_head<T>(layer, layer.query_norm, tokens, tokens.place[m], query);
+            attend<T>(layer, tokens, m, head, query, attended + m * q_width + head * dim, all_scores + thread * padded);
+        }
+#pragma omp barrier
+        range = product<T>(layer.output, attended, count, summed, thread, threads);
+        for (int m = 0; m < count; m++)
+            for (int r = range.first; r < range.last; r++)
+                summed[m * width + r] += widen(states[tokens.place[m] * width + r]);
+#pragma omp barrier
+        if (layer.residual != PARALLEL_ONE_NORM) {
+            range = share(count, 1, thread, threads);
+            for (int m = range.first; m < range.last; m++) {
+                if (layer.residual == SEQUENTIAL)
+                    normalise<T>(layer.mlp_norm, summed + m * width, normed + m * width, width);
+                else
+                    normalise<T>(layer.mlp_norm, states + tokens.place[m] * width, normed + m * width, width);
+            }
+#pragma omp barrier
+        }
+        range = product<T>(layer.up, normed, count, ups, thread, threads);
+        if (layer.gate.weight) product<T>(layer.gate, normed, count, gates, thread, threads);
+        for (int m = 0; m < count; m++) {
+            int64_t at = m * inner + range.first;
+            int some = range.last - range.first;
+            activate(Activation(layer.activation), (layer.gate.weight ? gates : ups) + at, some);
+            for (int i = 0; layer.gate.weight && i < some; i++) ups[at + i] *= gates[at + i];
+        }
+#pragma omp barrier
+        range = product<T>(layer.down, ups, count, changed, thread, threads);
+        for (int m = 0; m < count; m++)
+            for (int r = range.first; r < range.last; r++)
+                store(result + m * width + r, summed[m * width + r] + changed[m * width + r]);
+    }
+}
+
+template <class T>
+static void linear(const Matrix& matrix, const void* x, void* y, int tokens, float* scratch, int threads) {
+    float* wide = scratch + int64_t(tokens) * matrix.outputs;
+    for (int64_t i = 0; i < int64_t(tokens) * matrix.inputs; i++) wide[i] = widen(((const T*)x)[i]);
+#pragma omp parallel num_threads(threads)
+    {
+        Range range = product<T>(matrix, wide, tokens, scratch, omp_get_thread_num(), threads);
+        for (int m = 0; m < tokens; m++)
+            for (int64_t at = int64_t(m) * matrix.outputs, r = range.first; r < range.last; r++)
+                store((T*)y + at + r, scratch[at + r]);
+    }
+}
+
+extern "C" {
+
+// Floats of scratch that a call needs.
+int64_t anee_scratch(const Layer* layer, int32_t count, int32_t used, int32_t threads) {
+    int64_t widths = 3 * int64_t(layer->width) + 2 * int64_t(layer->head_dim) * (layer->heads + layer->kv_heads);
+    return count * (widths + 2 * int64_t(layer->up.outputs)) + threads * (used + int64_t(LANES));
+}
+
+// Run the layer for the tokens: their keys and values go into the cache, their new states into `result`.
+void anee_run(const Layer* layer, const Tokens* tokens) {
+    layer->kind == BFLOAT16 ? run<bf16>(*layer, *tokens) : run<float>(*layer, *tokens);
+}
+
+// Write the tokens' keys and values alone.
+void anee_project(const Layer* layer, const Tokens* tokens) {
+    layer->kind == BFLOAT16 ? project<bf16>(*layer, *tokens) : project<float>(*layer, *tokens);
+}
+
+// y [M, outputs] = x [M, inputs] W^T + b, in a model of `kind`; scratch has M * (inputs + outputs) floats.
+void anee_linear(const Matrix* matrix, const void* x, void* y, int32_t tokens, int32_t kind, float* scratch,
+                 int32_t threads) {
+    kind == BFLOAT16 ? linear<bf16>(*matrix, x, y, tokens, scratch, threads)
+                     : linear<float>(*matrix, x, y, tokens, scratch, threads);
+}
+}

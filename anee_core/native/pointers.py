@@ -1,0 +1,111 @@
+"""Structs that point into the memory of modules, and whether that memory is still theirs."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from anee_core.native.structs import Kind, Matrix, Norm, NormWeights
+from anee_core.projection import sliceable
+
+KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
+_RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
+
+
+class UnfitError(Exception):
+    """A module that the native step cannot compute, and the message says why."""
+
+
+class Pointers:
+    """Makes structs of modules whose parameters are of one dtype, and remembers where those are."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in KINDS:
+            raise UnfitError(f"its weights are {dtype}")
+        self.dtype, self.kind = dtype, KINDS[dtype]
+        self._sources: list[tuple[nn.Module, str, Tensor | None, int]] = []
+        # Aliases, so that no memory is freed under a pointer when a parameter is given another.
+        self._kept: list[Tensor] = []
+
+    @property
+    def current(self) -> bool:
+        """Whether the modules still hold what the structs point to, and nothing has been hung on them."""
+        for module, name, tensor, pointer in self._sources:
+            now = module._parameters.get(name)
+            if now is not tensor or (now is not None and now.data_ptr() != pointer) or hooked(module):
+                return False
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights pointed to."""
+        return sum(tensor.nbytes for tensor in self._kept)
+
+    def matrix(self, module: nn.Module) -> Matrix:
+        """Return the struct of a linear map.
+
+        Raises:
+            UnfitError: it is not a plain one in the CPU's memory.
+        """
+        if not sliceable(module):
+            raise UnfitError(f"a {type(module).__name__} is quantised, wrapped or hooked")
+        weight, bias = cast(Tensor, self._take(module, "weight")), self._take(module, "bias")
+        transposed = type(module).__name__ == "Conv1D"
+        outputs, inputs = reversed(weight.shape) if transposed else weight.shape
+        return Matrix(
+            weight=weight.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            stride=weight.stride(0),
+            outputs=outputs,
+            inputs=inputs,
+            group=outputs,
+            transposed=transposed,
+            kind=self.kind,
+        )
+
+    def part(self, module: nn.Module, first: int, count: int) -> Matrix:
+        """Return the struct of ``count`` outputs of a linear map, from output ``first`` on."""
+        part = self.matrix(module)
+        size = self.dtype.itemsize
+        part.weight += first * (1 if part.transposed else part.stride) * size
+        if part.bias:
+            part.bias += first * size
+        part.outputs = part.group = count
+        return part
+
+    def norm(self, module: nn.Module) -> NormWeights:
+        """Return the struct of a norm.
+
+        Raises:
+            UnfitError: it is of no known kind.
+        """
+        known: Any = module
+        name = type(module).__name__
+        if name == "LayerNorm" and known.weight is not None:
+            kind, eps = Norm.LAYER, known.eps
+        elif name in _RMS_NORMS:
+            kind, eps = Norm.RMS, known.variance_epsilon
+        else:
+            raise UnfitError(f"its norm is a {name}")
+        if hooked(module):
+            raise UnfitError(f"its {name} is hooked")
+        weight, bias = cast(Tensor, self._take(module, "weight")), self._take(module, "bias")
+        return NormWeights(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps, kind)
+
+    def _take(self, module: nn.Module, name: str) -> Tensor | None:
+        tensor = module._parameters.get(name)
+        if tensor is not None:
+            if tensor.dtype != self.dtype:
+                raise UnfitError(f"it has weights of {tensor.dtype} beside those of {self.dtype}")
+            if tensor.device.type != "cpu" or tensor.stride(-1) != 1:
+                raise UnfitError("its weights do not lie in plain order in the CPU's memory")
+            self._kept.append(tensor.detach())
+        self._sources.append((module, name, tensor, 0 if tensor is None else tensor.data_ptr()))
+        return tensor
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

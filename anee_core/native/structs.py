@@ -1,0 +1,123 @@
+"""The structs of ``layer.cpp``, field by field."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from typing import ClassVar
+
+
+class Kind(IntEnum):
+    """Type of numbers in memory."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+
+
+class Norm(IntEnum):
+    """Kind of a norm."""
+
+    RMS = 0
+    LAYER = 1
+
+
+class Rotary(IntEnum):
+    """Which numbers of a head turn together: those half a width apart, or neighbours."""
+
+    NONE = 0
+    HALVES = 1
+    PAIRS = 2
+
+
+class Activation(IntEnum):
+    """Activation of an MLP."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU = 3
+
+
+class Residual(IntEnum):
+    """Whether the MLP follows attention or stands beside it, and if so behind the same norm."""
+
+    SEQUENTIAL = 0
+    PARALLEL_ONE_NORM = 1
+    PARALLEL_TWO_NORMS = 2
+
+
+class Matrix(Structure):
+    """A linear map; output r lies in row (r // group) * group_stride + r % group of the weight, or in that column."""
+
+    _fields_: ClassVar = [
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("scale", c_void_p),
+        ("stride", c_int64),
+        ("outputs", c_int32),
+        ("inputs", c_int32),
+        ("group", c_int32),
+        ("group_stride", c_int32),
+        ("transposed", c_int32),
+        ("kind", c_int32),
+    ]
+
+
+class NormWeights(Structure):
+    """A norm over a state or a head; without a weight there is none."""
+
+    _fields_: ClassVar = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32)]
+
+
+class Layer(Structure):
+    """One decoder layer."""
+
+    _fields_: ClassVar = [
+        ("input_norm", NormWeights),
+        ("mlp_norm", NormWeights),
+        ("query_norm", NormWeights),
+        ("key_norm", NormWeights),
+        ("query", Matrix),
+        ("key", Matrix),
+        ("value", Matrix),
+        ("output", Matrix),
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("down", Matrix),
+        ("kind", c_int32),
+        ("width", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("rotary", c_int32),
+        ("rotary_width", c_int32),
+        ("activation", c_int32),
+        ("residual", c_int32),
+        ("scale", c_float),
+    ]
+
+
+class Tokens(Structure):
+    """The tokens of one call: where they lie among the states given, and where their keys and values belong."""
+
+    _fields_: ClassVar = [
+        ("states", c_void_p),
+        ("result", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("mask", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("place", c_void_p),
+        ("row", c_void_p),
+        ("column", c_void_p),
+        ("scratch", c_void_p),
+        ("row_stride", c_int64),
+        ("head_stride", c_int64),
+        ("mask_stride", c_int64),
+        ("start", c_int64),
+        ("count", c_int32),
+        ("used", c_int32),
+        ("threads", c_int32),
+    ]
