@@ -156,6 +156,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Writes keys and values that are owed: layer, hidden states [B, P, D], call, cache, slots [P]."""
         self._owed: dict[int, list[tuple[int, Tensor, LayerCall]]] = {}
         self._starts: list[int] = []
+        self._grown = False
         self._pending = 0
         self._horizon = 0
         self._final = 0
@@ -191,9 +192,12 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             needed = slots.used + count
             if needed > slots.capacity:
                 slots.grow(max(2 * slots.capacity, needed, _FIRST_CAPACITY))
-        self.capacity = max(s.capacity for s in self.slots)
-        for layer, slots in zip(self.layers, self.slots, strict=True):
-            layer.room(slots)
+                self._grown = True  # until the storage follows, which may fail
+        if self._grown:
+            self.capacity = max(s.capacity for s in self.slots)
+            for layer, slots in zip(self.layers, self.slots, strict=True):
+                layer.room(slots)
+            self._grown = False
         # Last: if memory runs out above, no slot has been handed out.
         starts = {id(slots): slots.extend(position_ids, real, self.seen) for slots in self._distinct()}
         self._starts = [starts[id(s)] for s in self.slots]
@@ -230,7 +234,6 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         owed.append((self._starts[layer_idx], hidden_states, call))
         return len(owed)
 
-    @torch.no_grad()
     def settle(self, layer_idx: int) -> None:
         """Write the keys and values that are owed to a layer."""
         owed = self._owed.pop(layer_idx, None)
@@ -238,7 +241,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             return
         assert self.pay is not None
         starts, states, calls = zip(*owed, strict=True)
-        self.pay(layer_idx, torch.cat(states, dim=1), LayerCall.joined(calls), self, torch.tensor(starts))
+        with torch.no_grad():
+            self.pay(layer_idx, torch.cat(states, dim=1), LayerCall.joined(calls), self, torch.tensor(starts))
 
     def settle_all(self) -> None:
         """Write all keys and values that are owed."""

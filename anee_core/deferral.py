@@ -26,6 +26,11 @@ class DeferredStep:
     def __init__(self, step: LayerStep) -> None:
         self._step = step
 
+    @property
+    def slow_because(self) -> str | None:
+        """What the step says."""
+        return self._step.slow_because
+
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Let the step look at the block, and the cache know who pays."""
         self._step.begin(hidden_states, cache)

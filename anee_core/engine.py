@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anee_core.accounting import CostModel, Spent, executed_work, module_work
+from anee_core.accounting import CostModel, executed_work, module_work
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache
 from anee_core.dropping import Drop
@@ -19,6 +19,7 @@ from anee_core.layer_step import LayerStep, ReferenceStep, devices_of
 from anee_core.layout import Parts
 from anee_core.ledger import Budget
 from anee_core.masks import MaskMaker
+from anee_core.meter import Meter
 from anee_core.plan import Block, Plan, Selection
 from anee_core.policy import Policy
 from anee_core.profiler import distribution_signals
@@ -100,6 +101,11 @@ class Engine:
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
         self._implicit_causal = parts.config._attn_implementation == "sdpa"
 
+    @property
+    def slow_because(self) -> str | None:
+        """Why layers run by their own modules; None if they do not."""
+        return self._step.slow_because
+
     def run(
         self, block: Block, cache: AdaptiveCache, trace: Trace, dense: bool = False, keep_states: bool = False
     ) -> Output:
@@ -117,7 +123,8 @@ class Engine:
         all_run = dense or self.policy.controller.runs_all
         tally = self._tally(cache, block, dense)
         plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, all_run, tally, cache.seen)
-        spent = Spent()
+        tokens = block.position_ids.numel()
+        meter = Meter(self.costs, self.policy.cache_policy, tokens, cache.seen + block.position_ids.shape[1])
         states = [hidden_states]
         previous = hidden_states
         cache.begin(block.position_ids, block.real)
@@ -130,10 +137,10 @@ class Engine:
                 previous = hidden_states
                 drop = self._dropping(layer_idx, hidden_states, block, selection, cache)
                 hidden_states = self._layer(layer_idx, hidden_states, calls[layer_idx], masks, cache, selection, drop)
-                self._charge(spent, layer_idx, selection, block, cache)
+                meter.layer(*selection.counts(tokens), cache.slots[layer_idx].used)
                 if drop is not None:
                     held.append(drop.finish())
-                    spent.policy_flops += drop.flops
+                    meter.policy(drop.flops)
                 if keep_states:
                     states.append(hidden_states)
             hidden_states = parts.final_norm(hidden_states.to(self._devices[-1]))
@@ -142,7 +149,7 @@ class Engine:
             cache.abort()
             raise
         real = torch.ones(block.position_ids.shape, dtype=torch.bool) if block.real is None else block.real.cpu()
-        trace.add(Step(plan.ran(), real, spent, block.phase, dense, torch.stack(held), cache.layer_nbytes()))
+        trace.add(Step(plan.ran(), real, meter, block.phase, dense, torch.stack(held), cache.layer_nbytes()))
         return Output(hidden_states, plan.spent, (*states[:-1], hidden_states) if keep_states else None)
 
     def _layer(
@@ -190,36 +197,10 @@ class Engine:
         states = self.adapter.attention_input(self.parts, layer_idx, hidden_states) if wanted else None
         return Drop(policy, layer_idx, states, block, selection, cache, self._windows[layer_idx])
 
-    def _charge(self, spent: Spent, layer_idx: int, selection: Selection, block: Block, cache: AdaptiveCache) -> None:
-        """Count what one layer executed, and what the dense model would have."""
-        costs, slots = self.costs, cache.slots[layer_idx].used
-        run, propagate = costs.run[layer_idx], costs.propagate[layer_idx]
-        batch, tokens = block.position_ids.shape
-        everyone = batch * tokens
-        running, skipping = (everyone, 0) if selection.kind == "all" else (0, everyone)
-        if selection.run is not None and selection.skip is not None:
-            running, skipping = selection.run[1].numel(), selection.skip[1].numel()
-        spent.layer_flops += running * (run.flops + slots * costs.pair_flops)
-        per_token, per_pair = self.policy.cache_policy.work(layer_idx)
-        spent.policy_flops += everyone * (per_token + slots * per_pair)
-        spent.propagation_flops += skipping * propagate.flops
-        if costs.shortcut:
-            spent.shortcut_flops += skipping * costs.shortcut[layer_idx].flops
-            spent.shortcut_bytes += costs.shortcut[layer_idx].read(skipping)
-        spent.dense_layer_flops += everyone * (run.flops + (cache.seen + tokens) * costs.pair_flops)
-        spent.layer_bytes += run.read(running)
-        spent.propagation_bytes += propagate.read(skipping)
-        spent.dense_layer_bytes += run.read(everyone)
-        if layer_idx == 0:
-            spent.embedding_flops += everyone * costs.embedding.flops
-            spent.embedding_bytes += costs.embedding.read(everyone)
-
     def logits(self, hidden_states: Tensor, trace: Trace) -> Tensor:
         """Apply the head to normed hidden states [B, T, D] and charge it to the last step."""
         batch, tokens = hidden_states.shape[:2]
-        spent = trace.steps[-1].spent
-        spent.head_flops += batch * tokens * self.costs.head.flops
-        spent.head_bytes += self.costs.head.weight_bytes
+        trace.steps[-1].meter.head(batch * tokens)
         head = self._step.head(hidden_states)
         return self.adapter.logits(replace(self.parts, head=head), hidden_states)
 

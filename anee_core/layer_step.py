@@ -21,6 +21,11 @@ class LayerStep(Protocol):
     An implementation may fuse, compile or capture; `ReferenceStep` is what it must agree with.
     """
 
+    @property
+    def slow_because(self) -> str | None:
+        """Why layers run by their own modules; None if they do not."""
+        ...
+
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Look at a block [B, T, D] before its layers run."""
         ...
@@ -63,6 +68,11 @@ class ReferenceStep:
 
     def __init__(self, adapter: ModelAdapter, parts: Parts) -> None:
         self._adapter, self._parts = adapter, parts
+
+    @property
+    def slow_because(self) -> str | None:
+        """That this is what was asked for."""
+        return "it was asked for"
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Do nothing."""

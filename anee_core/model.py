@@ -113,6 +113,13 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         return self.engine.budget.limit
 
     @property
+    def slow_because(self) -> str | None:
+        """Why layers run by their own modules, though they might run faster; None if they do run fast. It is known once
+        a block of a few tokens has been run without gradients.
+        """
+        return self.engine.slow_because if self.fast else "fast=False"
+
+    @property
     def device(self) -> torch.device:
         """Device of the model's first weights, where inputs go."""
         return cast(torch.device, self.parts.embedding.weight.device)

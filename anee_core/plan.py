@@ -54,6 +54,12 @@ class Selection:
     run: tuple[Tensor, Tensor] | None = None
     skip: tuple[Tensor, Tensor] | None = None
 
+    def counts(self, tokens: int) -> tuple[int, int]:
+        """Return how many of a block's ``tokens`` run the layer, counting what is computed twice, and how many skip."""
+        if self.run is not None and self.skip is not None:
+            return self.run[1].numel(), self.skip[1].numel()
+        return (tokens, 0) if self.kind == "all" else (0, tokens)
+
 
 _ALL, _NONE = Selection("all"), Selection("none")
 _PADDING, _SKIPPED, _RUNS = range(3)

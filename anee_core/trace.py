@@ -12,21 +12,27 @@ from torch import Tensor
 from anee_core.accounting import Spent
 from anee_core.cache import AdaptiveCache
 from anee_core.errors import MissingPackageError
+from anee_core.meter import Meter
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: who ran ([L, B, T] bool), which tokens are real ([B, T] bool), and what it cost; how many slots each
-    layer held after each token ([L, B, T]), and the bytes that each layer had allocated in the end.
+    """One forward: who ran ([L, B, T] bool), which tokens are real ([B, T] bool), what was executed; how many slots
+    each layer held after each token ([L, B, T]), and the bytes that each layer had allocated in the end.
     """
 
     ran: Tensor
     real: Tensor
-    spent: Spent
+    meter: Meter
     phase: Literal["prefill", "decode"]
     dense: bool
     held: Tensor
     kv_bytes: list[int]
+
+    @property
+    def spent(self) -> Spent:
+        """What it cost."""
+        return self.meter.total()
 
 
 class Trace:

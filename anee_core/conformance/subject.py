@@ -86,11 +86,16 @@ class Subject:
         return self._built[dtype, attention]
 
     def adaptive(
-        self, policy: str | Policy = "dense", budget: float | None = None, hard: bool = False, model: Any = None
+        self,
+        policy: str | Policy = "dense",
+        budget: float | None = None,
+        hard: bool = False,
+        model: Any = None,
+        fast: bool = False,
     ) -> AdaptiveModel:
         """Return a model under a policy, with a made-up calibration."""
         model = self.model() if model is None else model
-        adaptive = AdaptiveModel(model, self.adapter)
+        adaptive = AdaptiveModel(model, self.adapter, fast=fast)
         layers = len(adaptive.parts.layers)
         calibration = Calibration(torch.linspace(1, 0, layers), torch.linspace(0, 1, 101), "made up", "made up")
         return adaptive.set_policy(make_policy(policy, self.plugins), budget, hard, calibration)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from anee_core.adapter import ModelAdapter
-from anee_core.conformance import cost, dense, lifecycle, skipping
+from anee_core.conformance import cost, dense, fast, lifecycle, skipping
 from anee_core.conformance.check import Check
 from anee_core.conformance.policies import POLICY_CHECKS
 from anee_core.conformance.policy_subject import PolicySubject
@@ -26,6 +26,8 @@ ADAPTER_CHECKS: tuple[Check[Subject], ...] = (
     skipping.parallel,
     skipping.rows,
     skipping.causal_effect,
+    fast.fast_step,
+    fast.fast_cache,
     cost.cost_model,
     cost.budget,
     lifecycle.rollback,

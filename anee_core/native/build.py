@@ -54,7 +54,6 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise NoLibraryError(f"it cannot be kept or loaded: {error}") from error
     pointer, count = ctypes.c_void_p, ctypes.c_int32
-    loaded.anee_scratch.argtypes, loaded.anee_scratch.restype = [pointer, count, count, count], ctypes.c_int64
     loaded.anee_run.argtypes, loaded.anee_run.restype = [pointer, pointer], None
     loaded.anee_project.argtypes, loaded.anee_project.restype = [pointer, pointer], None
     loaded.anee_linear.argtypes = [pointer, pointer, pointer, count, count, pointer, count]

@@ -67,7 +67,7 @@ struct Tokens {
     const int64_t* place;
     const int64_t* row;
     const int64_t* column;
-    float* scratch;
+    float* scratch;       // what NativeLayer.floats says for each token, then used + LANES for each thread
     int64_t row_stride, head_stride, mask_stride, start;
     int32_t count, used, threads;
 };
@@ -463,12 +463,6 @@ static void linear(const Matrix& matrix, const void* x, void* y, int tokens, flo
 }
 
 extern "C" {
-
-// Floats of scratch that a call needs.
-int64_t anee_scratch(const Layer* layer, int32_t count, int32_t used, int32_t threads) {
-    int64_t widths = 3 * int64_t(layer->width) + 2 * int64_t(layer->head_dim) * (layer->heads + layer->kv_heads);
-    return count * (widths + 2 * int64_t(layer->up.outputs)) + threads * (used + int64_t(LANES));
-}
 
 // Run the layer for the tokens: their keys and values go into the cache, their new states into `result`.
 void anee_run(const Layer* layer, const Tokens* tokens) {

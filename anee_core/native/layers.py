@@ -18,6 +18,10 @@ _ACTIVATIONS = {
 }  # fmt: skip
 
 
+_BYTES_PER_THREAD = 1 << 18
+"""Weights that keep a thread busy for long enough."""
+
+
 class NativeLayer:
     """One decoder layer as a struct.
 
@@ -69,6 +73,11 @@ class NativeLayer:
             scale=getattr(find(layer, layout.attention), "scaling", head_dim**-0.5),
         )
         self.address = addressof(self.struct)
+        self.kv_heads, self.head_dim = self.struct.kv_heads, head_dim
+        self.floats = 3 * config.hidden_size + 2 * (queries + keys) + 2 * up.outputs
+        """Of scratch that a token needs, beside room for each thread's attention scores."""
+        self.threads = max(1, pointers.nbytes // _BYTES_PER_THREAD)
+        """More would be more trouble than they are worth."""
 
     @property
     def current(self) -> bool:

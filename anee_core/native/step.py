@@ -17,14 +17,14 @@ from anee_core.layout import Parts
 from anee_core.native.build import NoLibraryError, library
 from anee_core.native.layers import NativeLayer
 from anee_core.native.pointers import Pointers, UnfitError
-from anee_core.native.structs import Tokens
+from anee_core.native.structs import LANES, Tokens
 
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 32
 """Blocks of more tokens are left to the model's own modules: their matrix products keep the processor busy."""
-_BYTES_PER_THREAD = 1 << 18
-"""Weights of a layer that are worth a thread of their own."""
+_Angles = tuple[Tensor, Tensor, int, int]
+"""Cosines and sines [B, T, R], and where they lie."""
 
 
 class NativeStep:
@@ -42,11 +42,14 @@ class NativeStep:
         self._layers: list[NativeLayer] = []
         self._head: _Head | None = None
         self._scratch = torch.empty(0)
+        self._tokens = Tokens()
+        self._tokens_at = addressof(self._tokens)
+        self._threads = 1
         self._whole: dict[tuple[int, int], _Where] = {}
-        self._turned: tuple[LayerCall, tuple[Tensor, Tensor] | None] | None = None
+        self._turned: tuple[LayerCall, _Angles | None] | None = None
         self._usable = False
-        self.reason: str | None = None
-        """Why layers run by their own modules, if they do; known after the first forward."""
+        self.slow_because: str | None = "no block of few tokens has been run"
+        """Why layers run by their own modules, if they do."""
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Look at a block [B, T, D] before its layers run."""
@@ -55,6 +58,7 @@ class NativeStep:
         if self._usable and (not self._layers or cache.seen == 0 or count > 1) and not self._current():
             self._read_model()
         self._usable = self._usable and bool(self._layers) and hidden_states.dtype == self._layers[0].pointers.dtype
+        self._threads = torch.get_num_threads()
 
     def run(
         self,
@@ -68,15 +72,9 @@ class NativeStep:
         """Run a layer; see `LayerStep.run`."""
         if not self._usable:
             return self._reference.run(layer_idx, hidden_states, call, cache, places, mask)
-        tokens, keep = self._tokens(layer_idx, hidden_states, call, cache, self._at(hidden_states, places))
-        if mask is not None:
-            keep.append(mask := mask.to(hidden_states.dtype).contiguous())
-            tokens.mask, tokens.mask_stride = mask.data_ptr(), mask.shape[-1]
-        columns = hidden_states.shape[:2] if places is None else places[1].shape
-        result = hidden_states.new_empty(*columns, hidden_states.shape[-1])
-        tokens.result = result.data_ptr()
-        assert self._library is not None
-        self._library.anee_run(self._layers[layer_idx].address, addressof(tokens))
+        where = self._at(hidden_states, places)
+        result = hidden_states.new_empty(*where.shape, hidden_states.shape[-1])
+        self._call("anee_run", layer_idx, hidden_states, call, cache, where, mask=mask, result=result)
         return result
 
     def propagate(
@@ -85,9 +83,7 @@ class NativeStep:
         """Write keys and values; see `LayerStep.propagate`."""
         if not self._usable:
             return self._reference.propagate(layer_idx, hidden_states, call, cache, places)
-        tokens, _keep = self._tokens(layer_idx, hidden_states, call, cache, self._at(hidden_states, places))
-        assert self._library is not None
-        return self._library.anee_project(self._layers[layer_idx].address, addressof(tokens))
+        return self._call("anee_project", layer_idx, hidden_states, call, cache, self._at(hidden_states, places))
 
     def settle(
         self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
@@ -97,10 +93,8 @@ class NativeStep:
             return self._reference.settle(layer_idx, hidden_states, call, cache, slots)
         batch, length = hidden_states.shape[:2]
         here = self._where(batch, length)
-        there = _Where(here.place, here.row, slots.repeat(batch))
-        tokens, _keep = self._tokens(layer_idx, hidden_states, call, cache, there, start=0)
-        assert self._library is not None
-        return self._library.anee_project(self._layers[layer_idx].address, addressof(tokens))
+        there = _Where(here.place, here.row, slots.repeat(batch), here.shape)
+        return self._call("anee_project", layer_idx, hidden_states, call, cache, there, start=0)
 
     def head(self, hidden_states: Tensor) -> Any:
         """Return what to apply to normed hidden states [B, T, D] as the model's head."""
@@ -114,7 +108,7 @@ class NativeStep:
 
     def _read_model(self) -> None:
         """Point to the model's weights as they are now, or find out why that cannot be."""
-        before, self.reason = self.reason, None
+        before, self.slow_because = self.slow_because, None
         self._layers, self._head = [], None
         parts = self._parts
         recipe = self._adapter.recipe(parts.config)
@@ -128,57 +122,56 @@ class NativeStep:
             self._head = _Head(self._library, parts, layers[0].pointers.dtype)
             self._layers = layers
         except (UnfitError, NoLibraryError) as error:
-            self.reason = str(error)
-            if self.reason != before:
-                logger.info("%s runs by its own modules: %s", type(parts.model).__name__, self.reason)
+            self.slow_because = str(error)
+            if self.slow_because != before:
+                logger.info("%s runs by its own modules: %s", type(parts.model).__name__, self.slow_because)
 
-    def _tokens(
+    def _call(
         self,
+        function: str,
         layer_idx: int,
         hidden_states: Tensor,
         call: LayerCall,
         cache: AdaptiveCache,
         where: _Where,
+        *,
         start: int | None = None,
-    ) -> tuple[Tokens, list[Any]]:
-        """Return the struct for some tokens of [B, T, D], and what must outlive the call."""
-        layer = self._layers[layer_idx]
+        mask: Tensor | None = None,
+        result: Tensor | None = None,
+    ) -> None:
+        """Call a function of the library for some tokens of [B, T, D]."""
+        layer, tokens = self._layers[layer_idx], self._tokens
         states = hidden_states.contiguous()
-        keys, values = cache.storage(layer_idx, layer.struct.kv_heads, layer.struct.head_dim, states)
+        keys, values = cache.storage(layer_idx, layer.kv_heads, layer.head_dim, states)
         first, used = cache.span(layer_idx)
-        threads = max(1, min(torch.get_num_threads(), layer.pointers.nbytes // _BYTES_PER_THREAD))
-        needed = self._library.anee_scratch(layer.address, where.count, used, threads)  # type: ignore[union-attr]
+        threads = min(self._threads, layer.threads)
+        needed = where.count * layer.floats + threads * (used + LANES)
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(2 * needed)
-        keep: list[Any] = [states, where, keys, values]
-        tokens = Tokens(
-            states=states.data_ptr(),
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
-            place=where.place.data_ptr(),
-            row=where.row.data_ptr(),
-            column=where.column.data_ptr(),
-            scratch=self._scratch.data_ptr(),
-            row_stride=keys.stride(0),
-            head_stride=keys.stride(1),
-            start=first if start is None else start,
-            count=where.count,
-            used=used,
-            threads=threads,
-        )
         angles = self._angles(call, states.shape[0], states.dtype)
-        if angles is not None:
-            tokens.cos, tokens.sin = angles[0].data_ptr(), angles[1].data_ptr()
-        return tokens, keep
+        if mask is not None:
+            mask = mask.to(states.dtype).contiguous()
+            tokens.mask_stride = mask.shape[-1]
+        tokens.states, tokens.result = states.data_ptr(), None if result is None else result.data_ptr()
+        tokens.mask = None if mask is None else mask.data_ptr()
+        tokens.cos, tokens.sin = (None, None) if angles is None else angles[2:]
+        tokens.keys, tokens.values = keys.data_ptr(), values.data_ptr()
+        tokens.place, tokens.row, tokens.column = where.pointers
+        tokens.scratch = self._scratch.data_ptr()
+        tokens.row_stride, tokens.head_stride = keys.stride()[:2]
+        tokens.start = first if start is None else start
+        tokens.count, tokens.used, tokens.threads = where.count, used, threads
+        getattr(self._library, function)(layer.address, self._tokens_at)
 
-    def _angles(self, call: LayerCall, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return the rotary angles of a call, as they lie in memory; layers that share a call share them."""
+    def _angles(self, call: LayerCall, batch: int, dtype: torch.dtype) -> _Angles | None:
+        """Return the rotary angles of a call and where they lie; layers that share a call share them."""
         if self._turned is None or self._turned[0] is not call:
             angles = self._adapter.angles(self._parts, call)
+            placed = None
             if angles is not None:
                 cos, sin = (angle.expand(batch, -1, -1).to(dtype).contiguous() for angle in angles)
-                angles = cos, sin
-            self._turned = call, angles
+                placed = cos, sin, cos.data_ptr(), sin.data_ptr()
+            self._turned = call, placed
         return self._turned[1]
 
     def _at(self, hidden_states: Tensor, places: Places | None) -> _Where:
@@ -194,16 +187,17 @@ class NativeStep:
 
 
 class _Where:
-    """Where some tokens of a block are: numbers for each, in memory."""
+    """Where some tokens of a block are: numbers for each, in memory, and the shape that they came in."""
 
-    def __init__(self, place: Tensor, row: Tensor, column: Tensor) -> None:
-        self.place, self.row, self.column, self.count = place, row, column, place.numel()
+    def __init__(self, place: Tensor, row: Tensor, column: Tensor, shape: torch.Size) -> None:
+        self.place, self.row, self.column, self.count, self.shape = place, row, column, place.numel(), shape
+        self.pointers = place.data_ptr(), row.data_ptr(), column.data_ptr()
 
     @classmethod
     def at(cls, places: Places, length: int) -> _Where:
         rows, columns = places
         rows = rows.expand_as(columns)
-        return cls((rows * length + columns).contiguous(), rows.contiguous(), columns.contiguous())
+        return cls((rows * length + columns).contiguous(), rows.contiguous(), columns.contiguous(), columns.shape)
 
 
 class _Head:

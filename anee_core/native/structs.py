@@ -7,6 +7,10 @@ from enum import IntEnum
 from typing import ClassVar
 
 
+LANES = 16
+"""Numbers that are worked on at once."""
+
+
 class Kind(IntEnum):
     """Type of numbers in memory."""
 

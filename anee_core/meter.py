@@ -1,0 +1,60 @@
+"""Counts what one forward executes. While it runs that costs next to nothing; sums are made when somebody looks."""
+
+from __future__ import annotations
+
+from anee_core.accounting import CostModel, Spent
+from anee_core.interfaces import CachePolicy
+
+
+class Meter:
+    """What one forward over B x T tokens executed.
+
+    Args:
+        costs: what the model's parts cost.
+        cache_policy: what decides about cached tokens, which has work of its own.
+        tokens: B x T.
+        context: tokens of a row that were seen before or are new.
+    """
+
+    def __init__(self, costs: CostModel, cache_policy: CachePolicy, tokens: int, context: int) -> None:
+        self._costs, self._cache_policy, self._tokens, self._context = costs, cache_policy, tokens, context
+        self._layers: list[tuple[int, int, int]] = []
+        self._inside = self._head_calls = self._head_tokens = 0
+
+    def layer(self, running: int, skipping: int, slots: int) -> None:
+        """Count the next layer: how many tokens run and skip it, and the slots of a row that a running one looks at."""
+        self._layers.append((running, skipping, slots))
+
+    def policy(self, flops: int) -> None:
+        """Count what a token policy executed inside a layer."""
+        self._inside += flops
+
+    def head(self, tokens: int) -> None:
+        """Count one call of the head."""
+        self._head_calls, self._head_tokens = self._head_calls + 1, self._head_tokens + tokens
+
+    def total(self) -> Spent:
+        """Return what was executed, and what the dense model would have."""
+        costs, tokens = self._costs, self._tokens
+        spent = Spent(
+            policy_flops=self._inside,
+            head_flops=self._head_tokens * costs.head.flops,
+            head_bytes=self._head_calls * costs.head.weight_bytes,
+        )
+        if self._layers:
+            spent.embedding_flops = tokens * costs.embedding.flops
+            spent.embedding_bytes = costs.embedding.read(tokens)
+        for layer_idx, (running, skipping, slots) in enumerate(self._layers):
+            run, propagate = costs.run[layer_idx], costs.propagate[layer_idx]
+            spent.layer_flops += running * (run.flops + slots * costs.pair_flops)
+            per_token, per_pair = self._cache_policy.work(layer_idx)
+            spent.policy_flops += tokens * (per_token + slots * per_pair)
+            spent.propagation_flops += skipping * propagate.flops
+            if costs.shortcut:
+                spent.shortcut_flops += skipping * costs.shortcut[layer_idx].flops
+                spent.shortcut_bytes += costs.shortcut[layer_idx].read(skipping)
+            spent.dense_layer_flops += tokens * (run.flops + self._context * costs.pair_flops)
+            spent.layer_bytes += run.read(running)
+            spent.propagation_bytes += propagate.read(skipping)
+            spent.dense_layer_bytes += run.read(tokens)
+        return spent
