@@ -37,7 +37,7 @@ docs: .venv/dev.done  ## the documentation site, in build/site; warnings are err
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/demo.done  ## ms per token against transformers
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/anee bench smollm2 --dtype bfloat16 --dtype float32
 
 .venv/demo.done: pyproject.toml plugins/anee-smollm2/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from anee.bench import bench
 from anee.develop import conformance, new_adapter
 from anee.evaluation import evaluate, publish, report, sweep
 from anee.options import Budget, Device, Dtype, MaxNewTokens, Model, PolicyString, Prompt, Sample, SampleSeed
@@ -125,6 +126,7 @@ app.command()(conformance)
 app.command()(new_adapter)
 app.command()(calibrate)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(sweep)
 app.command()(report)
 app.command()(publish)

@@ -51,6 +51,8 @@ class LayerCall:
     @staticmethod
     def joined(calls: Sequence[LayerCall]) -> LayerCall:
         """Return one call for the tokens of several, side by side, without a mask."""
+        if len(calls) == 1:
+            return calls[0].with_mask(None)
         pairs = [call.position_embeddings for call in calls if call.position_embeddings is not None]
         cos, sin = (torch.cat([pair[i] for pair in pairs], dim=1) if pairs else None for i in range(2))
         return LayerCall(

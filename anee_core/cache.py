@@ -242,7 +242,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         assert self.pay is not None
         starts, states, calls = zip(*owed, strict=True)
         with torch.no_grad():
-            self.pay(layer_idx, torch.cat(states, dim=1), LayerCall.joined(calls), self, torch.tensor(starts))
+            together = states[0] if len(owed) == 1 else torch.cat(states, dim=1)
+            self.pay(layer_idx, together, LayerCall.joined(calls), self, torch.tensor(starts))
 
     def settle_all(self) -> None:
         """Write all keys and values that are owed."""

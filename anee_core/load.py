@@ -18,6 +18,7 @@ from anee_core.ledger import check_budget
 from anee_core.model import AdaptiveModel, Prefill, causal_lm, check_prefill
 from anee_core.plugins import Plugins
 from anee_core.policy import Policy, make_policy
+from anee_core.quantised import quantise
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def load(
     prefill: Prefill = "auto",
     prefill_chunk: int = 256,
     fast: bool = True,
+    weights: str | None = None,
     tokenizer: Any = None,
     calibration: Calibration | CalibrationOptions | None = None,
     plugins: Plugins | None = None,
@@ -60,6 +62,7 @@ def load(
         prefill_chunk: tokens read at once under a policy that drops tokens; see `AdaptiveModel`.
         fast: whether decoding may use the native layer step where that is possible, see `anee_core.native.step`; its
             numbers agree with those of the model's own modules up to rounding.
+        weights: ``"int8"`` quantises the weights of the decoder layers, one scale for each output. Default: as they are.
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.
@@ -95,6 +98,8 @@ def load(
         raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
     adapter = _adapter_of(inner.config, plugins)
     _check_weights(inner)
+    if weights is not None:
+        quantise(adapter, inner, weights)
     parsed = parsed.with_trained(plugins.trained_for(getattr(inner.config, "anee_backbone", None)))
     adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk, fast)
     if not isinstance(model, nn.Module):

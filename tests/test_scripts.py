@@ -65,13 +65,6 @@ def test_every_example_is_run():
     assert {name for name in examples if name in here} == examples
 
 
-def test_decoding(llama_folder, tmp_path, run_script):
-    out = tmp_path / "decode.json"
-    options = ["--dtypes", "float32", "--tokens", "3", "--repeats", "1", "--json", out]
-    run_script("benchmarks/decode.py", "--model", llama_folder, *options)
-    assert out.is_file()
-
-
 def test_token_dropping_goes_on_where_it_was(llama_folder, text, tmp_path, run_script):
     arguments = [llama_folder, "--text", f"nights={text}", "--out", tmp_path / "out"]
     sizes = ["--length", "24", "--from", "8", "--blocks", "2", "--batch", "2"]

@@ -6,7 +6,14 @@ from anee_core.layer_step import LayerStep, ReferenceStep
 from anee_core.layout import Parts
 from anee_core.native.step import NativeStep
 
+_WORTH_DEFERRING = 1 << 20
+"""Bytes of a layer's key and value projections: below it, reading them is over sooner than keeping accounts."""
+
 
 def step_for(adapter: ModelAdapter, parts: Parts, fast: bool) -> LayerStep:
     """Return how layers are run: as fast as possible, or by the model's own modules."""
-    return DeferredStep(NativeStep(adapter, parts)) if fast else ReferenceStep(adapter, parts)
+    if not fast:
+        return ReferenceStep(adapter, parts)
+    step = NativeStep(adapter, parts)
+    size = 2 * adapter.kv_width(parts.config) * parts.config.hidden_size * parts.model.dtype.itemsize
+    return DeferredStep(step) if size >= _WORTH_DEFERRING else step

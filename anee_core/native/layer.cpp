@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 struct bf16 { uint16_t bits; };
 
@@ -18,7 +21,6 @@ typedef int32_t vec_int __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t vec_half __attribute__((vector_size(32), aligned(2)));
 typedef int8_t vec_byte __attribute__((vector_size(16), aligned(1)));
 constexpr int LANES = 16;
-constexpr int AHEAD = 4096;  // bytes
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 enum Norm : int32_t { RMS = 0, LAYER = 1 };
@@ -26,7 +28,8 @@ enum Rotary : int32_t { NONE = 0, HALVES = 1, PAIRS = 2 };
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 enum Residual : int32_t { SEQUENTIAL = 0, PARALLEL_ONE_NORM = 1, PARALLEL_TWO_NORMS = 2 };
 
-// A linear map. Output r lies in row (r / group) * group_stride + r % group of the weight; if transposed, in that column.
+// A linear map. Output r lies in row (r / group) * group_stride + r % group of the weight, and so do its bias and scale;
+// if transposed, in column r.
 struct Matrix {
     const void* weight;
     const void* bias;     // null for none
@@ -36,6 +39,8 @@ struct Matrix {
     int32_t group, group_stride;
     int32_t transposed;
     int32_t kind;
+
+    int64_t row(int output) const { return int64_t(output / group) * group_stride + output % group; }
 };
 
 struct NormWeights {
@@ -87,12 +92,24 @@ static inline void store(bf16* at, float x) {
 }
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(*(const vec_half*)p, vec_bits) << 16); }
-static inline vec load(const int8_t* p) { return __builtin_convertvector(*(const vec_byte*)p, vec); }
+static inline vec load(const int8_t* p) {
+#ifdef __AVX512F__  // compilers make sixteen single conversions of the other
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    return __builtin_convertvector(*(const vec_byte*)p, vec);
+#endif
+}
 static inline float widen(int8_t x) { return x; }
 static inline float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
+    typedef float half __attribute__((vector_size(32)));
+    typedef float quarter __attribute__((vector_size(16)));
+    half h[2];
+    std::memcpy(h, &v, sizeof v);
+    h[0] += h[1];
+    quarter q[2];
+    std::memcpy(q, &h[0], sizeof q);
+    q[0] += q[1];
+    return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
 }
 
 // exp, to about two units in the last place (range reduction to |r| <= ln2/2 and a polynomial).
@@ -122,24 +139,31 @@ static inline Range share(int count, int unit, int thread, int threads) {
             int(std::min<int64_t>(count, units * (thread + 1) / threads * unit))};
 }
 
-// Rows times tokens. On the first pass over some rows, those that follow are fetched: rows are too short for the
-// processor to notice by itself where the next ones are.
+// Rows times tokens. On the first pass over some rows, those `ahead` numbers further on are fetched, which are the next:
+// rows are too short for the processor to notice by itself where it will go on. Loops over rows and tokens are unrolled,
+// so that the sums stay in registers.
 template <class W, int R, int M, bool FIRST>
-static inline void dots(const W* const* rows, const float* x, int64_t x_stride, int inputs, float (&out)[R][M]) {
+static inline void dots(const W* const* rows, int64_t ahead, const float* x, int64_t x_stride, int inputs,
+                        float (&out)[R][M]) {
     vec sums[R][M] = {};
     int i = 0;
     for (; i + LANES <= inputs; i += LANES) {
         vec w[R];
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             w[r] = load(rows[r] + i);
-            if (FIRST) __builtin_prefetch((const char*)(rows[r] + i) + AHEAD);
+            if (FIRST) __builtin_prefetch(rows[r] + ahead + i);
         }
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             vec v = load(x + m * x_stride + i);
+#pragma GCC unroll 8
             for (int r = 0; r < R; r++) sums[r][m] += w[r] * v;
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             float total = sum(sums[r][m]);
             for (int j = i; j < inputs; j++) total += widen(rows[r][j]) * x[m * x_stride + j];
@@ -151,10 +175,11 @@ template <class W, int R>
 static void rows_product(const Matrix& matrix, int first, const float* x, int64_t x_stride, int tokens, float* y,
                          int64_t y_stride) {
     const W* rows[R];
+    float scales[R];
     for (int r = 0; r < R; r++) {
-        int at = first + r;
-        int64_t row = int64_t(at / matrix.group) * matrix.group_stride + at % matrix.group;
+        int64_t row = matrix.row(first + r);
         rows[r] = (const W*)matrix.weight + row * matrix.stride;
+        scales[r] = matrix.scale ? matrix.scale[row] : 1.0f;
     }
     int m = 0;
     auto run = [&](auto width) {
@@ -162,13 +187,11 @@ static void rows_product(const Matrix& matrix, int first, const float* x, int64_
         for (; m + M <= tokens; m += M) {
             float out[R][M];
             if (m == 0)
-                dots<W, R, M, true>(rows, x, x_stride, matrix.inputs, out);
+                dots<W, R, M, true>(rows, R * matrix.stride, x, x_stride, matrix.inputs, out);
             else
-                dots<W, R, M, false>(rows, x + m * x_stride, x_stride, matrix.inputs, out);
-            for (int r = 0; r < R; r++) {
-                float scale = matrix.scale ? matrix.scale[first + r] : 1.0f;
-                for (int k = 0; k < M; k++) y[(m + k) * y_stride + first + r] = out[r][k] * scale;
-            }
+                dots<W, R, M, false>(rows, 0, x + m * x_stride, x_stride, matrix.inputs, out);
+            for (int r = 0; r < R; r++)
+                for (int k = 0; k < M; k++) y[(m + k) * y_stride + first + r] = out[r][k] * scales[r];
         }
     };
     run(std::integral_constant<int, 4>{});
@@ -193,12 +216,14 @@ static void columns_product(const Matrix& matrix, Range range, const float* x, i
                 int at = first;
                 for (; at + LANES <= last; at += LANES) {
                     vec w[R];
+#pragma GCC unroll 8
                     for (int r = 0; r < R; r++) {
                         w[r] = load(weight + (i + r) * stride + at);
                         __builtin_prefetch(weight + (i + r + R) * stride + at);
                     }
                     for (int m = 0; m < tokens; m++) {
                         vec total = load(y + m * y_stride + at);
+#pragma GCC unroll 8
                         for (int r = 0; r < R; r++) total += w[r] * x[m * x_stride + i + r];
                         *(vec*)(y + m * y_stride + at) = total;
                     }
@@ -230,10 +255,8 @@ static Range product_of(const Matrix& matrix, const float* x, int tokens, float*
     }
     if (matrix.bias)
         for (int m = 0; m < tokens; m++)
-            for (int r = range.first; r < range.last; r++) {
-                int64_t at = int64_t(r / matrix.group) * matrix.group_stride + r % matrix.group;
-                y[m * y_stride + r] += widen(((const T*)matrix.bias)[at]);
-            }
+            for (int r = range.first; r < range.last; r++)
+                y[m * y_stride + r] += widen(((const T*)matrix.bias)[matrix.row(r)]);
     return range;
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anee_core.native.structs import Kind, Matrix, Norm, NormWeights
 from anee_core.projection import sliceable
+from anee_core.quantised import Int8Linear
 
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
 _RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
@@ -33,7 +34,7 @@ class Pointers:
     def current(self) -> bool:
         """Whether the modules still hold what the structs point to, and nothing has been hung on them."""
         for module, name, tensor, pointer in self._sources:
-            now = module._parameters.get(name)
+            now = _tensor(module, name)
             if now is not tensor or (now is not None and now.data_ptr() != pointer) or hooked(module):
                 return False
         return True
@@ -49,29 +50,35 @@ class Pointers:
         Raises:
             UnfitError: it is not a plain one in the CPU's memory.
         """
-        if not sliceable(module):
+        int8 = type(module) is Int8Linear and not hooked(module)
+        if not int8 and not sliceable(module):
             raise UnfitError(f"a {type(module).__name__} is quantised, wrapped or hooked")
-        weight, bias = cast(Tensor, self._take(module, "weight")), self._take(module, "bias")
+        weight = cast(Tensor, self._take(module, "weight", torch.int8 if int8 else self.dtype))
+        scale = self._take(module, "scale", torch.float32) if int8 else None
+        bias = self._take(module, "bias", self.dtype)
         transposed = type(module).__name__ == "Conv1D"
         outputs, inputs = reversed(weight.shape) if transposed else weight.shape
         return Matrix(
             weight=weight.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
+            scale=None if scale is None else scale.data_ptr(),
             stride=weight.stride(0),
             outputs=outputs,
             inputs=inputs,
             group=outputs,
             transposed=transposed,
-            kind=self.kind,
+            kind=Kind.INT8 if int8 else self.kind,
         )
 
     def part(self, module: nn.Module, first: int, count: int) -> Matrix:
         """Return the struct of ``count`` outputs of a linear map, from output ``first`` on."""
         part = self.matrix(module)
         size = self.dtype.itemsize
-        part.weight += first * (1 if part.transposed else part.stride) * size
+        part.weight += first * (1 if part.transposed else part.stride) * (1 if part.kind == Kind.INT8 else size)
         if part.bias:
             part.bias += first * size
+        if part.scale:
+            part.scale += first * torch.float32.itemsize
         part.outputs = part.group = count
         return part
 
@@ -91,19 +98,23 @@ class Pointers:
             raise UnfitError(f"its norm is a {name}")
         if hooked(module):
             raise UnfitError(f"its {name} is hooked")
-        weight, bias = cast(Tensor, self._take(module, "weight")), self._take(module, "bias")
+        weight, bias = cast(Tensor, self._take(module, "weight", self.dtype)), self._take(module, "bias", self.dtype)
         return NormWeights(weight.data_ptr(), None if bias is None else bias.data_ptr(), eps, kind)
 
-    def _take(self, module: nn.Module, name: str) -> Tensor | None:
-        tensor = module._parameters.get(name)
+    def _take(self, module: nn.Module, name: str, dtype: torch.dtype) -> Tensor | None:
+        tensor = _tensor(module, name)
         if tensor is not None:
-            if tensor.dtype != self.dtype:
-                raise UnfitError(f"it has weights of {tensor.dtype} beside those of {self.dtype}")
+            if tensor.dtype != dtype:
+                raise UnfitError(f"it has weights of {tensor.dtype} beside those of {dtype}")
             if tensor.device.type != "cpu" or tensor.stride(-1) != 1:
                 raise UnfitError("its weights do not lie in plain order in the CPU's memory")
             self._kept.append(tensor.detach())
         self._sources.append((module, name, tensor, 0 if tensor is None else tensor.data_ptr()))
         return tensor
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    return module._parameters.get(name, module._buffers.get(name))
 
 
 def hooked(module: nn.Module) -> bool:

@@ -1,0 +1,89 @@
+"""The command that measures speed."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+_COLUMNS = ("contender", "ms/token", "spread", "speedup", "layers run", "of bandwidth", "prompt ms", "prompt speedup")
+
+
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Model sources, ids, folders or shapes: gpt2-small, -medium, -large, -xl, llama-1.1b."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="May be repeated. Default: bfloat16.")] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="May be repeated. Default: 1.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option("--context", help="Tokens of the prompt; may be repeated. Default: 128.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="A further policy, like 'rl@0.7'; may be repeated.")
+    ] = None,
+    skipped: Annotated[
+        list[float] | None, typer.Option("--skipped", help="Share skipped at random; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="New tokens to time.")] = 24,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each contender; they take turns.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With transformers compiled, static cache: takes minutes.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--json", help="Keeps what is measured; an interrupted run goes on.")] = Path(
+        "benchmarks/out/bench.json"
+    ),
+    plot: Annotated[Path | None, typer.Option("--plot", help="Save a picture here.")] = None,
+) -> None:
+    """Time ANEE against transformers, side by side: ms per token, and reading the prompt."""
+    import torch  # heavy: imported where used
+    import transformers
+
+    from anee_core.bench import BenchOptions, draw, measure
+    from anee_core.progress import progress_bar
+    from anee_core.records import Records
+
+    shares = tuple(skipped) if skipped is not None else (0.25, 0.5, 0.58)
+    setting: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "skipped": shares, "policies": policy or []}
+    setting |= {"compiled": compiled, "transformers": transformers.__version__}
+    records = Records(out, setting)
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    for model in models or ["smollm2"]:
+        for kind in dtype or ["bfloat16"]:
+            for rows in batch or [1]:
+                for length in context or [128]:
+                    title = f"{model}, {kind}, batch {rows}, context {length}"
+                    if title in records:
+                        continue
+                    options = BenchOptions(
+                        model, kind, rows, length, tokens, repeats, shares, tuple(policy or ()), compiled
+                    )
+                    with progress_bar(True, transient=True) as bar:
+                        task = bar.add_task(title, total=None)
+
+                        def advance(name: str, bar: Any = bar, task: Any = task, title: str = title) -> None:
+                            bar.update(task, advance=1, description=f"{title}: {name}")
+
+                        found = measure(options, advance)
+                    records.add(title, {"title": title, "machine": machine, **found})
+    console = Console(width=120)
+    for found in records.all():
+        table = Table(*_COLUMNS, title=f"{found['title']} (memory is read at {found['read_gb_per_s']:.1f} GB/s)")
+        for r in found["records"]:
+            table.add_row(
+                r["contender"],
+                f"{r['ms_per_token']:.1f}",
+                f"{r['spread']:.0%}",
+                f"{r['speedup']:.2f}x",
+                f"{r['layers_run']:.0%}",
+                f"{r['share_of_bandwidth']:.0%}",
+                f"{r['prompt_ms']:.0f}",
+                f"{r['prompt_speedup']:.2f}x",
+            )
+        console.print(table)
+    if plot is not None:
+        draw(records.all(), plot)

@@ -1,0 +1,232 @@
+"""Time to read a prompt and time per token, side by side in one run: transformers, ANEE, and other engines."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anee_core.deferral import DeferredStep
+from anee_core.engine import Engine
+from anee_core.errors import InputError, MissingPackageError
+from anee_core.load import load
+from anee_core.model import AdaptiveModel
+from anee_core.native.step import NativeStep
+from anee_core.shapes import SHAPES, build
+
+
+DENSE = "ANEE dense, decode()"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured.
+
+    Args:
+        model: a model source, hub id, folder or one of `SHAPES`, which get random weights.
+        dtype: of the model.
+        batch: sequences at once.
+        context: tokens of each prompt.
+        tokens: new tokens whose times are taken.
+        repeats: how often each contender is run; they take turns.
+        skipped: shares of the layers to skip, at random for each token.
+        policies: further policy strings, each with a budget after an ``@`` if it takes one, as in ``rl@0.7``.
+        compiled: whether transformers compiled with a static cache takes part, which takes minutes to compile.
+    """
+
+    model: str
+    dtype: str = "bfloat16"
+    batch: int = 1
+    context: int = 128
+    tokens: int = 24
+    repeats: int = 5
+    skipped: tuple[float, ...] = (0.25, 0.5, 0.58)
+    policies: tuple[str, ...] = ()
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.context, self.repeats) < 1 or self.tokens < 2:
+            raise InputError("batch, context and repeats are at least 1, tokens at least 2")
+        if any(not 0 < share < 1 for share in self.skipped):
+            raise InputError(f"shares of layers to skip lie in (0, 1); got {self.skipped}")
+
+
+class Stopwatch:
+    """A streamer that notes when tokens come: the prompt first, then one new token of each row at a time."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def put(self, tokens: Tensor) -> None:
+        """Note the time."""
+        self.marks.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing."""
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Seconds from the prompt to the first new token."""
+        return self.marks[1] - self.marks[0]
+
+    @property
+    def token_seconds(self) -> float:
+        """Median seconds between new tokens."""
+        return statistics.median(b - a for a, b in zip(self.marks[1:], self.marks[2:], strict=False))
+
+
+@dataclass
+class Contender:
+    """Something that generates: ``run`` takes token ids [B, T], a number of new tokens and a stopwatch."""
+
+    name: str
+    run: Callable[[Tensor, int, Stopwatch], Any]
+    ran: Callable[[], float] = field(default=lambda: 1.0)
+    """Share of the layers that were run for new tokens."""
+
+
+def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name: None) -> dict[str, Any]:
+    """Return what was measured: bandwidth of this machine, bytes of the model, and a record for each contender.
+
+    ``advance`` is called with a contender's name before each of its runs, of which there is one more than repeats.
+    """
+    network, tokenizer = _open(options)
+    others = contenders(options, network, tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, network.config.vocab_size, (options.batch, options.context), generator=generator)
+    watches: dict[str, list[Stopwatch]] = {other.name: [] for other in others}
+    for repeat in range(options.repeats + 1):
+        for other in others:
+            advance(other.name)
+            watch = Stopwatch()
+            other.run(prompt, options.tokens, watch)
+            if repeat:  # the first is to warm up
+                watches[other.name].append(watch)
+    costs = load(network).engine.costs
+    layers = sum(work.weight_bytes for work in costs.run)
+    bandwidth = read_bandwidth()
+    records = [_record(other, watches[other.name], watches[others[0].name]) for other in others]
+    dense = next(r["ms_per_token"] for r in records if r["contender"] == DENSE)
+    for record in records:
+        record["ideal_ms"] = dense - (1 - record["layers_run"]) * layers / bandwidth / 1e6
+        record["share_of_bandwidth"] = (
+            (costs.head.weight_bytes + record["layers_run"] * layers) / record["ms_per_token"] / 1e6 / bandwidth
+        )
+    facts = {"layer_bytes": layers, "head_bytes": costs.head.weight_bytes, "read_gb_per_s": bandwidth}
+    return {**facts, "records": records}
+
+
+def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> list[Contender]:
+    """Return who takes part; transformers' ``generate`` comes first."""
+    found = [Contender("transformers generate", lambda p, n, w: _generate(network, p, n, w))]
+    if options.compiled:
+        static = {"cache_implementation": "static"}
+        found.append(Contender("transformers compiled", lambda p, n, w: _generate(network, p, n, w, **static)))
+    dense = load(network, tokenizer=tokenizer)
+    found.append(Contender("ANEE dense, generate()", lambda p, n, w: _generate(dense, p, n, w)))
+    found.append(_lean(DENSE, dense))
+    found.append(_lean("ANEE dense, own modules", load(network, tokenizer=tokenizer, fast=False)))
+    for share in options.skipped:
+        policy = f"random:p={share},protect=0 0"
+        found.append(_lean(f"ANEE {share:.0%} skipped", load(network, policy, tokenizer=tokenizer)))
+    if options.skipped:
+        # The same decisions, each skipped layer's keys and values projected at once, or only when needed.
+        share = options.skipped[-1]
+        for name, defers in (("at once", False), ("deferred", True)):
+            model = load(network, f"random:p={share},protect=0 0", tokenizer=tokenizer)
+            step = NativeStep(model.adapter, model.parts)
+            chosen = DeferredStep(step) if defers else step
+            model.engine = Engine(model.adapter, model.parts, model.policy, step=chosen)
+            found.append(_lean(f"ANEE {share:.0%} skipped, K/V {name}", model))
+    for text in options.policies:
+        name, _, budget = text.partition("@")
+        model = load(network, name, float(budget) if budget else None, tokenizer=tokenizer)
+        found.append(_lean(f"ANEE {text}", model))
+    return found
+
+
+def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 10) -> float:
+    """Return how fast memory can be read, in GB/s: the best of some sums over a large tensor."""
+    data = torch.ones(nbytes // 4)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - started)
+    return nbytes / best / 1e9
+
+
+def _open(options: BenchOptions) -> tuple[Any, Any]:
+    if options.model in SHAPES:
+        return build(options.model, getattr(torch, options.dtype)), None
+    model = load(options.model, dtype=options.dtype)
+    return model.parts.model, model.tokenizer
+
+
+def _generate(model: Any, prompt: Tensor, count: int, watch: Stopwatch, **options: Any) -> None:
+    mask = torch.ones_like(prompt)
+    model.generate(
+        prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=watch,
+        pad_token_id=0, **options,
+    )  # fmt: skip
+
+
+def _lean(name: str, model: AdaptiveModel) -> Contender:
+    def run(prompt: Tensor, count: int, watch: Stopwatch) -> None:
+        model.decode(prompt, max_new_tokens=count, eos_token_id=[], streamer=watch)
+
+    def ran() -> float:
+        assert model.last_trace is not None
+        made = [step.ran for step in model.last_trace.steps if step.phase == "decode"]
+        return float(torch.cat(made, dim=2).float().mean())
+
+    return Contender(name, run, ran)
+
+
+def _record(other: Contender, watches: list[Stopwatch], first: list[Stopwatch]) -> dict[str, Any]:
+    """Return medians, spread, and ratios to the first contender within the same repeat."""
+    seconds = [watch.token_seconds for watch in watches]
+    median = statistics.median(seconds)
+    pairs = list(zip(first, watches, strict=True))
+    return {
+        "contender": other.name,
+        "ms_per_token": median * 1000,
+        "spread": (max(seconds) - min(seconds)) / median,
+        "speedup": statistics.median(a.token_seconds / b.token_seconds for a, b in pairs),
+        "prompt_ms": statistics.median(watch.prompt_seconds for watch in watches) * 1000,
+        "prompt_speedup": statistics.median(a.prompt_seconds / b.prompt_seconds for a, b in pairs),
+        "layers_run": other.ran(),
+    }
+
+
+def draw(benches: list[dict[str, Any]], out: Path) -> None:
+    """Save a picture of ms per token against the share of layers skipped, a panel for each of the ``benches`` that
+    `measure` returned, with a ``title`` in each. The ideal line is the dense time less what reading the skipped
+    layers' weights would take at the bandwidth measured.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError("pictures need matplotlib: pip install 'anee[plot]'") from error
+    figure = Figure(figsize=(4.5 * len(benches), 3.6))
+    for axes, bench in zip(figure.subplots(1, len(benches), squeeze=False)[0], benches, strict=True):
+        ours = [r for r in bench["records"] if r["contender"].startswith("ANEE") and "own" not in r["contender"]]
+        for record in ours:
+            place = 1 - record["layers_run"], record["ms_per_token"]
+            axes.plot(*place, "o", label=record["contender"])
+        ideal = sorted((1 - r["layers_run"], r["ideal_ms"]) for r in ours)
+        axes.plot(*zip(*ideal, strict=True), "k:", label="ideal")
+        axes.axhline(bench["records"][0]["ms_per_token"], color="gray", lw=1, label="transformers")
+        axes.set(title=bench["title"], xlabel="share of layers skipped", ylabel="ms per token", ylim=(0, None))
+    axes.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
