@@ -25,10 +25,11 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        scale = weight.detach().float().abs().amax(1).clamp(min=1e-12) / 127
+        weight = weight.detach().float().contiguous()
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
         self.weight: Tensor
         self.scale: Tensor
-        self.register_buffer("weight", (weight.detach().float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = bias
 

@@ -257,6 +257,22 @@ class HeadWidthFromWidth(type(PLUGINS.adapters["qwen3"])):
         return config.hidden_size // config.num_attention_heads
 
 
+class OtherActivation(GPT2Adapter):
+    def recipe(self, config):
+        return replace(super().recipe(config), activation="model_type")
+
+
+class BesideAttention(LlamaAdapter):
+    def recipe(self, config):
+        return replace(super().recipe(config), parallel=True)
+
+
+class TurnsTheOtherWay(LlamaAdapter):
+    def angles(self, parts, call):
+        cos, sin = super().angles(parts, call)
+        return cos, -sin
+
+
 class AcceptsAnything(LlamaAdapter):
     def refuse(self, config):
         return None
@@ -298,6 +314,9 @@ BROKEN = [
     ("parallel equals stepwise", "llama", DependsOnBlockLength()),
     ("rows", "llama", MixesRows()),
     ("causal effect", "llama", Forgetful()),
+    ("fast step", "gpt2", OtherActivation()),
+    ("fast step", "llama", BesideAttention()),
+    ("fast cache", "llama", TurnsTheOtherWay()),
     ("cost model", "llama", FreeKeys()),
     ("cost model", "llama", WrongHeadWidth()),
     ("cost model", "mixtral", AllExperts()),

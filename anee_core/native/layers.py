@@ -34,12 +34,12 @@ class NativeLayer:
         kind = type(layer)
         if kind.__name__ not in recipe.layers or not kind.__module__.startswith("transformers."):
             raise UnfitError(f"a {kind.__name__} is another layer than the family's usual one")
-        if hooked(layer):
-            raise UnfitError(f"its {kind.__name__} is hooked")
+        self._layer, self._modules = layer, tuple(layer.modules())
+        if any(hooked(module) for module in self._modules):
+            raise UnfitError(f"a module in its {kind.__name__} is hooked")
         activation = getattr(config, recipe.activation)
         if activation not in _ACTIVATIONS:
             raise UnfitError(f"its activation is '{activation}'")
-        self._layer = layer
         self.pointers = pointers = Pointers(parts.model.dtype)
         head_dim = adapter.head_dim(config)
         queries, keys = adapter.attention_width(config), adapter.kv_width(config)
@@ -82,7 +82,11 @@ class NativeLayer:
     @property
     def current(self) -> bool:
         """Whether the struct still says what the layer computes."""
-        return not self._layer.training and not hooked(self._layer) and self.pointers.current
+        modules = tuple(self._layer.modules())
+        if self._layer.training or len(modules) != len(self._modules):
+            return False
+        same = all(now is then for now, then in zip(modules, self._modules, strict=True))
+        return same and not any(hooked(module) for module in modules) and self.pointers.current
 
 
 def _norm(pointers: Pointers, layer: nn.Module, path: str | None) -> NormWeights:

@@ -32,10 +32,10 @@ class Pointers:
 
     @property
     def current(self) -> bool:
-        """Whether the modules still hold what the structs point to, and nothing has been hung on them."""
+        """Whether the modules still hold what the structs point to."""
         for module, name, tensor, pointer in self._sources:
             now = _tensor(module, name)
-            if now is not tensor or (now is not None and now.data_ptr() != pointer) or hooked(module):
+            if now is not tensor or (now is not None and now.data_ptr() != pointer):
                 return False
         return True
 

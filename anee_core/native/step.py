@@ -16,7 +16,7 @@ from anee_core.layer_step import Places, ReferenceStep
 from anee_core.layout import Parts
 from anee_core.native.build import NoLibraryError, library
 from anee_core.native.layers import NativeLayer
-from anee_core.native.pointers import Pointers, UnfitError
+from anee_core.native.pointers import Pointers, UnfitError, hooked
 from anee_core.native.structs import LANES, Tokens
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class NativeStep:
     def head(self, hidden_states: Tensor) -> Any:
         """Return what to apply to normed hidden states [B, T, D] as the model's head."""
         usable = hidden_states.shape[0] * hidden_states.shape[1] <= MAX_TOKENS and _undisturbed(hidden_states)
-        if not usable or self._head is None or not self._head.pointers.current:
+        if not usable or self._head is None or not self._head.current:
             return self._parts.head
         return self._head
 
@@ -206,7 +206,12 @@ class _Head:
     def __init__(self, native: CDLL, parts: Parts, dtype: torch.dtype) -> None:
         head: nn.Module = parts.head
         self.pointers = Pointers(dtype)
-        self._library, self._matrix = native, self.pointers.matrix(head)
+        self._module, self._library, self._matrix = head, native, self.pointers.matrix(head)
+
+    @property
+    def current(self) -> bool:
+        """Whether this still is what the module does."""
+        return not hooked(self._module) and self.pointers.current
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return logits [B, T, V] of [B, T, D]."""
