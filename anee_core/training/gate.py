@@ -23,12 +23,16 @@ from anee_core.training.loop import Objective
 from anee_core.training.sequence import WholeSequences
 
 
+_MOST = 0.95
+"""Largest budget with thresholds of its own: under one of 1 nothing is skipped, whatever the score."""
+
+
 @dataclass(frozen=True)
 class GateOptions:
     """How a gate is trained.
 
     Args:
-        least: smallest budget that is trained for; each sequence draws its own from there to 1.
+        least: smallest budget that is trained for; each sequence draws its own from there to 0.95.
         knots: budgets with thresholds of their own; between them thresholds are interpolated.
         temperature: of the sigmoid that stands in for the step in the backward pass, in standard deviations.
         noise: scale of the Gumbel noise on the scores.
@@ -42,8 +46,8 @@ class GateOptions:
     pressure: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.least < 1 or self.knots < 2:
-            raise InputError(f"least lies in (0, 1) and knots are at least 2; got {self.least:g} and {self.knots}")
+        if not 0 < self.least < _MOST or self.knots < 2:
+            raise InputError(f"least lies in (0, {_MOST:g}) and knots are at least 2; got {self.least:g} and {self.knots}")
         if self.temperature <= 0 or self.noise < 0 or self.pressure <= 0:
             raise InputError("temperature and pressure are above 0, noise at least 0")
 
@@ -81,15 +85,18 @@ class GatedModel(Objective):
         self.free = [i not in controller.protected(layers) for i in range(layers)]
         self.down, self.up = nn.Parameter(shortcuts.down.float()), nn.Parameter(shortcuts.up.float())
         self.shortcut_bias = nn.Parameter(shortcuts.bias.float())
-        self.weight, self.bias = nn.Parameter(gate.weight.float()), nn.Parameter(gate.bias.float())
+        # In units of the fit's spread, so that one learning rate suits all layers.
+        unit = gate.spread.float()
+        self.weight = nn.Parameter(gate.weight.float() / unit[:, None])
+        self.bias = nn.Parameter(gate.bias.float() / unit)
         self.budgets: Tensor
-        self.register_buffer("budgets", torch.linspace(options.least, 1.0, options.knots))
-        self.thresholds = nn.Parameter(gate.at(self.budgets.clamp(max=0.98)))
+        self.register_buffer("budgets", torch.linspace(options.least, _MOST, options.knots))
+        self.thresholds = nn.Parameter(gate.at(self.budgets))
         self.mean: Tensor
         self.spread: Tensor
         self.price: Tensor
-        self.register_buffer("mean", gate.mean.float())
-        self.register_buffer("spread", gate.spread.float())
+        self.register_buffer("mean", gate.mean.float() / unit)
+        self.register_buffer("spread", torch.ones_like(unit))
         self.register_buffer("price", torch.ones(options.knots))
 
     def train(self, mode: bool = True) -> GatedModel:
@@ -114,7 +121,7 @@ class GatedModel(Objective):
     def draw_budgets(self, input_ids: Tensor) -> Tensor:
         """Return a budget for each row, [B], evenly drawn."""
         lowest = self.options.least
-        return lowest + (1 - lowest) * torch.rand(input_ids.shape[0], device=input_ids.device)
+        return lowest + (_MOST - lowest) * torch.rand(input_ids.shape[0], device=input_ids.device)
 
     def move_price(self, price: Tensor, budgets: Tensor, over: Tensor) -> None:
         """Raise the prices [Q] of the knots near ``budgets`` [B] that are exceeded (``over`` [B] is above 0), and lower
@@ -185,10 +192,13 @@ class GatedModel(Objective):
     def thresholds_of(self, budgets: Tensor, positions: Tensor) -> Tensor:
         """Return the thresholds [B, T, L] of tokens at ``positions`` [T] in sequences with ``budgets`` [B]."""
         allowed = self._controller.allowed(budgets[:, None], positions)
-        return self.near(allowed.clamp(min=self.budgets[0])) @ self.thresholds
+        return self.near(allowed) @ self.thresholds
 
     def near(self, budgets: Tensor) -> Tensor:
-        """Return the weights of each knot for budgets [...], [..., Q]: linear between two neighbours."""
+        """Return the weights of each knot for budgets [...], [..., Q]: linear between two neighbours, and those of an
+        end beyond it.
+        """
+        budgets = budgets.clamp(self.budgets[0], self.budgets[-1])
         place = (budgets - self.budgets[0]) / (self.budgets[1] - self.budgets[0])
         knots = torch.arange(len(self.budgets), device=budgets.device)
         return (1 - (place[..., None] - knots).abs()).clamp(min=0)

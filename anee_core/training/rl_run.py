@@ -84,7 +84,7 @@ def train_rl(
     if accelerator.is_main_process:
         write(model, gated, shared, held_out, second, {})
         for name, folder in (("supervised", first.folder), ("reinforce", second.folder)):
-            found[name] = compared(model, folder, shared, held_out, [float(b) for b in gated.budgets[:-1]])
+            found[name] = compared(model, folder, shared, held_out, gated.budgets.tolist())
         best = min(found, key=lambda name: sum(found[name].values()))
         for file in _FILES:
             shutil.copy(run.folder / best / file, run.folder / file)
