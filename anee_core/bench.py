@@ -15,11 +15,10 @@ from torch import Tensor
 from anee_core.deferral import DeferredStep
 from anee_core.engine import Engine
 from anee_core.errors import InputError, MissingPackageError
-from anee_core.load import load
+from anee_core.load import dtype_of, load
 from anee_core.model import AdaptiveModel
 from anee_core.native.step import NativeStep
 from anee_core.shapes import SHAPES, build
-
 
 DENSE = "ANEE dense, decode()"
 
@@ -146,7 +145,11 @@ def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> li
             found.append(_lean(f"ANEE {share:.0%} skipped, K/V {name}", model))
     for text in options.policies:
         name, _, budget = text.partition("@")
-        model = load(network, name, float(budget) if budget else None, tokenizer=tokenizer)
+        try:
+            limit = float(budget) if budget else None
+        except ValueError as error:
+            raise InputError(f"'{text}' names no budget: write a number after the @, as in rl@0.7") from error
+        model = load(network, name, limit, tokenizer=tokenizer)
         found.append(_lean(f"ANEE {text}", model))
     return found
 
@@ -164,7 +167,7 @@ def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 10) -> float:
 
 def _open(options: BenchOptions) -> tuple[Any, Any]:
     if options.model in SHAPES:
-        return build(options.model, getattr(torch, options.dtype)), None
+        return build(options.model, dtype_of(options.dtype) or torch.float32), None
     model = load(options.model, dtype=options.dtype)
     return model.parts.model, model.tokenizer
 

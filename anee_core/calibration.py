@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anee_core.cache_folder import cache_folder
 from anee_core.controllers.static import StaticController
 from anee_core.divergence import divergences
 from anee_core.engine import Engine
-from anee_core.cache_folder import cache_folder
 from anee_core.errors import InputError
 from anee_core.interfaces import Calibration
 from anee_core.policy import Policy

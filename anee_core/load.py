@@ -62,7 +62,8 @@ def load(
         prefill_chunk: tokens read at once under a policy that drops tokens; see `AdaptiveModel`.
         fast: whether decoding may use the native layer step where that is possible, see `anee_core.native.step`; its
             numbers agree with those of the model's own modules up to rounding.
-        weights: ``"int8"`` quantises the weights of the decoder layers, one scale for each output. Default: as they are.
+        weights: ``"int8"`` quantises the weights of the decoder layers, one scale for each output. Default: as they
+            are.
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.
@@ -80,7 +81,7 @@ def load(
     check_prefill(prefill, prefill_chunk)
     if isinstance(calibration, CalibrationOptions):
         calibration.check()
-    wanted_dtype = _dtype(dtype)
+    wanted_dtype = dtype_of(dtype)
     wanted_device = _device(device)
     if isinstance(model, nn.Module):
         if model_options:
@@ -189,7 +190,8 @@ def _adapter_of(config: Any, plugins: Plugins) -> ModelAdapter:
     )
 
 
-def _dtype(given: str | torch.dtype | None) -> torch.dtype | None:
+def dtype_of(given: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the floating-point dtype of a name, or raise `InputError`."""
     if isinstance(given, torch.dtype) and not given.is_floating_point:
         raise InputError(f"a model runs in a floating-point dtype; got {given}")
     if given is None or isinstance(given, torch.dtype):

@@ -35,7 +35,9 @@ def apply(matrix, states, dtype, threads=2):
 
 def close(found, wanted, dtype):
     exact = dtype == torch.float32
-    torch.testing.assert_close(found.float(), wanted.float(), atol=2e-5 if exact else 0.05, rtol=1e-5 if exact else 0.02)
+    torch.testing.assert_close(
+        found.float(), wanted.float(), atol=2e-5 if exact else 0.05, rtol=1e-5 if exact else 0.02
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -80,5 +80,5 @@ def _decoded(
 
 def _feed(model: AdaptiveModel, cache: object, tokens: Tensor) -> Tensor:
     """Return logits [B, T, V] of tokens fed one by one."""
-    steps = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(tokens.shape[1])]  # type: ignore[arg-type]
+    steps = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(tokens.shape[1])]
     return torch.cat([step for step in steps if isinstance(step, Tensor)], dim=1)

@@ -6,7 +6,6 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import ClassVar
 
-
 LANES = 16
 """Numbers that are worked on at once."""
 

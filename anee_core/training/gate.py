@@ -22,7 +22,6 @@ from anee_core.shortcuts import ShortcutWeights
 from anee_core.training.loop import Objective
 from anee_core.training.sequence import WholeSequences
 
-
 _MOST = 0.95
 """Largest budget with thresholds of its own: under one of 1 nothing is skipped, whatever the score."""
 
@@ -47,7 +46,9 @@ class GateOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.least < _MOST or self.knots < 2:
-            raise InputError(f"least lies in (0, {_MOST:g}) and knots are at least 2; got {self.least:g} and {self.knots}")
+            raise InputError(
+                f"least lies in (0, {_MOST:g}) and knots are at least 2; got {self.least:g} and {self.knots}"
+            )
         if self.temperature <= 0 or self.noise < 0 or self.pressure <= 0:
             raise InputError("temperature and pressure are above 0, noise at least 0")
 

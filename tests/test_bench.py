@@ -1,0 +1,70 @@
+"""``anee bench``: what it writes, and that it goes on where it was."""
+
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from anee_core import bench, shapes
+from anee_core.bench import BenchOptions, Stopwatch
+from anee_core.errors import InputError
+
+
+def test_bench_from_the_command_line(llama_folder, tmp_path, run_anee):
+    out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ["--dtype", "float32", "--context", "9", "--tokens", "3", "--repeats", "2", "--skipped", "0.5"]
+    arguments = ["bench", llama_folder, *options, "--policy", "static:skip=1", "--json", out, "--plot", plot]
+    result = run_anee(*arguments, "--batch", "2")
+    assert result.code == 0, result.err
+    found = json.loads(out.read_text())["records"]
+    (record,) = found.values()
+    rows = {row["contender"]: row for row in record["records"]}
+    assert next(iter(rows)) == "transformers generate"
+    assert rows["transformers generate"]["speedup"] == 1
+    assert rows["ANEE static:skip=1"]["layers_run"] == pytest.approx(0.75)
+    assert rows["ANEE 50% skipped"]["layers_run"] < 1
+    same = {rows[name]["layers_run"] for name in rows if "50% skipped" in name}
+    assert len(same) == 1  # the same decisions, at once and deferred
+    assert rows["ANEE dense, decode()"]["ideal_ms"] == rows["ANEE dense, decode()"]["ms_per_token"]
+    assert plot.stat().st_size > 1000
+    # A second size is added; the first is not measured again.
+    assert run_anee(*arguments, "--batch", "2", "--batch", "1").code == 0
+    both = json.loads(out.read_text())["records"]
+    assert len(both) == 2
+    assert next(iter(both.values())) == record
+    assert run_anee(*arguments, "--repeats", "3").code == 2
+
+
+def test_stopwatch_tells_prompt_from_tokens():
+    watch = Stopwatch()
+    watch.marks = [0.0, 2.0, 3.0, 3.5, 4.0]
+    assert watch.prompt_seconds == 2
+    assert watch.token_seconds == 0.5
+
+
+def test_shapes_have_seeded_random_weights(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "tiny", lambda: GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
+    one, two = shapes.build("tiny"), shapes.build("tiny", torch.bfloat16)
+    assert two.dtype == torch.bfloat16
+    assert torch.equal(one.transformer.wte.weight.bfloat16(), two.transformer.wte.weight)
+    assert {shapes.SHAPES[name]().model_type for name in shapes.SHAPES} == {"gpt2", "llama"}
+
+
+def test_bandwidth_is_a_rate():
+    assert 0.1 < bench.read_bandwidth(1 << 20, 2) < 1e4
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 1}, {"repeats": 0}, {"batch": 0}, {"skipped": (1.0,)}])
+def test_options_out_of_range(wrong):
+    with pytest.raises(InputError):
+        BenchOptions("gpt2-small", **wrong)
+
+
+def test_wrong_names_are_errors(llama_folder, tmp_path, run_anee):
+    out = ["--json", tmp_path / "bench.json"]
+    assert "unknown dtype 'float31'" in run_anee("bench", "gpt2-small", "--dtype", "float31", *out).err
+    assert (
+        "'static:skip=1@much' names no budget"
+        in run_anee("bench", llama_folder, "--policy", "static:skip=1@much", *out).err
+    )
