@@ -26,7 +26,7 @@ def apply(matrix, states, dtype, threads=2):
     """Return what the library makes of states [M, inputs]."""
     count = states.shape[0]
     out = torch.empty(count, matrix.outputs, dtype=dtype)
-    scratch = torch.full((count * (matrix.inputs + matrix.outputs),), math.nan)
+    scratch = torch.full((count * (matrix.inputs + matrix.outputs + 32),), math.nan)
     library().anee_linear(
         addressof(matrix), states.data_ptr(), out.data_ptr(), count, KINDS[dtype], scratch.data_ptr(), threads
     )

@@ -132,6 +132,20 @@ static inline vec exponential(vec x) {
 
 struct Range { int first, last; };
 
+// A vector for each token. The space between them keeps the vectors of many tokens from competing for one place in the cache.
+struct Rows {
+    float* data;
+    int64_t stride;
+    float* operator[](int64_t m) const { return data + m * stride; }
+};
+
+// Takes vectors of some width for `count` tokens from the scratch.
+static inline Rows take(float*& scratch, int64_t count, int64_t width) {
+    Rows rows = {scratch, width + LANES};
+    scratch += count * rows.stride;
+    return rows;
+}
+
 // The part of `count` things that falls to a thread, in multiples of `unit`.
 static inline Range share(int count, int unit, int thread, int threads) {
     int64_t units = (count + unit - 1) / unit;
@@ -172,8 +186,7 @@ static inline void dots(const W* const* rows, int64_t ahead, const float* x, int
 }
 
 template <class W, int R>
-static void rows_product(const Matrix& matrix, int first, const float* x, int64_t x_stride, int tokens, float* y,
-                         int64_t y_stride) {
+static void rows_product(const Matrix& matrix, int first, Rows x, int tokens, Rows y) {
     const W* rows[R];
     float scales[R];
     for (int r = 0; r < R; r++) {
@@ -187,13 +200,14 @@ static void rows_product(const Matrix& matrix, int first, const float* x, int64_
         for (; m + M <= tokens; m += M) {
             float out[R][M];
             if (m == 0)
-                dots<W, R, M, true>(rows, R * matrix.stride, x, x_stride, matrix.inputs, out);
+                dots<W, R, M, true>(rows, R * matrix.stride, x[m], x.stride, matrix.inputs, out);
             else
-                dots<W, R, M, false>(rows, 0, x + m * x_stride, x_stride, matrix.inputs, out);
+                dots<W, R, M, false>(rows, 0, x[m], x.stride, matrix.inputs, out);
             for (int r = 0; r < R; r++)
-                for (int k = 0; k < M; k++) y[(m + k) * y_stride + first + r] = out[r][k] * scales[r];
+                for (int k = 0; k < M; k++) y[m + k][first + r] = out[r][k] * scales[r];
         }
     };
+    if constexpr (R <= 3) run(std::integral_constant<int, 8>{});  // as many sums as there are registers
     run(std::integral_constant<int, 4>{});
     run(std::integral_constant<int, 2>{});
     run(std::integral_constant<int, 1>{});
@@ -202,14 +216,13 @@ static void rows_product(const Matrix& matrix, int first, const float* x, int64_
 // The thread's columns of x W for a weight [inputs, outputs], read row after row. The sums of as many columns as fit into
 // the nearest cache are kept up to date.
 template <class W>
-static void columns_product(const Matrix& matrix, Range range, const float* x, int64_t x_stride, int tokens, float* y,
-                            int64_t y_stride) {
+static void columns_product(const Matrix& matrix, Range range, Rows x, int tokens, Rows y) {
     const W* weight = (const W*)matrix.weight;
     int64_t stride = matrix.stride;
     int tile = std::max(8 * LANES, 4096 / tokens / LANES * LANES);
     for (int first = range.first; first < range.last; first += tile) {
         int last = std::min(range.last, first + tile), i = 0;
-        for (int m = 0; m < tokens; m++) std::fill(y + m * y_stride + first, y + m * y_stride + last, 0.0f);
+        for (int m = 0; m < tokens; m++) std::fill(y[m] + first, y[m] + last, 0.0f);
         auto run = [&](auto rows) {
             constexpr int R = decltype(rows)::value;
             for (; i + R <= matrix.inputs; i += R) {
@@ -222,16 +235,15 @@ static void columns_product(const Matrix& matrix, Range range, const float* x, i
                         __builtin_prefetch(weight + (i + r + R) * stride + at);
                     }
                     for (int m = 0; m < tokens; m++) {
-                        vec total = load(y + m * y_stride + at);
+                        vec total = load(y[m] + at);
 #pragma GCC unroll 8
-                        for (int r = 0; r < R; r++) total += w[r] * x[m * x_stride + i + r];
-                        *(vec*)(y + m * y_stride + at) = total;
+                        for (int r = 0; r < R; r++) total += w[r] * x[m][i + r];
+                        *(vec*)(y[m] + at) = total;
                     }
                 }
                 for (; at < last; at++)
                     for (int m = 0; m < tokens; m++)
-                        for (int r = 0; r < R; r++)
-                            y[m * y_stride + at] += widen(weight[(i + r) * stride + at]) * x[m * x_stride + i + r];
+                        for (int r = 0; r < R; r++) y[m][at] += widen(weight[(i + r) * stride + at]) * x[m][i + r];
             }
         };
         run(std::integral_constant<int, 8>{});
@@ -239,29 +251,31 @@ static void columns_product(const Matrix& matrix, Range range, const float* x, i
     }
 }
 
-// The thread's share of x W^T + b: x is [M, inputs] and y [M, outputs]. Returns that share.
+// The thread's share of x W^T + b, for vectors x of as many tokens. Returns that share.
 template <class W, class T>
-static Range product_of(const Matrix& matrix, const float* x, int tokens, float* y, int thread, int threads) {
-    Range range = share(matrix.outputs, matrix.transposed ? 4 * LANES : 8, thread, threads);
-    int64_t x_stride = matrix.inputs, y_stride = matrix.outputs;
+static Range product_of(const Matrix& matrix, Rows x, int tokens, Rows y, int thread, int threads) {
+    Range range = share(matrix.outputs, matrix.transposed ? 4 * LANES : 12, thread, threads);
     if (matrix.transposed) {
-        columns_product<W>(matrix, range, x, x_stride, tokens, y, y_stride);
+        columns_product<W>(matrix, range, x, tokens, y);
     } else {
         int r = range.first;
-        if (tokens < 4)
-            for (; r + 2 <= range.last; r += 2) rows_product<W, 2>(matrix, r, x, x_stride, tokens, y, y_stride);
-        for (; r + 4 <= range.last; r += 4) rows_product<W, 4>(matrix, r, x, x_stride, tokens, y, y_stride);
-        for (; r < range.last; r++) rows_product<W, 1>(matrix, r, x, x_stride, tokens, y, y_stride);
+        auto run = [&](auto rows) {
+            constexpr int R = decltype(rows)::value;
+            for (; r + R <= range.last; r += R) rows_product<W, R>(matrix, r, x, tokens, y);
+        };
+        if (tokens >= 8) run(std::integral_constant<int, 3>{});
+        if (tokens >= 4) run(std::integral_constant<int, 4>{});
+        run(std::integral_constant<int, 2>{});
+        run(std::integral_constant<int, 1>{});
     }
     if (matrix.bias)
         for (int m = 0; m < tokens; m++)
-            for (int r = range.first; r < range.last; r++)
-                y[m * y_stride + r] += widen(((const T*)matrix.bias)[matrix.row(r)]);
+            for (int r = range.first; r < range.last; r++) y[m][r] += widen(((const T*)matrix.bias)[matrix.row(r)]);
     return range;
 }
 
 template <class T>
-static Range product(const Matrix& matrix, const float* x, int tokens, float* y, int thread, int threads) {
+static Range product(const Matrix& matrix, Rows x, int tokens, Rows y, int thread, int threads) {
     if (matrix.kind == INT8) return product_of<int8_t, T>(matrix, x, tokens, y, thread, threads);
     return product_of<T, T>(matrix, x, tokens, y, thread, threads);
 }
@@ -364,17 +378,17 @@ static void activate(Activation kind, float* x, int count) {
 
 // Keys and values of all tokens from their normed states, into the cache. Has barriers: all threads call it.
 template <class T>
-static void write_cache(const Layer& layer, const Tokens& tokens, const float* normed, float* keys, float* values,
-                        int thread) {
-    int dim = layer.head_dim, width = layer.kv_heads * dim;
-    product<T>(layer.key, normed, tokens.count, keys, thread, tokens.threads);
-    product<T>(layer.value, normed, tokens.count, values, thread, tokens.threads);
+static void write_cache(const Layer& layer, const Tokens& tokens, Rows normed, Rows keys, Rows values, int thread,
+                        int threads) {
+    int dim = layer.head_dim;
+    product<T>(layer.key, normed, tokens.count, keys, thread, threads);
+    product<T>(layer.value, normed, tokens.count, values, thread, threads);
 #pragma omp barrier
-    Range range = share(tokens.count * layer.kv_heads, 1, thread, tokens.threads);
+    Range range = share(tokens.count * layer.kv_heads, 1, thread, threads);
     for (int task = range.first; task < range.last; task++) {
         int m = task / layer.kv_heads, head = task % layer.kv_heads;
-        float* key = keys + int64_t(m) * width + head * dim;
-        const float* value = values + int64_t(m) * width + head * dim;
+        float* key = keys[m] + head * dim;
+        const float* value = values[m] + head * dim;
         place_head<T>(layer, layer.key_norm, tokens, tokens.place[m], key);
         int64_t slot = tokens.start + tokens.column[m];
         int64_t at = tokens.row[m] * tokens.row_stride + head * tokens.head_stride + slot * dim;
@@ -386,102 +400,96 @@ static void write_cache(const Layer& layer, const Tokens& tokens, const float* n
 #pragma omp barrier
 }
 
+// States of all tokens behind a norm. Has a barrier.
 template <class T>
-static void norm_all(const Layer& layer, const NormWeights& norm, const Tokens& tokens, float* normed, int thread) {
-    Range range = share(tokens.count, 1, thread, tokens.threads);
+static void norm_all(const Layer& layer, const NormWeights& norm, const Tokens& tokens, Rows normed, int thread,
+                     int threads) {
+    Range range = share(tokens.count, 1, thread, threads);
     for (int m = range.first; m < range.last; m++)
-        normalise<T>(norm, (const T*)tokens.states + tokens.place[m] * layer.width, normed + int64_t(m) * layer.width,
-                     layer.width);
+        normalise<T>(norm, (const T*)tokens.states + tokens.place[m] * layer.width, normed[m], layer.width);
 #pragma omp barrier
 }
 
 template <class T>
 static void project(const Layer& layer, const Tokens& tokens) {
-    int64_t count = tokens.count, kv_width = int64_t(layer.kv_heads) * layer.head_dim;
-    float* normed = tokens.scratch;
-    float* keys = normed + count * layer.width;
-    float* values = keys + count * kv_width;
+    float* scratch = tokens.scratch;
+    Rows normed = take(scratch, tokens.count, layer.width);
+    Rows keys = take(scratch, tokens.count, layer.kv_heads * layer.head_dim);
+    Rows values = take(scratch, tokens.count, layer.kv_heads * layer.head_dim);
 #pragma omp parallel num_threads(tokens.threads)
     {
-        int thread = omp_get_thread_num();
-        norm_all<T>(layer, layer.input_norm, tokens, normed, thread);
-        write_cache<T>(layer, tokens, normed, keys, values, thread);
+        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        norm_all<T>(layer, layer.input_norm, tokens, normed, thread, threads);
+        write_cache<T>(layer, tokens, normed, keys, values, thread, threads);
     }
 }
 
 template <class T>
 static void run(const Layer& layer, const Tokens& tokens) {
-    int64_t count = tokens.count, width = layer.width, dim = layer.head_dim;
-    int64_t q_width = layer.heads * dim, kv_width = layer.kv_heads * dim, inner = layer.up.outputs;
-    int64_t padded = (tokens.used + LANES - 1) / LANES * LANES;
-    float* normed = tokens.scratch;
-    float* keys = normed + count * width;
-    float* values = keys + count * kv_width;
-    float* queries = values + count * kv_width;
-    float* attended = queries + count * q_width;
-    float* summed = attended + count * q_width;
-    float* gates = summed + count * width;
-    float* ups = gates + count * inner;
-    float* changed = ups + count * inner;
-    float* all_scores = changed + count * width;
+    int count = tokens.count, width = layer.width, dim = layer.head_dim, inner = layer.up.outputs;
+    float* scratch = tokens.scratch;
+    Rows normed = take(scratch, count, width), summed = take(scratch, count, width), changed = take(scratch, count, width);
+    Rows keys = take(scratch, count, layer.kv_heads * dim), values = take(scratch, count, layer.kv_heads * dim);
+    Rows queries = take(scratch, count, layer.heads * dim), attended = take(scratch, count, layer.heads * dim);
+    Rows gates = take(scratch, count, inner), ups = take(scratch, count, inner);
+    Rows scores = {scratch, (tokens.used + LANES - 1) / LANES * LANES};
     const T* states = (const T*)tokens.states;
     T* result = (T*)tokens.result;
 #pragma omp parallel num_threads(tokens.threads)
     {
-        int thread = omp_get_thread_num(), threads = tokens.threads;
-        norm_all<T>(layer, layer.input_norm, tokens, normed, thread);
+        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        norm_all<T>(layer, layer.input_norm, tokens, normed, thread, threads);
         product<T>(layer.query, normed, count, queries, thread, threads);
-        write_cache<T>(layer, tokens, normed, keys, values, thread);
+        write_cache<T>(layer, tokens, normed, keys, values, thread, threads);
 
         Range range = share(count * layer.heads, 1, thread, threads);
         for (int task = range.first; task < range.last; task++) {
             int m = task / layer.heads, head = task % layer.heads;
-            float* query = queries + m * q_width + head * dim;
+            float* query = queries[m] + head * dim;
             place_head<T>(layer, layer.query_norm, tokens, tokens.place[m], query);
-            attend<T>(layer, tokens, m, head, query, attended + m * q_width + head * dim, all_scores + thread * padded);
+            attend<T>(layer, tokens, m, head, query, attended[m] + head * dim, scores[thread]);
         }
 #pragma omp barrier
         range = product<T>(layer.output, attended, count, summed, thread, threads);
         for (int m = 0; m < count; m++)
-            for (int r = range.first; r < range.last; r++)
-                summed[m * width + r] += widen(states[tokens.place[m] * width + r]);
+            for (int r = range.first; r < range.last; r++) summed[m][r] += widen(states[tokens.place[m] * width + r]);
 #pragma omp barrier
         if (layer.residual != PARALLEL_ONE_NORM) {
             range = share(count, 1, thread, threads);
             for (int m = range.first; m < range.last; m++) {
                 if (layer.residual == SEQUENTIAL)
-                    normalise<T>(layer.mlp_norm, summed + m * width, normed + m * width, width);
+                    normalise<T>(layer.mlp_norm, summed[m], normed[m], width);
                 else
-                    normalise<T>(layer.mlp_norm, states + tokens.place[m] * width, normed + m * width, width);
+                    normalise<T>(layer.mlp_norm, states + tokens.place[m] * width, normed[m], width);
             }
 #pragma omp barrier
         }
         range = product<T>(layer.up, normed, count, ups, thread, threads);
         if (layer.gate.weight) product<T>(layer.gate, normed, count, gates, thread, threads);
         for (int m = 0; m < count; m++) {
-            int64_t at = m * inner + range.first;
             int some = range.last - range.first;
-            activate(Activation(layer.activation), (layer.gate.weight ? gates : ups) + at, some);
-            for (int i = 0; layer.gate.weight && i < some; i++) ups[at + i] *= gates[at + i];
+            float *up = ups[m] + range.first, *gate = gates[m] + range.first;
+            activate(Activation(layer.activation), layer.gate.weight ? gate : up, some);
+            for (int i = 0; layer.gate.weight && i < some; i++) up[i] *= gate[i];
         }
 #pragma omp barrier
         range = product<T>(layer.down, ups, count, changed, thread, threads);
         for (int m = 0; m < count; m++)
             for (int r = range.first; r < range.last; r++)
-                store(result + m * width + r, summed[m * width + r] + changed[m * width + r]);
+                store(result + int64_t(m) * width + r, summed[m][r] + changed[m][r]);
     }
 }
 
 template <class T>
-static void linear(const Matrix& matrix, const void* x, void* y, int tokens, float* scratch, int threads) {
-    float* wide = scratch + int64_t(tokens) * matrix.outputs;
-    for (int64_t i = 0; i < int64_t(tokens) * matrix.inputs; i++) wide[i] = widen(((const T*)x)[i]);
-#pragma omp parallel num_threads(threads)
+static void linear(const Matrix& matrix, const T* x, T* y, int tokens, float* scratch, int most) {
+    Rows wide = take(scratch, tokens, matrix.inputs), out = take(scratch, tokens, matrix.outputs);
+    for (int m = 0; m < tokens; m++)
+        for (int i = 0; i < matrix.inputs; i++) wide[m][i] = widen(x[int64_t(m) * matrix.inputs + i]);
+#pragma omp parallel num_threads(most)
     {
-        Range range = product<T>(matrix, wide, tokens, scratch, omp_get_thread_num(), threads);
+        Range range = product<T>(matrix, wide, tokens, out, omp_get_thread_num(), omp_get_num_threads());
         for (int m = 0; m < tokens; m++)
-            for (int64_t at = int64_t(m) * matrix.outputs, r = range.first; r < range.last; r++)
-                store((T*)y + at + r, scratch[at + r]);
+            for (int r = range.first; r < range.last; r++) store(y + int64_t(m) * matrix.outputs + r, out[m][r]);
     }
 }
 
@@ -497,10 +505,10 @@ void anee_project(const Layer* layer, const Tokens* tokens) {
     layer->kind == BFLOAT16 ? project<bf16>(*layer, *tokens) : project<float>(*layer, *tokens);
 }
 
-// y [M, outputs] = x [M, inputs] W^T + b, in a model of `kind`; scratch has M * (inputs + outputs) floats.
+// y [M, outputs] = x [M, inputs] W^T + b, in a model of `kind`; scratch has M * (inputs + outputs + 32) floats.
 void anee_linear(const Matrix* matrix, const void* x, void* y, int32_t tokens, int32_t kind, float* scratch,
                  int32_t threads) {
-    kind == BFLOAT16 ? linear<bf16>(*matrix, x, y, tokens, scratch, threads)
-                     : linear<float>(*matrix, x, y, tokens, scratch, threads);
+    kind == BFLOAT16 ? linear(*matrix, (const bf16*)x, (bf16*)y, tokens, scratch, threads)
+                     : linear(*matrix, (const float*)x, (float*)y, tokens, scratch, threads);
 }
 }

@@ -9,7 +9,7 @@ from torch import nn
 from anee_core.adapter import ModelAdapter
 from anee_core.layout import Parts, find
 from anee_core.native.pointers import Pointers, UnfitError, hooked
-from anee_core.native.structs import Activation, Layer, Matrix, NormWeights, Residual, Rotary
+from anee_core.native.structs import LANES, Activation, Layer, Matrix, NormWeights, Residual, Rotary
 from anee_core.recipe import Recipe
 
 _ACTIVATIONS = {
@@ -74,7 +74,7 @@ class NativeLayer:
         )
         self.address = addressof(self.struct)
         self.kv_heads, self.head_dim = self.struct.kv_heads, head_dim
-        self.floats = 3 * config.hidden_size + 2 * (queries + keys) + 2 * up.outputs
+        self.floats = 3 * config.hidden_size + 2 * (queries + keys) + 2 * up.outputs + 9 * LANES
         """Of scratch that a token needs, beside room for each thread's attention scores."""
         self.threads = max(1, pointers.nbytes // _BYTES_PER_THREAD)
         """More would be more trouble than they are worth."""

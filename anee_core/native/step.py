@@ -218,7 +218,7 @@ class _Head:
         states, matrix = hidden_states.contiguous(), self._matrix
         tokens = states.shape[0] * states.shape[1]
         logits = states.new_empty(*states.shape[:2], matrix.outputs)
-        scratch = torch.empty(tokens * (matrix.inputs + matrix.outputs))
+        scratch = torch.empty(tokens * (matrix.inputs + matrix.outputs + 2 * LANES))
         self._library.anee_linear(
             addressof(matrix), states.data_ptr(), logits.data_ptr(), tokens, self.pointers.kind, scratch.data_ptr(),
             torch.get_num_threads(),
