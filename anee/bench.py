@@ -85,5 +85,10 @@ def bench(
                 f"{r['prompt_speedup']:.2f}x",
             )
         console.print(table)
+        parts = Table("ms per token after one token", "layers", "head", "policy, cache, Python")
+        for r in found["records"]:
+            if r["parts"]:
+                parts.add_row(r["contender"], *(f"{r['parts'][name]:.1f}" for name in ("layers", "head", "rest")))
+        console.print(parts)
     if plot is not None:
         draw(records.all(), plot)

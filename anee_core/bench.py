@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from anee_core.load import dtype_of, load
 from anee_core.model import AdaptiveModel
 from anee_core.native.step import NativeStep
 from anee_core.shapes import SHAPES, build
+from anee_core.timed_step import TimedStep
 
 DENSE = "ANEE dense, decode()"
 
@@ -86,8 +87,29 @@ class Contender:
 
     name: str
     run: Callable[[Tensor, int, Stopwatch], Any]
-    ran: Callable[[], float] = field(default=lambda: 1.0)
-    """Share of the layers that were run for new tokens."""
+    model: AdaptiveModel | None = None
+    """What runs, if it is ours."""
+
+    @property
+    def ran(self) -> float:
+        """Share of the layers that were run for new tokens."""
+        if self.model is None or self.model.last_trace is None:
+            return 1.0
+        made = [step.ran for step in self.model.last_trace.steps if step.phase == "decode"]
+        return float(torch.cat(made, dim=2).float().mean())
+
+    def parts(self, prompt: Tensor, count: int) -> dict[str, float]:
+        """Return the milliseconds per token that layers, head and the rest take, in a run of its own."""
+        if self.model is None:
+            return {}
+        engine = self.model.engine
+        timed = TimedStep(engine.step)
+        self.model.engine = Engine(engine.adapter, engine.parts, engine.policy, step=timed, costs=engine.costs)
+        watch = Stopwatch()
+        self.run(prompt[:, :1], count, watch)
+        self.model.engine = engine
+        known = {name: seconds / count * 1000 for name, seconds in timed.seconds.items()}
+        return {**known, "rest": (watch.marks[-1] - watch.marks[0]) / count * 1000 - sum(known.values())}
 
 
 def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name: None) -> dict[str, Any]:
@@ -107,6 +129,7 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
             other.run(prompt, options.tokens, watch)
             if repeat:  # the first is to warm up
                 watches[other.name].append(watch)
+    by_name = {other.name: other for other in others}
     costs = load(network).engine.costs
     layers = sum(work.weight_bytes for work in costs.run)
     bandwidth = read_bandwidth()
@@ -114,6 +137,7 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
     dense = next(r["ms_per_token"] for r in records if r["contender"] == DENSE)
     for record in records:
         record["ideal_ms"] = dense - (1 - record["layers_run"]) * layers / bandwidth / 1e6
+        record["parts"] = by_name[record["contender"]].parts(prompt, options.tokens)
         record["share_of_bandwidth"] = (
             (costs.head.weight_bytes + record["layers_run"] * layers) / record["ms_per_token"] / 1e6 / bandwidth
         )
@@ -184,12 +208,7 @@ def _lean(name: str, model: AdaptiveModel) -> Contender:
     def run(prompt: Tensor, count: int, watch: Stopwatch) -> None:
         model.decode(prompt, max_new_tokens=count, eos_token_id=[], streamer=watch)
 
-    def ran() -> float:
-        assert model.last_trace is not None
-        made = [step.ran for step in model.last_trace.steps if step.phase == "decode"]
-        return float(torch.cat(made, dim=2).float().mean())
-
-    return Contender(name, run, ran)
+    return Contender(name, run, model)
 
 
 def _record(other: Contender, watches: list[Stopwatch], first: list[Stopwatch]) -> dict[str, Any]:
@@ -204,7 +223,7 @@ def _record(other: Contender, watches: list[Stopwatch], first: list[Stopwatch]) 
         "speedup": statistics.median(a.token_seconds / b.token_seconds for a, b in pairs),
         "prompt_ms": statistics.median(watch.prompt_seconds for watch in watches) * 1000,
         "prompt_speedup": statistics.median(a.prompt_seconds / b.prompt_seconds for a, b in pairs),
-        "layers_run": other.ran(),
+        "layers_run": other.ran,
     }
 
 

@@ -96,7 +96,7 @@ class Engine:
         cache_policy = policy.cache_policy.bind(setting)
         self.policy = Policy(controller, cache_policy, policy.profiler, setting.calibration, limit, hard, shortcut)
         self._reference = ReferenceStep(adapter, parts)
-        self._step = step or self._reference
+        self.step = step or self._reference
         self._devices = devices_of(parts)
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
         self._implicit_causal = parts.config._attn_implementation == "sdpa"
@@ -104,7 +104,7 @@ class Engine:
     @property
     def slow_because(self) -> str | None:
         """Why layers run by their own modules; None if they do not."""
-        return self._step.slow_because
+        return self.step.slow_because
 
     def run(
         self, block: Block, cache: AdaptiveCache, trace: Trace, dense: bool = False, keep_states: bool = False
@@ -128,7 +128,7 @@ class Engine:
         states = [hidden_states]
         previous = hidden_states
         cache.begin(block.position_ids, block.real)
-        self._step.begin(hidden_states, cache)
+        self.step.begin(hidden_states, cache)
         held = cache.held_by_token() if self.policy.cache_policy.keeps_all else []
         try:
             for layer_idx in range(self.costs.num_layers):
@@ -166,7 +166,7 @@ class Engine:
         shortcut = self.policy.shortcut
         if device != call.position_ids.device:
             call = call.to(device)
-        step = self._reference if drop is not None and drop.looks_inside else self._step
+        step = self._reference if drop is not None and drop.looks_inside else self.step
         result = hidden_states
         if selection.kind != "all":
             # First, so that later tokens of the block see their keys and values.
@@ -201,7 +201,7 @@ class Engine:
         """Apply the head to normed hidden states [B, T, D] and charge it to the last step."""
         batch, tokens = hidden_states.shape[:2]
         trace.steps[-1].meter.head(batch * tokens)
-        head = self._step.head(hidden_states)
+        head = self.step.head(hidden_states)
         return self.adapter.logits(replace(self.parts, head=head), hidden_states)
 
     def feed_back(self, block: Block, cache: AdaptiveCache, output: Output, logits: Tensor) -> None:
