@@ -126,6 +126,17 @@ def test_policies_and_adapter_of_plugins_work_together(environment, granite):
     assert environment.run("python", "-c", textwrap.dedent(script)).stdout.strip() == "42"
 
 
+def test_the_fast_step_is_compiled_from_the_wheel(environment):
+    script = f"""
+        import anee
+        from transformers import AutoModelForCausalLM, LlamaConfig
+        model = anee.load(AutoModelForCausalLM.from_config(LlamaConfig(**{TINY!r})).eval())
+        model.decode(model.config.bos_token_id + 0 * __import__("torch").ones(1, 3, dtype=int), max_new_tokens=2)
+        print(model.slow_because)
+    """
+    assert environment.run("python", "-c", textwrap.dedent(script)).stdout.strip() == "None"
+
+
 def test_conformance_suite_is_in_the_wheel(environment):
     report = environment.folder / "report.json"
     done = environment.run(

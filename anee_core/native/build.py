@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from anee_core.cache_folder import cache_folder
 
@@ -48,8 +49,9 @@ def library() -> ctypes.CDLL:
         known = hashlib.sha256(source + " ".join((compiler, *_FLAGS, _processor())).encode()).hexdigest()[:16]
         path = cache_folder() / "native" / f"layer-{known}.so"
         if not path.exists():
-            logger.info("compiling the fast layer step for this processor, once (a few seconds)")
-            _compile(compiler, path)
+            logger.info("compiling the fast layer step into %s", path)
+            with Console(stderr=True).status("compiling the fast layer step for this processor, once (a few seconds)"):
+                _compile(compiler, path)
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NoLibraryError(f"it cannot be kept or loaded: {error}") from error
