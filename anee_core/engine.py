@@ -128,9 +128,9 @@ class Engine:
         states = [hidden_states]
         previous = hidden_states
         cache.begin(block.position_ids, block.real)
-        self.step.begin(hidden_states, cache)
         held = cache.held_by_token() if self.policy.cache_policy.keeps_all else []
         try:
+            self.step.begin(hidden_states, cache)
             for layer_idx in range(self.costs.num_layers):
                 hidden_states = hidden_states.to(self._devices[layer_idx])
                 selection = plan.at(layer_idx, hidden_states, previous)

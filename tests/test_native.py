@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import addressof
 
 import peft
@@ -150,6 +151,17 @@ def test_without_a_compiler_models_run_all_the_same(network, monkeypatch):
         assert "no-such-compiler" in fast.slow_because
     finally:
         library.cache_clear()
+
+
+def test_threads_share_a_model(network):
+    model = adaptive(network, "random:p=0.4,protect=0 0")
+    prompts = [tokens(1 + i % 2, 4 + i, seed=i) for i in range(8)]
+    alone = [model.decode(prompt, max_new_tokens=12).sequences for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = pool.map(lambda prompt: model.decode(prompt, max_new_tokens=12).sequences, prompts * 3)
+        for found, wanted in zip(together, alone * 3, strict=True):
+            assert torch.equal(found, wanted)
+    assert model.slow_because is None
 
 
 def test_families_without_a_recipe_say_so():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from ctypes import CDLL, addressof
 from typing import Any
 
@@ -41,24 +42,21 @@ class NativeStep:
         self._library: CDLL | None = None
         self._layers: list[NativeLayer] = []
         self._head: _Head | None = None
-        self._scratch = torch.empty(0)
-        self._tokens = Tokens()
-        self._tokens_at = addressof(self._tokens)
-        self._threads = 1
-        self._whole: dict[tuple[int, int], _Where] = {}
-        self._turned: tuple[LayerCall, _Angles | None] | None = None
-        self._usable = False
+        self._own = _Workspace()
         self.slow_because: str | None = "no block of few tokens has been run"
         """Why layers run by their own modules, if they do."""
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Look at a block [B, T, D] before its layers run."""
-        count = hidden_states.shape[0] * hidden_states.shape[1]
-        self._usable = count <= MAX_TOKENS and _undisturbed(hidden_states)
-        if self._usable and (not self._layers or cache.seen == 0 or count > 1) and not self._current():
+        own, (batch, length, _) = self._own, hidden_states.shape
+        own.layers, own.threads = [], torch.get_num_threads()
+        if batch * length > MAX_TOKENS or not _undisturbed(hidden_states):
+            return
+        # Nobody changes a model between the tokens of a generation.
+        if (not self._layers or cache.seen == 0 or length > 1) and not self._current():
             self._read_model()
-        self._usable = self._usable and bool(self._layers) and hidden_states.dtype == self._layers[0].pointers.dtype
-        self._threads = torch.get_num_threads()
+        if self._layers and hidden_states.dtype == self._layers[0].pointers.dtype:
+            own.layers = self._layers
 
     def run(
         self,
@@ -70,7 +68,7 @@ class NativeStep:
         mask: Tensor | None,
     ) -> Tensor:
         """Run a layer; see `LayerStep.run`."""
-        if not self._usable:
+        if not self._own.layers:
             return self._reference.run(layer_idx, hidden_states, call, cache, places, mask)
         where = self._at(hidden_states, places)
         result = hidden_states.new_empty(*where.shape, hidden_states.shape[-1])
@@ -81,7 +79,7 @@ class NativeStep:
         self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
     ) -> None:
         """Write keys and values; see `LayerStep.propagate`."""
-        if not self._usable:
+        if not self._own.layers:
             return self._reference.propagate(layer_idx, hidden_states, call, cache, places)
         return self._call("anee_project", layer_idx, hidden_states, call, cache, self._at(hidden_states, places))
 
@@ -89,7 +87,7 @@ class NativeStep:
         self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
     ) -> None:
         """Write keys and values; see `LayerStep.settle`."""
-        if not self._usable:
+        if not self._own.layers:
             return self._reference.settle(layer_idx, hidden_states, call, cache, slots)
         batch, length = hidden_states.shape[:2]
         here = self._where(batch, length)
@@ -109,7 +107,6 @@ class NativeStep:
     def _read_model(self) -> None:
         """Point to the model's weights as they are now, or find out why that cannot be."""
         before, self.slow_because = self.slow_because, None
-        self._layers, self._head = [], None
         parts = self._parts
         recipe = self._adapter.recipe(parts.config)
         try:
@@ -122,7 +119,7 @@ class NativeStep:
             self._head = _Head(self._library, parts, layers[0].pointers.dtype)
             self._layers = layers
         except (UnfitError, NoLibraryError) as error:
-            self.slow_because = str(error)
+            self._layers, self._head, self.slow_because = [], None, str(error)
             if self.slow_because != before:
                 logger.info("%s runs by its own modules: %s", type(parts.model).__name__, self.slow_because)
 
@@ -140,14 +137,15 @@ class NativeStep:
         result: Tensor | None = None,
     ) -> None:
         """Call a function of the library for some tokens of [B, T, D]."""
-        layer, tokens = self._layers[layer_idx], self._tokens
+        own = self._own
+        layer, tokens = own.layers[layer_idx], own.tokens
         states = hidden_states.contiguous()
         keys, values = cache.storage(layer_idx, layer.kv_heads, layer.head_dim, states)
         first, used = cache.span(layer_idx)
-        threads = min(self._threads, layer.threads)
+        threads = min(own.threads, layer.threads)
         needed = where.count * layer.floats + threads * (used + LANES)
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(2 * needed)
+        if own.scratch.numel() < needed:
+            own.scratch = torch.empty(2 * needed)
         angles = self._angles(call, states.shape[0], states.dtype)
         if mask is not None:
             mask = mask.to(states.dtype).contiguous()
@@ -157,22 +155,23 @@ class NativeStep:
         tokens.cos, tokens.sin = (None, None) if angles is None else angles[2:]
         tokens.keys, tokens.values = keys.data_ptr(), values.data_ptr()
         tokens.place, tokens.row, tokens.column = where.pointers
-        tokens.scratch = self._scratch.data_ptr()
+        tokens.scratch = own.scratch.data_ptr()
         tokens.row_stride, tokens.head_stride = keys.stride()[:2]
         tokens.start = first if start is None else start
         tokens.count, tokens.used, tokens.threads = where.count, used, threads
-        getattr(self._library, function)(layer.address, self._tokens_at)
+        getattr(self._library, function)(layer.address, own.address)
 
     def _angles(self, call: LayerCall, batch: int, dtype: torch.dtype) -> _Angles | None:
         """Return the rotary angles of a call and where they lie; layers that share a call share them."""
-        if self._turned is None or self._turned[0] is not call:
+        own = self._own
+        if own.turned is None or own.turned[0] is not call:
             angles = self._adapter.angles(self._parts, call)
             placed = None
             if angles is not None:
                 cos, sin = (angle.expand(batch, -1, -1).to(dtype).contiguous() for angle in angles)
                 placed = cos, sin, cos.data_ptr(), sin.data_ptr()
-            self._turned = call, placed
-        return self._turned[1]
+            own.turned = call, placed
+        return own.turned[1]
 
     def _at(self, hidden_states: Tensor, places: Places | None) -> _Where:
         batch, length = hidden_states.shape[:2]
@@ -180,10 +179,25 @@ class NativeStep:
 
     def _where(self, batch: int, length: int) -> _Where:
         """Return where the tokens of a whole block are."""
-        if (batch, length) not in self._whole:
+        whole = self._own.whole
+        if (batch, length) not in whole:
             rows, columns = torch.arange(batch)[:, None], torch.arange(length)[None]
-            self._whole[batch, length] = _Where.at((rows, columns.expand(batch, -1)), length)
-        return self._whole[batch, length]
+            whole[batch, length] = _Where.at((rows, columns.expand(batch, -1)), length)
+        return whole[batch, length]
+
+
+class _Workspace(threading.local):
+    """What one thread's forward works with: several threads may run one model, each on a cache of its own."""
+
+    def __init__(self) -> None:
+        self.layers: list[NativeLayer] = []
+        """Those of the forward under way; none if it goes through the model's modules."""
+        self.threads = 1
+        self.scratch = torch.empty(0)
+        self.tokens = Tokens()
+        self.address = addressof(self.tokens)
+        self.whole: dict[tuple[int, int], _Where] = {}
+        self.turned: tuple[LayerCall, _Angles | None] | None = None
 
 
 class _Where:
