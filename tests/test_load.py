@@ -47,7 +47,7 @@ def skipping_equals_removing(model, network):
 
 def test_local_folder_gives_the_model_and_its_tokenizer(llama_folder, tiny_llama, word_tokenizer):
     for folder in (llama_folder, str(llama_folder)):
-        model = anee.load(folder)
+        model = anee.load(folder, fast=False)
         assert torch.equal(model(IDS).logits, tiny_llama(IDS).logits)
         assert model.tokenizer.get_vocab() == word_tokenizer.get_vocab()
         assert not model.training
@@ -60,7 +60,7 @@ def test_local_folder_with_a_policy_skips(llama_folder, tiny_llama):
 
 def test_loaded_model_is_used_and_not_copied(tiny_llama, tiny_gpt2):
     for network in (tiny_llama, tiny_gpt2):
-        model = anee.load(network)
+        model = anee.load(network, fast=False)
         assert model.model is network
         assert model.tokenizer is None
         assert torch.equal(model(IDS).logits, network(IDS).logits)
@@ -92,10 +92,10 @@ def hub_cache(llama_folder, tiny_gpt2, word_tokenizer, tmp_path):
 
 def test_hub_id_is_found_where_the_options_say(hub_cache, tiny_llama, tiny_gpt2):
     """The options hold for the config and the tokenizer as for the weights."""
-    model = anee.load("someone/tiny", cache_dir=hub_cache)
+    model = anee.load("someone/tiny", cache_dir=hub_cache, fast=False)
     assert torch.equal(model(IDS).logits, tiny_llama(IDS).logits)
     assert model.tokenizer is not None
-    old = anee.load("someone/tiny", cache_dir=hub_cache, revision="old")
+    old = anee.load("someone/tiny", cache_dir=hub_cache, revision="old", fast=False)
     assert torch.equal(old(IDS).logits, tiny_gpt2(IDS).logits)
     assert old.tokenizer is None
     with pytest.raises(ModelError, match="cannot find the model 'someone/tiny'"):
@@ -104,7 +104,7 @@ def test_hub_id_is_found_where_the_options_say(hub_cache, tiny_llama, tiny_gpt2)
 
 def test_model_in_a_subfolder_is_found(llama_folder, tiny_llama, tmp_path):
     shutil.copytree(llama_folder, tmp_path / "inner")
-    model = anee.load(tmp_path, subfolder="inner")
+    model = anee.load(tmp_path, subfolder="inner", fast=False)
     assert torch.equal(model(IDS).logits, tiny_llama(IDS).logits)
     assert model.tokenizer is not None
 
@@ -184,16 +184,16 @@ def test_budget_that_cannot_be_met_shows_before_calibration(tiny_llama, monkeypa
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])
 def test_half_precision_equals_transformers_own(request, family, name):
     network = copy.deepcopy(request.getfixturevalue(family)).to(getattr(torch, name))
-    model = anee.load(network)
+    model = anee.load(network, fast=False)
     assert model.dtype == network.dtype
     assert torch.equal(model(IDS).logits, network(IDS).logits)
     expected = without_layers(network, {1, 2})(IDS, use_cache=False).logits
-    torch.testing.assert_close(anee.load(network, "static:skip=1 2")(IDS).logits, expected)
+    torch.testing.assert_close(anee.load(network, "static:skip=1 2", fast=False)(IDS).logits, expected)
 
 
 @pytest.mark.parametrize("given", ["bfloat16", torch.bfloat16, "float16"])
 def test_dtype_is_that_asked_for(llama_folder, given):
-    model = anee.load(llama_folder, dtype=given)
+    model = anee.load(llama_folder, dtype=given, fast=False)
     wanted = getattr(torch, given) if isinstance(given, str) else given
     assert {p.dtype for p in model.model.parameters()} == {wanted}
     expected = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=wanted)(IDS).logits

@@ -135,6 +135,18 @@ def test_what_is_hung_on_a_model_is_run(network):
     wrapped.merge_and_unload()
 
 
+def test_transformers_own_hooks_do_not_matter(network):
+    ids = tokens()
+    with torch.no_grad():
+        network(ids, output_hidden_states=True)
+    assert any(module._forward_hooks for module in network.modules())
+    fast = adaptive(network)
+    torch.testing.assert_close(
+        logits_of(fast, ids), logits_of(adaptive(network, fast=False), ids), atol=1e-5, rtol=1e-4
+    )
+    assert fast.slow_because is None
+
+
 def test_training_mode_goes_through_the_modules():
     network = build("gpt2").train()
     fast = adaptive(network)

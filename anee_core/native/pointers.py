@@ -12,6 +12,7 @@ from anee_core.projection import sliceable
 from anee_core.quantised import Int8Linear
 
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
+_CAPTURING = "transformers.utils.output_capturing"
 _RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
 
 
@@ -118,5 +119,10 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether calling a module does more than its class says.
+
+    What transformers hangs on modules to return hidden states, and leaves there, does nothing unless transformers calls
+    the model.
+    """
+    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _CAPTURING]
+    return bool(hooks or module._forward_pre_hooks or "forward" in vars(module))
