@@ -239,7 +239,7 @@ def draw(benches: list[dict[str, Any]], out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError("pictures need matplotlib: pip install 'anee[plot]'") from error
-    figure = Figure(figsize=(4.5 * len(benches), 3.6))
+    figure = Figure(figsize=(4 * len(benches) + 2, 3.6))
     for axes, bench in zip(figure.subplots(1, len(benches), squeeze=False)[0], benches, strict=True):
         ours = [r for r in bench["records"] if r["contender"].startswith("ANEE") and "own" not in r["contender"]]
         for record in ours:
@@ -249,6 +249,7 @@ def draw(benches: list[dict[str, Any]], out: Path) -> None:
         axes.plot(*zip(*ideal, strict=True), "k:", label="ideal")
         axes.axhline(bench["records"][0]["ms_per_token"], color="gray", lw=1, label="transformers")
         axes.set(title=bench["title"], xlabel="share of layers skipped", ylabel="ms per token", ylim=(0, None))
-    axes.legend(fontsize=6)
     figure.tight_layout()
+    figure.subplots_adjust(right=1 - 1.9 / figure.get_figwidth())
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(out, dpi=130)
