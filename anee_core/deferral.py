@@ -14,40 +14,24 @@ from torch import Tensor
 
 from anee_core.adapter import LayerCall
 from anee_core.cache import AdaptiveCache
-from anee_core.layer_step import LayerStep, Places
+from anee_core.layer_step import Places, StepAround
 
 _MOST = 64
 """Tokens that a layer may owe keys and values; more are paid at once, which bounds the memory."""
 
 
-class DeferredStep:
+class DeferredStep(StepAround):
     """Puts off propagation while a model decodes token by token; another step does the work."""
-
-    def __init__(self, step: LayerStep) -> None:
-        self._step = step
-
-    @property
-    def slow_because(self) -> str | None:
-        """What the step says."""
-        return self._step.slow_because
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Let the step look at the block, and the cache know who pays."""
         self._step.begin(hidden_states, cache)
         cache.pay = self._step.settle
 
-    def run(
-        self,
-        layer_idx: int,
-        hidden_states: Tensor,
-        call: LayerCall,
-        cache: AdaptiveCache,
-        places: Places | None,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def run(self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, *args: Any) -> Tensor:
         """Pay what the layer owes, and run it."""
         cache.settle(layer_idx)
-        return self._step.run(layer_idx, hidden_states, call, cache, places, mask)
+        return self._step.run(layer_idx, hidden_states, call, cache, *args)
 
     def propagate(
         self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
@@ -59,13 +43,3 @@ class DeferredStep:
         if batch * cache.owe(layer_idx, hidden_states, call) >= _MOST:
             cache.settle(layer_idx)
         return None
-
-    def settle(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
-    ) -> None:
-        """Let the step do it."""
-        self._step.settle(layer_idx, hidden_states, call, cache, slots)
-
-    def head(self, hidden_states: Tensor) -> Any:
-        """Return the step's head."""
-        return self._step.head(hidden_states)

@@ -101,11 +101,6 @@ class Engine:
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
         self._implicit_causal = parts.config._attn_implementation == "sdpa"
 
-    @property
-    def slow_because(self) -> str | None:
-        """Why layers run by their own modules; None if they do not."""
-        return self.step.slow_because
-
     def run(
         self, block: Block, cache: AdaptiveCache, trace: Trace, dense: bool = False, keep_states: bool = False
     ) -> Output:

@@ -72,7 +72,7 @@ class ReferenceStep:
     @property
     def slow_because(self) -> str | None:
         """That this is what was asked for."""
-        return "it was asked for"
+        return "fast=False"
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Do nothing."""
@@ -114,6 +114,38 @@ class ReferenceStep:
     def head(self, hidden_states: Tensor) -> Any:
         """Return the head itself."""
         return self._parts.head
+
+
+class StepAround:
+    """Leaves everything to another step: what wraps one overrides what it changes."""
+
+    def __init__(self, step: LayerStep) -> None:
+        self._step = step
+
+    @property
+    def slow_because(self) -> str | None:
+        """What the step says."""
+        return self._step.slow_because
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        """Let the step look at a block."""
+        self._step.begin(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Let the step run a layer."""
+        return self._step.run(*args, **kwargs)
+
+    def propagate(self, *args: Any, **kwargs: Any) -> None:
+        """Let the step write keys and values."""
+        self._step.propagate(*args, **kwargs)
+
+    def settle(self, *args: Any, **kwargs: Any) -> None:
+        """Let the step write keys and values of tokens that skipped the layer before."""
+        self._step.settle(*args, **kwargs)
+
+    def head(self, hidden_states: Tensor) -> Any:
+        """Return the step's head."""
+        return self._step.head(hidden_states)
 
 
 def devices_of(parts: Parts) -> tuple[torch.device, ...]:

@@ -68,7 +68,6 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         self.adapter = adapter
         self.tokenizer = tokenizer
         self.prefill = prefill
-        self.fast = fast
         inner = causal_lm(model)
         _check_family(inner, adapter)
         self.parts: Parts = adapter.parts(inner)
@@ -76,7 +75,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         self.generation_config = self.parts.model.generation_config
         _check_runnable(self.parts)
         self.last_trace: Trace | None = None
-        self.engine = Engine(adapter, self.parts, Policy(), step=step_for(adapter, self.parts, fast))
+        self._step = step_for(adapter, self.parts, fast)
+        self.engine = Engine(adapter, self.parts, Policy(), step=self._step)
         self.training = model.training
 
     def set_policy(
@@ -93,8 +93,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         Raises:
             PolicyError, BudgetError: policy, budget and model do not fit together.
         """
-        step = step_for(self.adapter, self.parts, self.fast)
-        self.engine = Engine(self.adapter, self.parts, policy, budget, hard, calibration, step)
+        self.engine = Engine(self.adapter, self.parts, policy, budget, hard, calibration, self._step)
         return self
 
     def check_budget(self, policy: Policy, budget: float | None) -> None:
@@ -117,7 +116,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         """Why layers run by their own modules, though they might run faster; None if they do run fast. It is known once
         a block of a few tokens has been run without gradients.
         """
-        return self.engine.slow_because if self.fast else "fast=False"
+        return self.engine.step.slow_because
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +100,8 @@ def _time(model: AdaptiveModel, dense: AdaptiveModel, prompt: Tensor, options: S
         return {}
 
     def seconds(one: AdaptiveModel) -> float:
-        marks = [time.perf_counter()]
-        for count in (1, options.tokens + 1):
-            one.decode(prompt, max_new_tokens=count, eos_token_id=[])
-            marks.append(time.perf_counter())
-        # One run of N + 1 tokens minus one of 1: reading the prompt is not in it.
-        return (marks[2] - 2 * marks[1] + marks[0]) / options.tokens
+        # The first new token belongs to the prompt's time.
+        return one.decode(prompt, max_new_tokens=options.tokens + 1, eos_token_id=[]).decode_seconds / options.tokens
 
     seconds(model)
     pairs = [(seconds(model), seconds(dense)) for _ in range(options.repeats)]

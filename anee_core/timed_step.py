@@ -8,62 +8,37 @@ from typing import Any
 
 from torch import Tensor
 
-from anee_core.adapter import LayerCall
-from anee_core.cache import AdaptiveCache
-from anee_core.layer_step import LayerStep, Places
+from anee_core.layer_step import LayerStep, StepAround
 
 
-class TimedStep:
+class TimedStep(StepAround):
     """Does what another step does, and adds up the ``seconds`` that it takes for "layers" and "head"."""
 
     def __init__(self, step: LayerStep) -> None:
-        self._step = step
+        super().__init__(step)
         self.seconds = {"layers": 0.0, "head": 0.0}
 
-    @property
-    def slow_because(self) -> str | None:
-        """What the step says."""
-        return self._step.slow_because
-
-    def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
-        """Let the step look at a block."""
-        self._step.begin(hidden_states, cache)
-
-    def run(
-        self,
-        layer_idx: int,
-        hidden_states: Tensor,
-        call: LayerCall,
-        cache: AdaptiveCache,
-        places: Places | None,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a layer."""
-        run = self._step.run
-        output: Tensor = self._timed("layers", lambda: run(layer_idx, hidden_states, call, cache, places, mask))
+        output: Tensor = self._timed("layers", super().run, *args, **kwargs)
         return output
 
-    def propagate(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
-    ) -> None:
+    def propagate(self, *args: Any, **kwargs: Any) -> None:
         """Write keys and values of tokens that skip a layer."""
-        propagate = self._step.propagate
-        self._timed("layers", lambda: propagate(layer_idx, hidden_states, call, cache, places))
+        self._timed("layers", super().propagate, *args, **kwargs)
 
-    def settle(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
-    ) -> None:
+    def settle(self, *args: Any, **kwargs: Any) -> None:
         """Write keys and values of tokens that skipped a layer before."""
-        self._timed("layers", lambda: self._step.settle(layer_idx, hidden_states, call, cache, slots))
+        self._timed("layers", super().settle, *args, **kwargs)
 
     def head(self, hidden_states: Tensor) -> Any:
         """Return the head, with a watch held to it."""
-        head = self._step.head(hidden_states)
-        return lambda states: self._timed("head", lambda: head(states))
+        head = super().head(hidden_states)
+        return lambda states: self._timed("head", head, states)
 
-    def _timed(self, part: str, work: Callable[[], Any]) -> Any:
+    def _timed(self, part: str, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         try:
-            return work()
+            return work(*args, **kwargs)
         finally:
             self.seconds[part] += time.perf_counter() - started

@@ -40,7 +40,8 @@ class NativeStep:
         self._adapter, self._parts = adapter, parts
         self._reference = ReferenceStep(adapter, parts)
         self._library: CDLL | None = None
-        self._layers: list[NativeLayer] = []
+        self._layers: list[NativeLayer] | None = None
+        """None before the model was looked at; none if it does not fit."""
         self._head: _Head | None = None
         self._own = _Workspace()
         self.slow_because: str | None = "no block of few tokens has been run"
@@ -53,7 +54,7 @@ class NativeStep:
         if batch * length > MAX_TOKENS or not _undisturbed(hidden_states):
             return
         # Nobody changes a model between the tokens of a generation.
-        if (not self._layers or cache.seen == 0 or length > 1) and not self._current():
+        if self._layers is None or ((cache.seen == 0 or length > 1) and not self._current()):
             self._read_model()
         if self._layers and hidden_states.dtype == self._layers[0].pointers.dtype:
             own.layers = self._layers
@@ -102,7 +103,7 @@ class NativeStep:
         return self._head
 
     def _current(self) -> bool:
-        return bool(self._layers) and all(layer.current for layer in self._layers)
+        return bool(self._layers) and all(layer.current for layer in self._layers or ())
 
     def _read_model(self) -> None:
         """Point to the model's weights as they are now, or find out why that cannot be."""
