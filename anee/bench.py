@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="With transformers compiled, static cache: takes minutes.")
     ] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="With llama.cpp and CTranslate2, where installed, at batch 1.")
+    ] = False,
     out: Annotated[Path, typer.Option("--json", help="Keeps what is measured; an interrupted run goes on.")] = Path(
         "benchmarks/out/bench.json"
     ),
@@ -49,27 +53,24 @@ def bench(
 
     shares = tuple(skipped) if skipped is not None else (0.25, 0.5, 0.58)
     setting: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "skipped": shares, "policies": policy or []}
-    setting |= {"compiled": compiled, "transformers": transformers.__version__}
+    setting |= {"compiled": compiled, "peers": peers, "transformers": transformers.__version__}
     records = Records(out, setting)
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    for model in models or ["smollm2"]:
-        for kind in dtype or ["bfloat16"]:
-            for rows in batch or [1]:
-                for length in context or [128]:
-                    title = f"{model}, {kind}, batch {rows}, context {length}"
-                    if title in records:
-                        continue
-                    options = BenchOptions(
-                        model, kind, rows, length, tokens, repeats, shares, tuple(policy or ()), compiled
-                    )
-                    with progress_bar(True, transient=True) as bar:
-                        task = bar.add_task(title, total=None)
+    chosen = (models or ["smollm2"], dtype or ["bfloat16"], batch or [1], context or [128])
+    for model, kind, rows, length in itertools.product(*chosen):
+        title = f"{model}, {kind}, batch {rows}, context {length}"
+        if title in records:
+            continue
+        policies = tuple(policy or ())
+        options = BenchOptions(model, kind, rows, length, tokens, repeats, shares, policies, compiled, peers)
+        with progress_bar(True, transient=True) as bar:
+            task = bar.add_task(title, total=None)
 
-                        def advance(name: str, bar: Any = bar, task: Any = task, title: str = title) -> None:
-                            bar.update(task, advance=1, description=f"{title}: {name}")
+            def advance(name: str, bar: Any = bar, task: Any = task, title: str = title) -> None:
+                bar.update(task, advance=1, description=f"{title}: {name}")
 
-                        found = measure(options, advance)
-                    records.add(title, {"title": title, "machine": machine, **found})
+            found = measure(options, advance)
+        records.add(title, {"title": title, "machine": machine, **found})
     console = Console(width=120)
     for found in records.all():
         table = Table(*_COLUMNS, title=f"{found['title']} (memory is read at {found['read_gb_per_s']:.1f} GB/s)")

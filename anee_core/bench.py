@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from anee_core.errors import InputError, MissingPackageError
 from anee_core.load import dtype_of, load
 from anee_core.model import AdaptiveModel
 from anee_core.native.step import NativeStep
+from anee_core.peers import peers
 from anee_core.shapes import SHAPES, build
 from anee_core.timed_step import TimedStep
 
@@ -38,6 +40,7 @@ class BenchOptions:
         skipped: shares of the layers to skip, at random for each token.
         policies: further policy strings, each with a budget after an ``@`` if it takes one, as in ``rl@0.7``.
         compiled: whether transformers compiled with a static cache takes part, which takes minutes to compile.
+        peers: whether other engines take part, where they are installed and the batch is 1.
     """
 
     model: str
@@ -49,6 +52,7 @@ class BenchOptions:
     skipped: tuple[float, ...] = (0.25, 0.5, 0.58)
     policies: tuple[str, ...] = ()
     compiled: bool = False
+    peers: bool = False
 
     def __post_init__(self) -> None:
         if min(self.batch, self.context, self.repeats) < 1 or self.tokens < 2:
@@ -121,23 +125,26 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
     others = contenders(options, network, tokenizer)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, network.config.vocab_size, (options.batch, options.context), generator=generator)
-    watches: dict[str, list[Stopwatch]] = {other.name: [] for other in others}
-    for repeat in range(options.repeats + 1):
-        for other in others:
-            advance(other.name)
-            watch = Stopwatch()
-            other.run(prompt, options.tokens, watch)
-            if repeat:  # the first is to warm up
-                watches[other.name].append(watch)
-    by_name = {other.name: other for other in others}
+    watches: dict[str, list[Stopwatch]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.peers and options.batch == 1:
+            runs = peers(network, tokenizer, Path(folder), options.context + options.tokens)
+            others += [Contender(name, run) for name, run in runs.items()]
+        for repeat in range(options.repeats + 1):
+            for other in others:
+                advance(other.name)
+                watch = Stopwatch()
+                other.run(prompt, options.tokens, watch)
+                if repeat:  # the first is to warm up
+                    watches.setdefault(other.name, []).append(watch)
     costs = load(network).engine.costs
     layers = sum(work.weight_bytes for work in costs.run)
     bandwidth = read_bandwidth()
     records = [_record(other, watches[other.name], watches[others[0].name]) for other in others]
     dense = next(r["ms_per_token"] for r in records if r["contender"] == DENSE)
-    for record in records:
+    for other, record in zip(others, records, strict=True):
         record["ideal_ms"] = dense - (1 - record["layers_run"]) * layers / bandwidth / 1e6
-        record["parts"] = by_name[record["contender"]].parts(prompt, options.tokens)
+        record["parts"] = other.parts(prompt, options.tokens)
         record["share_of_bandwidth"] = (
             (costs.head.weight_bytes + record["layers_run"] * layers) / record["ms_per_token"] / 1e6 / bandwidth
         )

@@ -446,15 +446,23 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return the bytes allocated for keys, values and what a policy remembers of them."""
         return sum(self.layer_nbytes())
 
-    def held_by_token(self) -> list[Tensor]:
-        """Return for each layer how many slots are valid after each token of the block that was begun, if none drops
-        any, [B, T].
+    def held_by_token(self) -> Tensor:
+        """Return how many slots each layer holds after each token of the block that was begun, if none drops any,
+        [L, B, T].
         """
         counts = {}
         for slots in self._distinct():
-            valid, before = slots.valid(), slots.used - self._pending
-            counts[id(slots)] = valid[:, :before].sum(1, keepdim=True) + valid[:, before:].cumsum(1)
-        return [counts[id(slots)] for slots in self.slots]
+            batch, before = slots.position.shape[0], slots.used - self._pending
+            if slots.full:
+                counts[id(slots)] = torch.arange(before + 1, slots.used + 1, device=slots.position.device).expand(
+                    batch, -1
+                )
+            else:
+                valid = slots.valid()
+                counts[id(slots)] = valid[:, :before].sum(1, keepdim=True) + valid[:, before:].cumsum(1)
+        if len(counts) == 1:
+            return next(iter(counts.values())).expand(len(self.slots), -1, -1)
+        return torch.stack([counts[id(slots)] for slots in self.slots])
 
     def kept(self) -> Tensor:
         """Return the number of valid slots of each layer and row, [L, B], on the host."""

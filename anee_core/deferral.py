@@ -28,6 +28,11 @@ class DeferredStep(StepAround):
         self._step.begin(hidden_states, cache)
         cache.pay = self._step.settle
 
+    @property
+    def takes_all(self) -> bool:
+        """No: what a layer owes is seen to before it runs."""
+        return False
+
     def run(self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, *args: Any) -> Tensor:
         """Pay what the layer owes, and run it."""
         cache.settle(layer_idx)

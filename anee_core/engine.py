@@ -15,7 +15,7 @@ from anee_core.dropping import Drop
 from anee_core.errors import BudgetError
 from anee_core.feedback import FeedbackLog
 from anee_core.interfaces import Calibration, Setting, Shortcut
-from anee_core.layer_step import LayerStep, ReferenceStep, devices_of
+from anee_core.layer_step import LayerStep, ReferenceStep, Stack, devices_of
 from anee_core.layout import Parts
 from anee_core.ledger import Budget
 from anee_core.masks import MaskMaker
@@ -123,10 +123,11 @@ class Engine:
         states = [hidden_states]
         previous = hidden_states
         cache.begin(block.position_ids, block.real)
-        held = cache.held_by_token() if self.policy.cache_policy.keeps_all else []
+        held: list[Tensor] = []
         try:
             self.step.begin(hidden_states, cache)
-            for layer_idx in range(self.costs.num_layers):
+            output = None if keep_states else self._all_layers(hidden_states, calls, masks, cache, plan, meter)
+            for layer_idx in range(self.costs.num_layers if output is None else 0):
                 hidden_states = hidden_states.to(self._devices[layer_idx])
                 selection = plan.at(layer_idx, hidden_states, previous)
                 previous = hidden_states
@@ -138,14 +139,45 @@ class Engine:
                     meter.policy(drop.flops)
                 if keep_states:
                     states.append(hidden_states)
+            hidden_states = hidden_states if output is None else output
             hidden_states = parts.final_norm(hidden_states.to(self._devices[-1]))
+            holds = torch.stack(held) if held else cache.held_by_token()
             cache.commit()
         except BaseException:
             cache.abort()
             raise
         real = torch.ones(block.position_ids.shape, dtype=torch.bool) if block.real is None else block.real.cpu()
-        trace.add(Step(plan.ran(), real, meter, block.phase, dense, torch.stack(held), cache.layer_nbytes()))
+        trace.add(Step(plan.ran(), real, meter, block.phase, dense, holds, cache.layer_nbytes()))
         return Output(hidden_states, plan.spent, (*states[:-1], hidden_states) if keep_states else None)
+
+    def _all_layers(
+        self,
+        hidden_states: Tensor,
+        calls: tuple[LayerCall, ...],
+        masks: MaskMaker,
+        cache: AdaptiveCache,
+        plan: Plan,
+        meter: Meter,
+    ) -> Tensor | None:
+        """Take a block [B, T, D] through all layers at once, if the step can and nobody has a say in between."""
+        slots, call = cache.slots[0], calls[0]
+        alike = all(s is slots for s in cache.slots) and all(c is call for c in calls)
+        if not self.policy.cache_policy.keeps_all or not alike or not self.step.takes_all:
+            return None
+        windows = set(self._windows)
+        needed = any(masks.needed(slots, window, subset=False) for window in windows)
+        if needed and len(windows) > 1:
+            return None
+        mask = masks.mask(slots, self._windows[0]) if needed else None
+        gate = plan.gate()
+        states = plan.ahead(hidden_states) if gate is None else plan.undecided()
+        if states is None:
+            return None
+        output = self.step.all_layers(hidden_states, Stack(call, mask, states, gate, self.policy.shortcut), cache)
+        if output is not None:
+            plan.follow(states, gate)
+            meter.layers(states, slots.used)
+        return output
 
     def _layer(
         self,

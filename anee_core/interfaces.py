@@ -157,6 +157,22 @@ class Configurable:
         return {name: getattr(self, name) for name in self.option_names()}
 
 
+@dataclass(frozen=True)
+class LinearGate:
+    """A controller's `decide` as a formula, for steps that take all layers at once.
+
+    A token's deviation at a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``offset`` [L]. Less
+    the mean of its row's earlier deviations, in their standard deviations, it is the token's score; those of the fit,
+    of mean 0 and standard deviation ``spread`` [L], count for ``prior`` tokens. The token skips the layer if its score
+    is below a threshold. What the controller tallies are deviations, their squares, and 1. All in fp32.
+    """
+
+    weight: Tensor
+    offset: Tensor
+    spread: Tensor
+    prior: float
+
+
 class Controller(Configurable, ABC):
     """Decides when a layer is worth running."""
 
@@ -195,6 +211,15 @@ class Controller(Configurable, ABC):
         is not there yet. Prompts that are read densely count nothing.
         """
         raise NotImplementedError(f"{type(self).__name__} has tallies, so it has to implement tally")
+
+    @property
+    def linear(self) -> LinearGate | None:
+        """The formula that `decide` follows, if it is that of a linear gate, once bound."""
+        return None
+
+    def thresholds(self, position_ids: Tensor) -> Tensor:
+        """Return the thresholds [B, T, L] of tokens at positions [B, T], for a controller that is `linear`."""
+        raise NotImplementedError(f"{type(self).__name__} is no linear gate")
 
     @abstractmethod
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:

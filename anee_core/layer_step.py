@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
@@ -9,10 +11,56 @@ from torch import Tensor
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache, CacheWriter
+from anee_core.interfaces import LinearGate, Shortcut
 from anee_core.layout import Parts
 
 Places = tuple[Tensor, Tensor]
 """Rows [R, 1] and columns [R, C] of some tokens of a block, which broadcast together."""
+
+
+class TokenState(IntEnum):
+    """What becomes of a token at a layer."""
+
+    PADDING = 0
+    SKIPPED = 1
+    RUNS = 2
+
+
+@dataclass(frozen=True)
+class GateCall:
+    """A linear gate, and what it needs to know of the new token of each row.
+
+    ``thresholds`` is [B, L]; ``before`` [B, L, 3] what the rows' earlier tokens tallied, ``after`` the same with these
+    tokens, for the step to write. ``run_shares`` and ``skip_shares`` [L, B] are what each layer takes of a dense token,
+    of which a token may spend ``limit``; ``wanted`` [B] is what it takes to skip all but the layers that run
+    ``always`` [L].
+    """
+
+    gate: LinearGate
+    thresholds: Tensor
+    before: Tensor
+    after: Tensor
+    run_shares: Tensor
+    skip_shares: Tensor
+    wanted: Tensor
+    always: Tensor
+    limit: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A forward through all layers, for a step that can take them at once.
+
+    Every layer receives ``call``, and ``mask`` [B, 1, T, S] or None. ``states`` [L, B, T] uint8 on the host holds a
+    `TokenState` for each token at each layer; if there is a ``gate``, the step writes what that decides. ``shortcut``
+    is what skipped tokens get.
+    """
+
+    call: LayerCall
+    mask: Tensor | None
+    states: Tensor
+    gate: GateCall | None
+    shortcut: Shortcut | None
 
 
 class LayerStep(Protocol):
@@ -26,8 +74,17 @@ class LayerStep(Protocol):
         """Why layers run by their own modules; None if they do not."""
         ...
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether the block that was begun may be given to `all_layers`."""
+        ...
+
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Look at a block [B, T, D] before its layers run."""
+        ...
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Take a block [B, T, D] through all layers; None if they have to be taken one by one."""
         ...
 
     def run(
@@ -74,8 +131,17 @@ class ReferenceStep:
         """That this is what was asked for."""
         return "fast=False"
 
+    @property
+    def takes_all(self) -> bool:
+        """No."""
+        return False
+
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Do nothing."""
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Leave it to `run` and `propagate`."""
+        return None
 
     def run(
         self,
@@ -127,9 +193,18 @@ class StepAround:
         """What the step says."""
         return self._step.slow_because
 
+    @property
+    def takes_all(self) -> bool:
+        """What the step says."""
+        return self._step.takes_all
+
     def begin(self, *args: Any, **kwargs: Any) -> None:
         """Let the step look at a block."""
         self._step.begin(*args, **kwargs)
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Let the step take all layers."""
+        return self._step.all_layers(hidden_states, stack, cache)
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Let the step run a layer."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from anee_core.accounting import CostModel
 from anee_core.errors import BudgetError
-from anee_core.interfaces import Action
+from anee_core.interfaces import Action, LinearGate
+from anee_core.layer_step import GateCall
 
 
 class Budget:
@@ -78,3 +79,22 @@ class Ledger:
         run = run | always
         self.spent = self.spent + torch.where(run, run_shares, skip_shares).sum(0)
         return run
+
+    def gate(self, gate: LinearGate, thresholds: Tensor, before: Tensor) -> GateCall:
+        """Return what a gate needs to settle a single token of each row by itself; see `GateCall`."""
+        budget = self._budget
+        return GateCall(
+            gate=gate,
+            thresholds=thresholds,
+            before=before,
+            after=torch.empty_like(before),
+            run_shares=self._run_shares[..., 0],
+            skip_shares=self._skip_shares[..., 0],
+            wanted=self._wanted[..., 0],
+            always=self._always[:, 0, 0],
+            limit=budget.limit if budget.hard and budget.limit is not None else torch.inf,
+        )
+
+    def charge(self, run: Tensor) -> None:
+        """Charge the tokens for all layers, of which they ran those that ``run`` [L, B, T] says."""
+        self.spent = torch.where(run.to(self.spent.device), self._run_shares, self._skip_shares).sum(0)

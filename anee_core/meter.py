@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from anee_core.accounting import CostModel, Spent
 from anee_core.interfaces import CachePolicy
+from anee_core.layer_step import TokenState
 
 
 class Meter:
@@ -19,11 +22,16 @@ class Meter:
     def __init__(self, costs: CostModel, cache_policy: CachePolicy, tokens: int, context: int) -> None:
         self._costs, self._cache_policy, self._tokens, self._context = costs, cache_policy, tokens, context
         self._layers: list[tuple[int, int, int]] = []
+        self._states: tuple[Tensor, int] | None = None
         self._inside = self._head_calls = self._head_tokens = 0
 
     def layer(self, running: int, skipping: int, slots: int) -> None:
         """Count the next layer: how many tokens run and skip it, and the slots of a row that a running one looks at."""
         self._layers.append((running, skipping, slots))
+
+    def layers(self, states: Tensor, slots: int) -> None:
+        """Count all layers: the `TokenState` of each token at each, [L, B, T], and the slots of a row."""
+        self._states = states, slots
 
     def policy(self, flops: int) -> None:
         """Count what a token policy executed inside a layer."""
@@ -36,6 +44,10 @@ class Meter:
     def total(self) -> Spent:
         """Return what was executed, and what the dense model would have."""
         costs, tokens = self._costs, self._tokens
+        if self._states is not None:
+            states, slots = self._states
+            runs, skips = ((states == kind).sum((1, 2)).tolist() for kind in (TokenState.RUNS, TokenState.SKIPPED))
+            self._layers = list(zip(runs, skips, [slots] * len(runs), strict=True))
         spent = Spent(
             policy_flops=self._inside,
             head_flops=self._head_tokens * costs.head.flops,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anee_core.interfaces import DecisionContext, Observation
+from anee_core.layer_step import GateCall, TokenState
 from anee_core.ledger import Budget, Ledger
 from anee_core.policy import Policy
 from anee_core.tally import TallyLog
@@ -62,7 +63,6 @@ class Selection:
 
 
 _ALL, _NONE = Selection("all"), Selection("none")
-_PADDING, _SKIPPED, _RUNS = range(3)
 
 
 class Plan:
@@ -88,6 +88,7 @@ class Plan:
         self._feedback = feedback
         self._ledger = None if all_run else Ledger(budget, block.position_ids)
         self._selections = [_ALL] * num_layers if all_run else []
+        # What was decided: for some layers, then for some more.
         self._states: list[Tensor] = []
         self._all_run = all_run
 
@@ -99,8 +100,46 @@ class Plan:
     def at(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> Selection:
         """Return who runs a layer, given its input and the input of the layer before, both [B, T, D]."""
         if layer_idx == len(self._selections):
-            self._decide(layer_idx, hidden_states, previous)
+            if layer_idx == sum(map(len, self._states)):
+                self._decide(layer_idx, hidden_states, previous)
+            self._selections.extend(_select(self._states[-1], hidden_states.device))
         return self._selections[layer_idx]
+
+    def ahead(self, hidden_states: Tensor) -> Tensor | None:
+        """Return each token's `TokenState` at each layer, [L, B, T] uint8 on the host, if the controller can say that
+        in front of the first one, whose input is [B, T, D].
+        """
+        if self._all_run:
+            shape = self._num_layers, *self._block.position_ids.shape
+            return torch.full(shape, TokenState.RUNS, dtype=torch.uint8)
+        if not self._states:
+            self._decide(0, hidden_states, hidden_states)
+        return self._states[0] if len(self._states[0]) == self._num_layers else None
+
+    def gate(self) -> GateCall | None:
+        """Return the gate that decides, if it is a linear one and every row has one new token."""
+        block, controller = self._block, self._policy.controller
+        if controller.linear is None or self._tally is None or self._ledger is None:
+            return None
+        if block.real is not None or block.position_ids.shape[1] > 1 or self._states:
+            return None
+        before = self._tally.at(self._seen)
+        thresholds = controller.thresholds(block.position_ids)[:, 0]
+        return self._ledger.gate(controller.linear, thresholds, before)
+
+    def undecided(self) -> Tensor:
+        """Return room for each token's `TokenState` at each layer, [L, B, T] uint8 on the host."""
+        return torch.empty(self._num_layers, *self._block.position_ids.shape, dtype=torch.uint8)
+
+    def follow(self, states: Tensor, gate: GateCall | None) -> None:
+        """Take over the `TokenState` [L, B, T] that a step has followed, and what its gate has decided."""
+        if gate is None:
+            return
+        assert self._ledger is not None
+        assert self._tally is not None
+        self._states = [states]
+        self._ledger.charge(states == TokenState.RUNS)
+        self._tally.put(self._seen, gate.after)
 
     def ran(self) -> Tensor:
         """Return which tokens ran each layer, [L, B, T] bool on the host. Padding counts as not run."""
@@ -109,7 +148,7 @@ class Plan:
             real = self._block.real
             alike = torch.ones(batch, tokens, dtype=torch.bool) if real is None else real.cpu()
             return alike.expand(self._num_layers, -1, -1)
-        return torch.cat(self._states) == _RUNS
+        return torch.cat(self._states) == TokenState.RUNS
 
     def _decide(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> None:
         block, policy, ledger = self._block, self._policy, self._ledger
@@ -132,20 +171,18 @@ class Plan:
             counted = policy.controller.tally(signals, context)
             context = replace(context, totals=self._tally.before(self._seen, layer_idx, counted, block.real))
         run = ledger.settle(policy.controller.decide(signals, context), layer_idx)
-        states = run.to(torch.uint8) + _SKIPPED
+        states = run.to(torch.uint8) + TokenState.SKIPPED
         if block.real is not None:
             states = states * block.real
         # The one host read for these layers.
-        host = states.cpu()
-        self._states.append(host)
-        self._selections.extend(_select(host, hidden_states.device))
+        self._states.append(states.cpu())
 
 
 def _select(states: Tensor, device: torch.device) -> list[Selection]:
     """Turn states [N, B, T] on the host into one selection per layer."""
     layers = states.flatten(1)
-    running = (layers == _RUNS).any(1).tolist()
-    skipping = (layers == _SKIPPED).any(1).tolist()
+    running = (layers == TokenState.RUNS).any(1).tolist()
+    skipping = (layers == TokenState.SKIPPED).any(1).tolist()
     selections = []
     for i, (some_run, some_skip) in enumerate(zip(running, skipping, strict=True)):
         if not some_skip:
@@ -158,14 +195,14 @@ def _select(states: Tensor, device: torch.device) -> list[Selection]:
 
 
 def _split(states: Tensor, device: torch.device) -> Selection:
-    runs = states == _RUNS
+    runs = states == TokenState.RUNS
     counts = runs.sum(1)
     rows = counts.nonzero()  # [R, 1]
     most = int(counts.max())
     order = torch.argsort(~runs[rows[:, 0]], dim=1, stable=True)[:, :most]
     last = (counts[rows[:, 0]] - 1)[:, None]
     columns = order.gather(1, torch.minimum(torch.arange(most), last))
-    skip_rows, skip_columns = (states == _SKIPPED).nonzero(as_tuple=True)
+    skip_rows, skip_columns = (states == TokenState.SKIPPED).nonzero(as_tuple=True)
     return Selection(
         "some",
         run=(rows.to(device), columns.to(device)),

@@ -43,3 +43,13 @@ class TallyLog(TokenLog):
         """Let ``tokens`` tokens from ``index`` on count nothing, in all layers."""
         self._reserve(index + tokens + 1)
         self._entries[:, index + 1 : index + tokens + 1] = self._entries[:, index : index + 1]
+
+    def at(self, index: int) -> Tensor:
+        """Return the sums over the tokens before token ``index``, [B, L, K]."""
+        return self._entries[:, index].contiguous()
+
+    @torch.inference_mode(False)
+    def put(self, index: int, sums: Tensor) -> None:
+        """Record the sums [B, L, K] over token ``index`` and those before it."""
+        self._reserve(index + 2)
+        self._entries[:, index + 1] = sums

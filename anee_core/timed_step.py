@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from anee_core.layer_step import LayerStep, StepAround
+from anee_core.cache import AdaptiveCache
+from anee_core.layer_step import LayerStep, Stack, StepAround
 
 
 class TimedStep(StepAround):
@@ -17,6 +18,11 @@ class TimedStep(StepAround):
     def __init__(self, step: LayerStep) -> None:
         super().__init__(step)
         self.seconds = {"layers": 0.0, "head": 0.0}
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Take all layers."""
+        output: Tensor | None = self._timed("layers", super().all_layers, hidden_states, stack, cache)
+        return output
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a layer."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import BudgetError, CheckpointError, PolicyError
-from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
+from anee_core.interfaces import Action, Controller, DecisionContext, LinearGate, Setting, protect_ends
 from anee_core.trained import weights_for
 
 _FORMAT = CheckpointFormat(
@@ -115,6 +115,7 @@ class GateController(Controller):
     protect: tuple[int, ...] = (1, 2)
     _weights: GateWeights | None = field(default=None, init=False, compare=False, repr=False)
     _thresholds: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False, repr=False)
+    _linear: LinearGate | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.prior <= 0 or self.first < 0:
@@ -149,8 +150,12 @@ class GateController(Controller):
                 f"{float(ready.budgets[0]):.3f}"
             )
         positions = torch.arange(self.settled + 1, device=ready.budgets.device)
+        thresholds = ready.at(self.allowed(torch.tensor(budget), positions))
+        thresholds[: self.first] = -torch.inf
         object.__setattr__(bound, "_weights", ready)
-        object.__setattr__(bound, "_thresholds", ready.at(self.allowed(torch.tensor(budget), positions)))
+        object.__setattr__(bound, "_thresholds", thresholds)
+        linear = LinearGate(ready.weight, ready.bias - ready.mean, ready.spread, self.prior)
+        object.__setattr__(bound, "_linear", linear)
         return bound
 
     @property
@@ -166,6 +171,15 @@ class GateController(Controller):
         debt = self.first * (1 - budget) / _REPAYING
         return torch.where(positions < self.settled, budget - debt, budget)
 
+    @property
+    def linear(self) -> LinearGate | None:
+        """What it computes, once bound."""
+        return self._linear
+
+    def thresholds(self, position_ids: Tensor) -> Tensor:
+        """Return the thresholds [B, T, L] of tokens at positions [B, T]."""
+        return self._thresholds.to(position_ids.device)[position_ids.clamp(max=self.settled)]
+
     def tally(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return each token's deviation from the mean of the fit, its square, and 1, [B, T, 3]."""
         deviation = self._deviation(signals, context.layer_idx)
@@ -174,21 +188,18 @@ class GateController(Controller):
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return actions for one layer."""
         layer_idx = context.layer_idx
-        assert self._weights is not None
+        assert self._linear is not None
         assert context.totals is not None
-        spread = self._weights.spread[layer_idx]
+        spread = self._linear.spread[layer_idx]
         score = standardised(self._deviation(signals, layer_idx), context.totals, self.prior, spread)
         thresholds = self._thresholds[:, layer_idx].to(signals.device)
-        threshold = thresholds[context.position_ids.clamp(max=self.settled)]
-        skip = (score < threshold) & (context.position_ids >= self.first)
+        skip = score < thresholds[context.position_ids.clamp(max=self.settled)]
         return torch.where(skip, int(Action.SKIP), int(Action.PROCESS)).to(torch.uint8)[None]
 
     def _deviation(self, signals: Tensor, layer_idx: int) -> Tensor:
-        weights = self._weights
-        assert weights is not None
-        at = signals.device
-        weight, bias = weights.weight[layer_idx].to(at), weights.bias[layer_idx].to(at)
-        return signals @ weight + bias - weights.mean[layer_idx].to(at)
+        linear = self._linear
+        assert linear is not None
+        return signals @ linear.weight[layer_idx].to(signals.device) + linear.offset[layer_idx].to(signals.device)
 
 
 def standardised(deviation: Tensor, totals: Tensor, prior: float, spread: Tensor) -> Tensor:

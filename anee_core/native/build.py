@@ -1,4 +1,4 @@
-"""Compiles ``layer.cpp`` for the processor at hand, once, and loads it."""
+"""Compiles the C++ sources for the processor at hand, once, and loads it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from anee_core.cache_folder import cache_folder
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("layer.cpp")
+_SOURCE, *_INCLUDED = (Path(__file__).with_name(name) for name in ("stack.cpp", "layer.cpp"))
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",
     # Sums may be taken in any order; NaN and infinity keep their meaning.
@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise NoLibraryError("there is no g++ (install it, or set CXX)")
     try:
-        source = _SOURCE.read_bytes()
+        source = b"".join(path.read_bytes() for path in (_SOURCE, *_INCLUDED))
         known = hashlib.sha256(source + " ".join((compiler, *_FLAGS, _processor())).encode()).hexdigest()[:16]
         path = cache_folder() / "native" / f"layer-{known}.so"
         if not path.exists():
@@ -58,6 +58,7 @@ def library() -> ctypes.CDLL:
     pointer, count = ctypes.c_void_p, ctypes.c_int32
     loaded.anee_run.argtypes, loaded.anee_run.restype = [pointer, pointer], None
     loaded.anee_project.argtypes, loaded.anee_project.restype = [pointer, pointer], None
+    loaded.anee_stack.argtypes, loaded.anee_stack.restype = [pointer, pointer], None
     loaded.anee_linear.argtypes = [pointer, pointer, pointer, count, count, pointer, count]
     loaded.anee_linear.restype = None
     return loaded

@@ -13,11 +13,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache
-from anee_core.layer_step import Places, ReferenceStep
+from anee_core.layer_step import Places, ReferenceStep, Stack
 from anee_core.layout import Parts
 from anee_core.native.build import NoLibraryError, library
 from anee_core.native.layers import NativeLayer
 from anee_core.native.pointers import Pointers, UnfitError, hooked
+from anee_core.native.stack import NativeStack
 from anee_core.native.structs import LANES, Tokens
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,11 @@ class NativeStep:
         self.slow_because: str | None = "no block of few tokens has been run"
         """Why layers run by their own modules, if they do."""
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether the block goes through the library."""
+        return bool(self._own.layers)
+
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Look at a block [B, T, D] before its layers run."""
         own, (batch, length, _) = self._own, hidden_states.shape
@@ -58,6 +64,26 @@ class NativeStep:
             self._read_model()
         if self._layers and hidden_states.dtype == self._layers[0].pointers.dtype:
             own.layers = self._layers
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Take all layers in one call; see `LayerStep.all_layers`."""
+        own = self._own
+        if own.stack is None or own.stack.made_for != (own.layers, own.threads):
+            own.stack = NativeStack(own.layers, own.threads)
+        if not own.stack.take(stack.shortcut, hidden_states.dtype):
+            return None
+        result = hidden_states.clone(memory_format=torch.contiguous_format)
+        room = torch.empty_like(result)
+        own.stack.store_in(cache, result)
+        own.stack.decide_by(stack.gate)
+        own.stack.struct.states = stack.states.data_ptr()
+        where = self._where(*result.shape[:2])
+        span, size = cache.span(0), own.stack.floats
+        kept = self._fill(result, stack.call, where, span, own.stack.threads, size, stack.mask, room)
+        assert self._library is not None
+        self._library.anee_stack(own.stack.address, own.address)
+        del kept
+        return result
 
     def run(
         self,
@@ -143,8 +169,31 @@ class NativeStep:
         states = hidden_states.contiguous()
         keys, values = cache.storage(layer_idx, layer.kv_heads, layer.head_dim, states)
         first, used = cache.span(layer_idx)
-        threads = min(own.threads, layer.threads)
-        needed = where.count * layer.floats + threads * (used + LANES)
+        span = first if start is None else start, used
+        kept = self._fill(states, call, where, span, min(own.threads, layer.threads), layer.floats, mask, result)
+        tokens.keys, tokens.values = keys.data_ptr(), values.data_ptr()
+        tokens.row_stride, tokens.head_stride = keys.stride()[:2]
+        getattr(self._library, function)(layer.address, own.address)
+        del kept
+
+    def _fill(
+        self,
+        states: Tensor,
+        call: LayerCall,
+        where: _Where,
+        span: tuple[int, int],
+        threads: int,
+        floats: int,
+        mask: Tensor | None,
+        result: Tensor | None,
+    ) -> Tensor | None:
+        """Say which tokens of [B, T, D] are meant, and what they need but for keys and values.
+
+        ``span`` is the slot of the block's first token and the number of slots handed out, ``floats`` the scratch that
+        a token needs. Returns the mask that the struct points to, for the caller to keep during the call.
+        """
+        own, tokens = self._own, self._own.tokens
+        needed = where.count * floats + threads * (span[1] + LANES)
         if own.scratch.numel() < needed:
             own.scratch = torch.empty(2 * needed)
         angles = self._angles(call, states.shape[0], states.dtype)
@@ -154,13 +203,11 @@ class NativeStep:
         tokens.states, tokens.result = states.data_ptr(), None if result is None else result.data_ptr()
         tokens.mask = None if mask is None else mask.data_ptr()
         tokens.cos, tokens.sin = (None, None) if angles is None else angles[2:]
-        tokens.keys, tokens.values = keys.data_ptr(), values.data_ptr()
         tokens.place, tokens.row, tokens.column = where.pointers
         tokens.scratch = own.scratch.data_ptr()
-        tokens.row_stride, tokens.head_stride = keys.stride()[:2]
-        tokens.start = first if start is None else start
-        tokens.count, tokens.used, tokens.threads = where.count, used, threads
-        getattr(self._library, function)(layer.address, own.address)
+        tokens.start, tokens.used = span
+        tokens.count, tokens.threads = where.count, threads
+        return mask
 
     def _angles(self, call: LayerCall, batch: int, dtype: torch.dtype) -> _Angles | None:
         """Return the rotary angles of a call and where they lie; layers that share a call share them."""
@@ -197,6 +244,7 @@ class _Workspace(threading.local):
         self.scratch = torch.empty(0)
         self.tokens = Tokens()
         self.address = addressof(self.tokens)
+        self.stack: NativeStack | None = None
         self.whole: dict[tuple[int, int], _Where] = {}
         self.turned: tuple[LayerCall, _Angles | None] | None = None
 

@@ -1,8 +1,8 @@
-"""The structs of ``layer.cpp``, field by field."""
+"""The structs of ``layer.cpp`` and ``stack.cpp``, field by field."""
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import ClassVar
 
@@ -123,4 +123,49 @@ class Tokens(Structure):
         ("count", c_int32),
         ("used", c_int32),
         ("threads", c_int32),
+    ]
+
+
+class Storage(Structure):
+    """Where one layer's keys and values are."""
+
+    _fields_: ClassVar = [
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("row_stride", c_int64),
+        ("head_stride", c_int64),
+    ]
+
+
+class Gate(Structure):
+    """What decides which layers a new token of each row runs."""
+
+    _fields_: ClassVar = [
+        ("weight", c_void_p),
+        ("offset", c_void_p),
+        ("spread", c_void_p),
+        ("thresholds", c_void_p),
+        ("before", c_void_p),
+        ("after", c_void_p),
+        ("run_share", c_void_p),
+        ("skip_share", c_void_p),
+        ("wanted", c_void_p),
+        ("always", c_void_p),
+        ("prior", c_double),
+        ("limit", c_float),
+    ]
+
+
+class Layers(Structure):
+    """All layers, and who runs which."""
+
+    _fields_: ClassVar = [
+        ("layers", c_void_p),
+        ("storage", c_void_p),
+        ("threads", c_void_p),
+        ("down", c_void_p),
+        ("up", c_void_p),
+        ("gate", c_void_p),
+        ("states", c_void_p),
+        ("count", c_int32),
     ]

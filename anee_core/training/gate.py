@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from anee_core.accounting import CostModel
 from anee_core.adapter import ModelAdapter
 from anee_core.controllers.gate import GateController, GateWeights, standardised
-from anee_core.divergence import divergence
+from anee_core.divergence import divergence, divergences
 from anee_core.errors import InputError
 from anee_core.layout import Parts
 from anee_core.profiler import unit_norm
@@ -54,7 +54,8 @@ class GateOptions:
 
 
 class GatedModel(Objective):
-    """Loss of a model whose layers are skipped by a gate: divergence from the dense model, and the price of spending.
+    """Loss of a model whose layers are skipped by a gate: log divergence from the dense model, plus the price of what
+    is spent.
 
     Args:
         adapter: knows the model's family.
@@ -98,7 +99,7 @@ class GatedModel(Objective):
         self.price: Tensor
         self.register_buffer("mean", gate.mean.float() / unit)
         self.register_buffer("spread", torch.ones_like(unit))
-        self.register_buffer("price", torch.ones(options.knots))
+        self.register_buffer("price", torch.full((options.knots,), 4.0))
 
     def train(self, mode: bool = True) -> GatedModel:
         """Switch to training; the model itself stays without dropout."""
@@ -112,11 +113,12 @@ class GatedModel(Objective):
         with torch.no_grad():
             wanted = self.dense(input_ids)
         logits, spent = self.run(input_ids, budgets, self.options.noise)
-        quality = divergence(wanted, logits)
+        quality = divergences(wanted, logits).mean(1)
         over = spent.mean(1) - budgets
-        loss = quality + ((self.near(budgets) @ self.price) * over).mean()
+        # By its logarithm, so that budgets that leave little to lose count as much as those that leave a lot.
+        loss = (quality.clamp(min=1e-6).log() + (self.near(budgets) @ self.price) * over).mean()
         self.move_price(self.price, budgets, over.detach())
-        figures = {"quality": quality, "spent": spent.mean(), "over": over.mean(), "price": self.price.mean()}
+        figures = {"quality": quality.mean(), "spent": spent.mean(), "over": over.mean(), "price": self.price.mean()}
         return loss, {name: value.detach() for name, value in figures.items()}
 
     def draw_budgets(self, input_ids: Tensor) -> Tensor:

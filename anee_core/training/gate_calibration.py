@@ -27,6 +27,8 @@ from anee_core.training.thresholds import Search
 logger = logging.getLogger(__name__)
 
 _TOKENS = "tokens.pt"
+_MOST_HELD_OUT = 12
+"""Sequences that thresholds are found on: each is read dozens of times."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class GateCalibration:
         text: a file to read instead of the model's own samples.
         sequences: how many to fit on.
         length: tokens of each.
-        held_out: share of them that is left out of the fit, for the thresholds.
+        held_out: share of them that is left out of the fit, for the thresholds: 12 at most.
         fit: how shortcuts and gate are fitted.
         progress: whether to show bars.
     """
@@ -77,8 +79,12 @@ def fitted_for(model: AdaptiveModel, text: str | Path | None = None) -> Path:
     return folder
 
 
-def calibrate_gate(model: AdaptiveModel, folder: Path, options: GateCalibration | None = None) -> Path:
+def calibrate_gate(
+    model: AdaptiveModel, folder: Path, options: GateCalibration | None = None, tokens: Tensor | None = None
+) -> Path:
     """Write shortcuts and a gate for a model into a folder, and return it. An interrupted calibration goes on.
+
+    ``tokens`` [N, T] are read, if given, in the place of a text.
 
     Raises:
         InputError: the text is too short, or the sizes do not fit the model.
@@ -89,13 +95,14 @@ def calibrate_gate(model: AdaptiveModel, folder: Path, options: GateCalibration 
     length = min(options.length, limit or options.length)
     work = folder / "work"
     with torch.no_grad():
-        blocks = _tokens(model, options, length, work)
-    count = max(int(len(blocks) * options.held_out), 1)
+        blocks = _tokens(model, options, length, work) if tokens is None else tokens.to(model.device)
+    count = min(max(int(len(blocks) * options.held_out), 1), _MOST_HELD_OUT)
     fitted = fit(model, blocks[count:], work, options.fit, options.progress)
     fitted.shortcuts.save(folder)
     shortcut = LowRankShortcut.of(fitted.shortcuts)
     nothing = torch.empty(0)
-    facts = {"text": "own samples" if options.text is None else Path(options.text).name, **asdict(options.fit)}
+    source = "own samples" if options.text is None else Path(options.text).name
+    facts = {"text": source if tokens is None else "tokens given", **asdict(options.fit)}
     gate = GateWeights(fitted.weight, fitted.bias, fitted.mean, fitted.spread, nothing, nothing, facts)
     with progress_bar(options.progress) as bar:
         task = bar.add_task("thresholds of each budget", total=None)

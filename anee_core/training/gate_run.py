@@ -99,7 +99,7 @@ def train_gate(
     with accelerator.main_process_first():
         cache = run.folder / "tokens"
         blocks, held_out = read_text(model, text, valid, cache, options.length, options.valid_blocks)
-        start = start_of(model, text[0], run, options)
+        start = start_of(model, blocks, run, options)
     objective = gated_model(model, start, options, held_out).to(accelerator.device)
     batches = Batches(blocks, options.batch, run.seed, accelerator.process_index, accelerator.num_processes)
     optimizer = optimizer_of(objective, options.rate)
@@ -110,13 +110,17 @@ def train_gate(
     return history
 
 
-def start_of(model: AdaptiveModel, text: str | Path, run: RunOptions, options: GateTraining) -> Path:
-    """Return the folder with the closed-form fit that a training starts from; make it if it is not there."""
+def start_of(model: AdaptiveModel, blocks: Any, run: RunOptions, options: GateTraining) -> Path:
+    """Return the folder with the closed-form fit that a training starts from; make it if it is not there, on some of
+    the blocks of all texts.
+    """
     start = run.folder / "start"
     if not (start / "gate.json").exists():
         fit = FitOptions(rank=options.rank, seed=run.seed)
-        sequences = options.calibration_sequences
-        calibrate_gate(model, start, GateCalibration(text, sequences, options.length, fit=fit, progress=run.progress))
+        sequences = min(options.calibration_sequences, len(blocks))
+        tokens = Batches(blocks, sequences, run.seed).at(0)
+        calibration = GateCalibration(None, sequences, options.length, fit=fit, progress=run.progress)
+        calibrate_gate(model, start, calibration, tokens)
     return start
 
 

@@ -1,0 +1,157 @@
+// All decoder layers for a few tokens in one call: who runs which layer is known, or decided on the way by a linear gate.
+//
+// The structs are mirrored in structs.py.
+
+#include "layer.cpp"
+
+#include <vector>
+
+enum State : uint8_t { PADDING = 0, SKIPPED = 1, RUNS = 2 };
+
+// Where one layer's keys and values are, [B, H, capacity, Dh].
+struct Storage {
+    void* keys;
+    void* values;
+    int64_t row_stride, head_stride;
+};
+
+// A gate (see GateController), for one new token in each row. Scores are relative to those of the row's earlier tokens.
+struct Gate {
+    const float* weight;      // [L, D], of the state at unit norm
+    const float* offset;      // [L]
+    const float* spread;      // [L], standard deviation of the fit
+    const float* thresholds;  // [P, L]
+    const double* before;     // [P, L, 3] sums over the earlier tokens: deviations, their squares, 1
+    double* after;            // the same with the new token
+    const float* run_share;   // [L, P] of a dense token's FLOPs
+    const float* skip_share;
+    float* wanted;            // [P], what the layers wanted so far would take
+    const uint8_t* always;    // [L]
+    double prior;             // tokens that the fit counts for
+    float limit;              // of what a token may spend
+};
+
+struct Layers {
+    const Layer* const* layers;
+    const Storage* storage;
+    const int32_t* threads;
+    const Matrix* down;  // of each layer's shortcut, null for none
+    const Matrix* up;
+    const Gate* gate;    // null: `states` says who runs
+    uint8_t* states;     // [L, P]
+    int32_t count;
+};
+
+template <class T>
+static float mean_square(const T* x, int width) {
+    float squares = 0;
+    for (int i = 0; i < width; i++) squares += widen(x[i]) * widen(x[i]);
+    return squares / width;
+}
+
+// Whether token m runs a layer.
+template <class T>
+static bool passes(const Gate& gate, int layers, int l, int count, int m, const T* state, int width) {
+    const float* weight = gate.weight + int64_t(l) * width;
+    float score = 0;
+    for (int i = 0; i < width; i++) score += widen(state[i]) * weight[i];
+    double deviation = score / std::sqrt(mean_square(state, width) + 1e-6f) + gate.offset[l];
+    const double* before = gate.before + (int64_t(m) * layers + l) * 3;
+    double* after = gate.after + (int64_t(m) * layers + l) * 3;
+    double weights = before[2] + gate.prior, mean = before[0] / weights, spread = gate.spread[l];
+    double variance = (before[1] + gate.prior * spread * spread) / weights - mean * mean;
+    double relative = (deviation - mean) / std::sqrt(std::max(variance, 1e-12));
+    after[0] = before[0] + deviation;
+    after[1] = before[1] + deviation * deviation;
+    after[2] = before[2] + 1;
+    if (gate.always[l]) return true;
+    if (relative < gate.thresholds[int64_t(m) * layers + l]) return false;
+    int64_t at = int64_t(l) * count + m;
+    gate.wanted[m] += gate.run_share[at] - gate.skip_share[at];
+    return gate.wanted[m] <= gate.limit + 1e-6f;
+}
+
+// h + up down n(h) for some tokens; n scales h to unit norm.
+template <class T>
+static void shortcut(const Matrix& down, const Matrix& up, T* states, const Tokens& tokens) {
+    int count = tokens.count, width = down.inputs;
+    float* scratch = tokens.scratch;
+    Rows unit = take(scratch, count, width), low = take(scratch, count, down.outputs), out = take(scratch, count, width);
+#pragma omp parallel num_threads(tokens.threads)
+    {
+        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        Range range = share(count, 1, thread, threads);
+        for (int m = range.first; m < range.last; m++) {
+            const T* state = states + tokens.place[m] * width;
+            float factor = 1.0f / std::sqrt(mean_square(state, width) + 1e-6f);
+            for (int i = 0; i < width; i++) unit[m][i] = widen(state[i]) * factor;
+        }
+#pragma omp barrier
+        product<T>(down, unit, count, low, thread, threads);
+#pragma omp barrier
+        range = product<T>(up, low, count, out, thread, threads);
+        for (int m = 0; m < count; m++)
+            for (int r = range.first; r < range.last; r++) {
+                T* state = states + tokens.place[m] * width + r;
+                store(state, widen(*state) + out[m][r]);
+            }
+    }
+}
+
+// Some tokens of a call.
+struct Some {
+    std::vector<int64_t> place, row, column;
+
+    void add(const Tokens& tokens, int m) {
+        place.push_back(tokens.place[m]);
+        row.push_back(tokens.row[m]);
+        column.push_back(tokens.column[m]);
+    }
+    Tokens of(Tokens tokens) const {
+        tokens.place = place.data(), tokens.row = row.data(), tokens.column = column.data();
+        tokens.count = int32_t(place.size());
+        return tokens;
+    }
+};
+
+template <class T>
+static void stack(const Layers& all, Tokens tokens, T* states) {
+    int count = tokens.count;
+    for (int l = 0; l < all.count; l++) {
+        const Layer& layer = *all.layers[l];
+        const Storage& storage = all.storage[l];
+        tokens.keys = storage.keys, tokens.values = storage.values;
+        tokens.row_stride = storage.row_stride, tokens.head_stride = storage.head_stride;
+        tokens.threads = all.threads[l];
+        uint8_t* here = all.states + int64_t(l) * count;
+        Some running, skipping;
+        for (int m = 0; m < count; m++) {
+            const T* state = states + tokens.place[m] * layer.width;
+            if (all.gate) here[m] = passes(*all.gate, all.count, l, count, m, state, layer.width) ? RUNS : SKIPPED;
+            if (here[m] == RUNS) running.add(tokens, m);
+            if (here[m] == SKIPPED) skipping.add(tokens, m);
+        }
+        // Skipped tokens first, so that later ones of the block see their keys and values.
+        if (!skipping.place.empty()) {
+            Tokens these = skipping.of(tokens);
+            project<T>(layer, these);
+            if (all.down) shortcut(all.down[l], all.up[l], states, these);
+        }
+        if (!running.place.empty()) {
+            Tokens these = running.of(tokens);
+            run<T>(layer, these);
+            const T* result = (const T*)these.result;
+            for (int m = 0; m < these.count; m++)
+                std::memcpy(states + these.place[m] * layer.width, result + int64_t(m) * layer.width,
+                            layer.width * sizeof(T));
+        }
+    }
+}
+
+// Take the tokens through all layers; their states are replaced, `result` has room for as many.
+extern "C" void anee_stack(const Layers* all, const Tokens* tokens) {
+    if (all->layers[0]->kind == BFLOAT16)
+        stack<bf16>(*all, *tokens, (bf16*)tokens->states);
+    else
+        stack<float>(*all, *tokens, (float*)tokens->states);
+}

@@ -1,0 +1,115 @@
+"""The structs with which ``stack.cpp`` takes all layers at once: filled once, and again where something has changed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from ctypes import addressof, c_int32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anee_core.cache import AdaptiveCache
+from anee_core.interfaces import LinearGate
+from anee_core.layer_step import GateCall
+from anee_core.native.layers import NativeLayer
+from anee_core.native.pointers import KINDS
+from anee_core.native.structs import LANES, Gate, Layers, Matrix, Storage
+from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
+
+
+class NativeStack:
+    """All layers as one struct, for one thread.
+
+    Args:
+        layers: the model's.
+        threads: how many may work on a layer.
+    """
+
+    def __init__(self, layers: list[NativeLayer], threads: int) -> None:
+        self.made_for = layers, threads
+        count = len(layers)
+        self._pointers = (c_void_p * count)(*(layer.address for layer in layers))
+        self._threads = (c_int32 * count)(*(min(threads, layer.threads) for layer in layers))
+        self._storage = (Storage * count)()
+        self._known: list[Callable[[], Tensor | None]] = [lambda: None] * count
+        """The keys that the storage points to, if they still exist; the values were allocated with them."""
+        self._gate = Gate()
+        self._gate_of: LinearGate | None = None
+        self._down, self._up = (Matrix * count)(), (Matrix * count)()
+        self._shortcut: ShortcutWeights | None = None
+        self.struct = Layers(
+            layers=addressof(self._pointers),
+            storage=addressof(self._storage),
+            threads=addressof(self._threads),
+            count=count,
+        )
+        self.address = addressof(self.struct)
+        self.threads = max(self._threads)
+        self.floats = max(layer.floats for layer in layers)
+        """Of scratch that a token needs, beside room for each thread's attention scores."""
+
+    def store_in(self, cache: AdaptiveCache, like: Tensor) -> None:
+        """Point to a cache's keys and values, in the dtype of ``like``."""
+        known, layers = self._known, self.made_for[0]
+        for i, store in enumerate(cache.layers):
+            if store.keys is not None and known[i]() is store.keys:
+                continue
+            keys, values = cache.storage(i, layers[i].kv_heads, layers[i].head_dim, like)
+            at = self._storage[i]
+            at.keys, at.values = keys.data_ptr(), values.data_ptr()
+            at.row_stride, at.head_stride = keys.stride()[:2]
+            known[i] = weakref.ref(keys)
+
+    def decide_by(self, call: GateCall | None) -> None:
+        """Let a gate decide, or nobody."""
+        if call is None:
+            self.struct.gate = None
+            return
+        gate = self._gate
+        if self._gate_of is not call.gate:
+            self._gate_of = call.gate
+            gate.weight, gate.offset, gate.spread = (
+                part.data_ptr() for part in (call.gate.weight, call.gate.offset, call.gate.spread)
+            )
+            gate.prior = call.gate.prior
+        gate.thresholds, gate.before, gate.after = (
+            part.data_ptr() for part in (call.thresholds, call.before, call.after)
+        )
+        gate.run_share, gate.skip_share = call.run_shares.data_ptr(), call.skip_shares.data_ptr()
+        gate.wanted, gate.always = call.wanted.data_ptr(), call.always.data_ptr()
+        gate.limit = call.limit
+        self.struct.gate = addressof(gate)
+
+    def take(self, shortcut: Any, dtype: torch.dtype) -> bool:
+        """Give skipped tokens a shortcut, or none; return whether that is possible."""
+        if shortcut is None:
+            self.struct.down = self.struct.up = None
+            return True
+        if type(shortcut) is not LowRankShortcut:
+            return False
+        weights = shortcut.weights
+        if self._shortcut is not weights:
+            parts = (weights.down, weights.up, weights.bias)
+            if any(part.dtype != dtype or not part.is_contiguous() for part in parts):
+                return False
+            self._shortcut = weights
+            for i, (down, up, bias) in enumerate(zip(*parts, strict=True)):
+                self._down[i], self._up[i] = _matrix(down), _matrix(up, bias)
+            self.floats = max(self.floats, 2 * weights.down.shape[2] + weights.down.shape[1] + 3 * LANES)
+        self.struct.down, self.struct.up = addressof(self._down), addressof(self._up)
+        return True
+
+
+def _matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:
+    outputs, inputs = weight.shape
+    return Matrix(
+        weight=weight.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        stride=inputs,
+        outputs=outputs,
+        inputs=inputs,
+        group=outputs,
+        kind=KINDS[weight.dtype],
+    )

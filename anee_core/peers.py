@@ -1,0 +1,88 @@
+"""Other engines that generate with the same weights, for `anee bench`: llama.cpp and CTranslate2, where installed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anee_core.errors import AneeError, MissingPackageError, ModelError
+from anee_core.gguf_file import write_gguf
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[Tensor, int, Any], None]
+"""Takes token ids [1, T], a number of new tokens, and a streamer that gets the prompt and each token."""
+
+
+def peers(network: Any, tokenizer: Any, folder: Path, positions: int) -> dict[str, Run]:
+    """Return a way to generate greedily with each other engine that is installed and can run a model in its dtype.
+
+    Args:
+        network: a transformers model on the CPU.
+        tokenizer: its tokenizer, or None; CTranslate2 does not convert models without.
+        folder: where the model is written in the engines' own formats, as large as it is.
+        positions: tokens of prompt and continuation.
+    """
+    found = {}
+    for name, prepare in (("llama.cpp", _llama_cpp), ("CTranslate2", _ctranslate2)):
+        try:
+            found[name] = prepare(network, tokenizer, folder, positions)
+        except AneeError as error:
+            logger.warning("%s takes no part: %s", name, error)
+    return found
+
+
+def _llama_cpp(network: Any, tokenizer: Any, folder: Path, positions: int) -> Run:
+    try:
+        from llama_cpp import Llama
+    except ImportError as error:
+        raise MissingPackageError("it needs llama-cpp-python: pip install 'anee[peers]'") from error
+    path = folder / "model.gguf"
+    write_gguf(network, path)
+    threads = torch.get_num_threads()
+    engine = Llama(
+        str(path), n_ctx=positions + 8, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+
+    def run(prompt: Tensor, count: int, streamer: Any) -> None:
+        streamer.put(prompt)
+        tokens = engine.generate(prompt[0].tolist(), temp=0.0, repeat_penalty=1.0)
+        for _, token in zip(range(count), tokens, strict=False):
+            streamer.put(torch.tensor([token]))
+
+    return run
+
+
+def _ctranslate2(network: Any, tokenizer: Any, folder: Path, positions: int) -> Run:
+    try:
+        import ctranslate2  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingPackageError("it needs ctranslate2: pip install 'anee[peers]'") from error
+    kind = str(network.dtype).removeprefix("torch.")
+    if kind not in ctranslate2.get_supported_compute_types("cpu"):
+        raise ModelError(f"it does not compute in {kind} on this processor")
+    if tokenizer is None:
+        raise ModelError("it converts models with a tokenizer only")
+    source, converted = folder / "source", folder / "ctranslate2"
+    network.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    ctranslate2.converters.TransformersConverter(str(source)).convert(str(converted), quantization=kind, force=True)
+    engine = ctranslate2.Generator(str(converted), intra_threads=torch.get_num_threads(), compute_type=kind)
+
+    def run(prompt: Tensor, count: int, streamer: Any) -> None:
+        def see(step: Any) -> bool:
+            streamer.put(torch.tensor([step.token_id]))
+            return False
+
+        streamer.put(prompt)
+        engine.generate_batch(
+            [tokenizer.convert_ids_to_tokens(prompt[0].tolist())], max_length=count, min_length=count, sampling_topk=1,
+            include_prompt_in_result=False, callback=see,
+        )  # fmt: skip
+
+    return run
