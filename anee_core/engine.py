@@ -164,16 +164,13 @@ class Engine:
         alike = all(s is slots for s in cache.slots) and all(c is call for c in calls)
         if not self.policy.cache_policy.keeps_all or not alike or not self.step.takes_all:
             return None
-        windows = set(self._windows)
-        needed = any(masks.needed(slots, window, subset=False) for window in windows)
-        if needed and len(windows) > 1:
-            return None
-        mask = masks.mask(slots, self._windows[0]) if needed else None
+        made = {window: masks.at(slots, window) for window in set(self._windows)}
         gate = plan.gate()
         states = plan.ahead(hidden_states) if gate is None else plan.undecided()
         if states is None:
             return None
-        output = self.step.all_layers(hidden_states, Stack(call, mask, states, gate, self.policy.shortcut), cache)
+        stack = Stack(call, [made[window] for window in self._windows], states, gate, self.policy.shortcut)
+        output = self.step.all_layers(hidden_states, stack, cache)
         if output is not None:
             plan.follow(states, gate)
             meter.layers(states, slots.used)

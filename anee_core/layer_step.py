@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
@@ -51,13 +52,13 @@ class GateCall:
 class Stack:
     """A forward through all layers, for a step that can take them at once.
 
-    Every layer receives ``call``, and ``mask`` [B, 1, T, S] or None. ``states`` [L, B, T] uint8 on the host holds a
-    `TokenState` for each token at each layer; if there is a ``gate``, the step writes what that decides. ``shortcut``
-    is what skipped tokens get.
+    Every layer receives ``call``, and its own of the ``masks`` [B, 1, T, S], or None. ``states`` [L, B, T] uint8 on the
+    host holds a `TokenState` for each token at each layer; if there is a ``gate``, the step writes what that decides.
+    ``shortcut`` is what skipped tokens get.
     """
 
     call: LayerCall
-    mask: Tensor | None
+    masks: Sequence[Tensor | None]
     states: Tensor
     gate: GateCall | None
     shortcut: Shortcut | None

@@ -53,6 +53,10 @@ class MaskMaker:
         first_block = slots.used == tokens
         return tokens > 1 and (subset or not (first_block and self._implicit_causal))
 
+    def at(self, slots: Slots, window: int | None) -> Tensor | None:
+        """Return the mask of a layer that runs all tokens, or None if it needs none."""
+        return self.mask(slots, window) if self.needed(slots, window, subset=False) else None
+
     def mask(self, slots: Slots, window: int | None, held: Tensor | None = None) -> Tensor:
         """Return the additive mask [B, 1, T, S].
 

@@ -45,12 +45,13 @@ def _llama_cpp(network: Any, tokenizer: Any, folder: Path, positions: int) -> Ru
     path = folder / "model.gguf"
     write_gguf(network, path)
     threads = torch.get_num_threads()
-    engine = Llama(
+    engine: Any = Llama(
         str(path), n_ctx=positions + 8, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
     )
 
     def run(prompt: Tensor, count: int, streamer: Any) -> None:
         streamer.put(prompt)
+        engine.reset()  # or it would not read a prompt again that it knows
         tokens = engine.generate(prompt[0].tolist(), temp=0.0, repeat_penalty=1.0)
         for _, token in zip(range(count), tokens, strict=False):
             streamer.put(torch.tensor([token]))

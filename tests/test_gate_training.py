@@ -3,39 +3,18 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FEW, adaptive, build, tokens
+from tiny import FEW, adaptive, build, gate_weights, tokens
 
 import anee
-from anee_core.controllers import GateController, GateWeights
+from anee_core.controllers import GateController
 from anee_core.errors import CheckpointError, InputError
-from anee_core.shortcuts import ShortcutWeights
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_run import GateTraining, train_gate
 from anee_core.training.loop import RunOptions
 
-LAYERS, WIDTH, RANK = 6, 32, 4
-
-
-def weights():
-    generator = torch.Generator().manual_seed(3)
-    gate = GateWeights(
-        weight=torch.randn(LAYERS, WIDTH, generator=generator) * WIDTH**-0.5,
-        bias=torch.full((LAYERS,), 0.1),
-        mean=torch.full((LAYERS,), 0.05),
-        spread=torch.ones(LAYERS),
-        budgets=torch.tensor([0.3, 1.0]),
-        thresholds=torch.stack((torch.full((LAYERS,), 1.0), torch.full((LAYERS,), -1.0))),
-    )
-    shortcuts = ShortcutWeights(
-        torch.randn(LAYERS, RANK, WIDTH, generator=generator) * 0.1,
-        torch.randn(LAYERS, WIDTH, RANK, generator=generator),
-        torch.randn(LAYERS, WIDTH, generator=generator) * 0.1,
-    )
-    return gate, shortcuts
-
 
 def gated(network, folder, **options):
-    gate, shortcuts = weights()
+    gate, shortcuts = gate_weights()
     gate.save(folder)
     shortcuts.save(folder)
     deployed = adaptive(network, f"gate:{folder},protect=1 1+shortcuts:{folder}", 0.7)

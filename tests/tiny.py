@@ -9,9 +9,11 @@ import torch
 import anee
 from anee_core.conformance.subject import Subject
 from anee_core.conformance.tiny import read_configs
+from anee_core.controllers import GateWeights
 from anee_core.interfaces import Calibration
 from anee_core.model import AdaptiveModel
 from anee_core.plugins import Plugins
+from anee_core.shortcuts import ShortcutWeights
 
 PLUGINS = Plugins.discover()
 VOCABULARY = 97
@@ -87,3 +89,23 @@ POLICIES = {
     "heuristic and h2o": ("heuristic:protect=1 1+h2o:keep=0.4", 0.7),
     "heuristic and window": ("heuristic:protect=1 1+window:sinks=1,recent=4", 0.7),
 }
+
+
+def gate_weights():
+    """Return a made-up gate that skips some of everything, and shortcuts, for tiny models."""
+    layers, width, rank = 6, 32, 4
+    generator = torch.Generator().manual_seed(3)
+    gate = GateWeights(
+        weight=torch.randn(layers, width, generator=generator) * width**-0.5,
+        bias=torch.full((layers,), 0.1),
+        mean=torch.full((layers,), 0.05),
+        spread=torch.ones(layers),
+        budgets=torch.tensor([0.3, 1.0]),
+        thresholds=torch.stack((torch.full((layers,), 1.0), torch.full((layers,), -1.0))),
+    )
+    shortcuts = ShortcutWeights(
+        torch.randn(layers, rank, width, generator=generator) * 0.1,
+        torch.randn(layers, width, rank, generator=generator),
+        torch.randn(layers, width, generator=generator) * 0.1,
+    )
+    return gate, shortcuts

@@ -8,10 +8,11 @@
 
 enum State : uint8_t { PADDING = 0, SKIPPED = 1, RUNS = 2 };
 
-// Where one layer's keys and values are, [B, H, capacity, Dh].
+// Where one layer's keys and values are, [B, H, capacity, Dh], and its mask, if it has one.
 struct Storage {
     void* keys;
     void* values;
+    const void* mask;
     int64_t row_stride, head_stride;
 };
 
@@ -120,7 +121,7 @@ static void stack(const Layers& all, Tokens tokens, T* states) {
     for (int l = 0; l < all.count; l++) {
         const Layer& layer = *all.layers[l];
         const Storage& storage = all.storage[l];
-        tokens.keys = storage.keys, tokens.values = storage.values;
+        tokens.keys = storage.keys, tokens.values = storage.values, tokens.mask = storage.mask;
         tokens.row_stride = storage.row_stride, tokens.head_stride = storage.head_stride;
         tokens.threads = all.threads[l];
         uint8_t* here = all.states + int64_t(l) * count;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import addressof, c_int32, c_void_p
 from typing import Any
 
@@ -61,6 +61,13 @@ class NativeStack:
             at.keys, at.values = keys.data_ptr(), values.data_ptr()
             at.row_stride, at.head_stride = keys.stride()[:2]
             known[i] = weakref.ref(keys)
+
+    def look_through(self, masks: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+        """Point to each layer's mask, and return them all, for the caller to keep during the call."""
+        made = {id(mask): mask.to(dtype).contiguous() for mask in masks if mask is not None}
+        for at, mask in zip(self._storage, masks, strict=True):
+            at.mask = None if mask is None else made[id(mask)].data_ptr()
+        return list(made.values())
 
     def decide_by(self, call: GateCall | None) -> None:
         """Let a gate decide, or nobody."""

@@ -78,11 +78,13 @@ class NativeStep:
         own.stack.decide_by(stack.gate)
         own.stack.struct.states = stack.states.data_ptr()
         where = self._where(*result.shape[:2])
+        masks = own.stack.look_through(stack.masks, result.dtype)
         span, size = cache.span(0), own.stack.floats
-        kept = self._fill(result, stack.call, where, span, own.stack.threads, size, stack.mask, room)
+        self._fill(result, stack.call, where, span, own.stack.threads, size, room)
+        own.tokens.mask_stride = span[1]
         assert self._library is not None
         self._library.anee_stack(own.stack.address, own.address)
-        del kept
+        del masks
         return result
 
     def run(
@@ -170,11 +172,14 @@ class NativeStep:
         keys, values = cache.storage(layer_idx, layer.kv_heads, layer.head_dim, states)
         first, used = cache.span(layer_idx)
         span = first if start is None else start, used
-        kept = self._fill(states, call, where, span, min(own.threads, layer.threads), layer.floats, mask, result)
+        self._fill(states, call, where, span, min(own.threads, layer.threads), layer.floats, result)
+        if mask is not None:
+            mask = mask.to(states.dtype).contiguous()
+            tokens.mask_stride = mask.shape[-1]
+        tokens.mask = None if mask is None else mask.data_ptr()
         tokens.keys, tokens.values = keys.data_ptr(), values.data_ptr()
         tokens.row_stride, tokens.head_stride = keys.stride()[:2]
         getattr(self._library, function)(layer.address, own.address)
-        del kept
 
     def _fill(
         self,
@@ -184,30 +189,24 @@ class NativeStep:
         span: tuple[int, int],
         threads: int,
         floats: int,
-        mask: Tensor | None,
         result: Tensor | None,
-    ) -> Tensor | None:
-        """Say which tokens of [B, T, D] are meant, and what they need but for keys and values.
+    ) -> None:
+        """Say which tokens of [B, T, D] are meant, and what they need but for masks, keys and values.
 
         ``span`` is the slot of the block's first token and the number of slots handed out, ``floats`` the scratch that
-        a token needs. Returns the mask that the struct points to, for the caller to keep during the call.
+        a token needs.
         """
         own, tokens = self._own, self._own.tokens
         needed = where.count * floats + threads * (span[1] + LANES)
         if own.scratch.numel() < needed:
             own.scratch = torch.empty(2 * needed)
         angles = self._angles(call, states.shape[0], states.dtype)
-        if mask is not None:
-            mask = mask.to(states.dtype).contiguous()
-            tokens.mask_stride = mask.shape[-1]
         tokens.states, tokens.result = states.data_ptr(), None if result is None else result.data_ptr()
-        tokens.mask = None if mask is None else mask.data_ptr()
         tokens.cos, tokens.sin = (None, None) if angles is None else angles[2:]
         tokens.place, tokens.row, tokens.column = where.pointers
         tokens.scratch = own.scratch.data_ptr()
         tokens.start, tokens.used = span
         tokens.count, tokens.threads = where.count, threads
-        return mask
 
     def _angles(self, call: LayerCall, batch: int, dtype: torch.dtype) -> _Angles | None:
         """Return the rotary angles of a call and where they lie; layers that share a call share them."""

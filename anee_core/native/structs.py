@@ -127,11 +127,12 @@ class Tokens(Structure):
 
 
 class Storage(Structure):
-    """Where one layer's keys and values are."""
+    """Where one layer's keys and values are, and its mask."""
 
     _fields_: ClassVar = [
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("mask", c_void_p),
         ("row_stride", c_int64),
         ("head_stride", c_int64),
     ]

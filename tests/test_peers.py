@@ -1,0 +1,77 @@
+"""Other engines in ``anee bench``: the GGUF files they read, and what happens where one is missing."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tiny import build, tokens
+from transformers import AutoModelForCausalLM
+
+from anee_core.bench import BenchOptions, Stopwatch, measure
+from anee_core.errors import MissingPackageError, ModelError
+from anee_core.gguf_file import write_gguf
+from anee_core.peers import peers
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gguf_files_hold_the_model(family, dtype, tmp_path):
+    network = build(family).to(dtype)
+    write_gguf(network, tmp_path / "model.gguf")
+    known = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", config=network.config, dtype=torch.float32
+    )
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(known(ids).logits, network.float()(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_what_gguf_cannot_hold_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="cannot write a gptj"):
+        write_gguf(build("gptj"), tmp_path / "model.gguf")
+    with pytest.raises(ModelError, match="float16"):
+        write_gguf(build("llama").half(), tmp_path / "model.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingPackageError, match="peers"):
+        write_gguf(build("llama"), tmp_path / "model.gguf")
+
+
+def test_engines_that_are_not_installed_take_no_part(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    assert peers(build("llama"), None, tmp_path, 16) == {}
+    assert caplog.text.count("takes no part") == 2
+
+
+class CountingLlama:
+    """Stands in for llama-cpp-python: "generates" the numbers after the prompt's last token."""
+
+    def __init__(self, path, **options):
+        assert Path(path).read_bytes()[:4] == b"GGUF"
+
+    def reset(self):
+        """Forget everything."""
+
+    def generate(self, prompt, **options):
+        """Yield token ids without end."""
+        while True:
+            prompt = [prompt[-1] + 1]
+            yield prompt[-1]
+
+
+def test_llama_cpp_takes_part(llama_folder, tmp_path, monkeypatch):
+    fake = ModuleType("llama_cpp")
+    fake.Llama = CountingLlama
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    run = peers(build("llama"), None, tmp_path, 16)["llama.cpp"]
+    watch = Stopwatch()
+    run(torch.tensor([[4, 5]]), 3, watch)
+    assert len(watch.marks) == 4  # the prompt and three tokens
+    options = BenchOptions(str(llama_folder), "float32", 1, 5, 3, 1, skipped=(), peers=True)
+    found = {record["contender"]: record for record in measure(options)["records"]}
+    assert found["llama.cpp"]["ms_per_token"] > 0
+    assert found["llama.cpp"]["layers_run"] == 1
+    assert found["llama.cpp"]["parts"] == {}

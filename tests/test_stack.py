@@ -1,0 +1,168 @@
+"""All layers in one native call: the same numbers and decisions as layer by layer, and when it is not done."""
+
+import gc
+import weakref
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
+
+from anee_core.native.step import NativeStep
+from anee_core.policy import Policy
+from anee_core.shortcuts import LowRankShortcut
+
+RANDOM = "random:p=0.4,protect=0 0"
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Return the policy string of a made-up gate with shortcuts."""
+    folder = tmp_path_factory.mktemp("learned")
+    for part in gate_weights():
+        part.save(folder)
+    return f"gate:{folder},protect=1 1+shortcuts:{folder}"
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Return a list that grows with each block that goes through all layers at once."""
+    found = []
+    whole = NativeStep.all_layers
+
+    def noting(self, hidden_states, stack, cache):
+        output = whole(self, hidden_states, stack, cache)
+        found.append(None if output is None else hidden_states.shape[1])
+        return output
+
+    monkeypatch.setattr(NativeStep, "all_layers", noting)
+    return found
+
+
+def decoded(model, ids, mask=None, new=9, **options):
+    generation = model.decode(ids, mask, max_new_tokens=new, eos_token_id=[], **options)
+    return generation.sequences, generation.trace
+
+
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("policy", ["dense", RANDOM, "learned", "learned, hard"])
+def test_it_decodes_as_the_modules_do(family, policy, learned, taken):
+    network = build(family)
+    budget = 0.7 if "learned" in policy else None
+    options = {"budget": budget, "hard": "hard" in policy}
+    policy = learned if "learned" in policy else policy
+    fast, slow = adaptive(network, policy, **options), adaptive(network, policy, fast=False, **options)
+    ids, mask = ragged((9, 5, 7), "left")
+    for inputs in ((tokens(3, 9), None), (ids, mask)):
+        found, wanted = decoded(fast, *inputs), decoded(slow, *inputs)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1].ran, wanted[1].ran)
+        assert torch.equal(found[1].held, wanted[1].held)
+        # The modules compute rows of equal length, so some tokens twice.
+        assert found[1].spent().share <= wanted[1].spent().share
+    steps = [length for length in taken if length == 1]
+    assert len(steps) == 16
+    if budget:
+        assert 0.2 < found[1].ran[:, :, 9:].float().mean() < 0.98
+
+
+@pytest.mark.parametrize("policy", [RANDOM, "learned"])
+def test_logits_of_blocks(policy, learned, taken):
+    network = build("llama")
+    chosen = learned if policy == "learned" else policy
+    fast, slow = (adaptive(network, chosen, 0.7 if policy == "learned" else None, fast=fast) for fast in (True, False))
+    ids, mask = ragged((6, 4), "right")
+    with torch.no_grad():
+        for inputs in ((ids, None), (ids, mask)):
+            torch.testing.assert_close(fast(*inputs).logits, slow(*inputs).logits, atol=2e-5, rtol=1e-4)
+            assert torch.equal(fast.last_trace.ran, slow.last_trace.ran)
+    # A gate needs each token's predecessors at every layer, so that blocks of several go layer by layer.
+    assert taken == ([] if policy == "learned" else [6, 6])
+
+
+def test_bfloat16(learned):
+    network = build("gpt2", dtype=torch.bfloat16)
+    shortcuts = learned.split("+")[1]
+    fast, slow = (adaptive(network, f"static:skip=2 4+{shortcuts}", fast=fast) for fast in (True, False))
+    with torch.no_grad():
+        found, wanted = (stepwise(model, tokens(2, 6)).float() for model in (fast, slow))
+    torch.testing.assert_close(found, wanted, atol=0.06, rtol=0.02)
+
+
+def test_a_gate_remembers_what_it_has_seen(learned):
+    network = build("llama")
+    fast, slow = (adaptive(network, learned, 0.7, fast=fast) for fast in (True, False))
+    ids, found = tokens(2, 12), []
+    with torch.no_grad():
+        for model in (fast, slow):
+            cache = model.new_cache()
+            for t in range(8):
+                model(ids[:, t : t + 1], past_key_values=cache)
+            cache.crop(-3)
+            cache.reorder_cache(torch.tensor([1, 1]))
+            for t in range(5, 12):
+                logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+            found.append((logits, cache.tally.at(11)))
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+
+
+def test_beams_are_followed(learned):
+    network = build("llama")
+    ids, options = tokens(2, 6), {"num_beams": 3, "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    found = [adaptive(network, learned, 0.7, fast=fast).generate(ids, **options) for fast in (True, False)]
+    assert torch.equal(*found)
+
+
+def test_states_of_each_layer_and_dropping_go_layer_by_layer(taken):
+    network = build("llama")
+    with torch.no_grad():
+        adaptive(network)(tokens(1, 4), output_hidden_states=True)
+        adaptive(network, "tova:keep=3")(tokens(1, 4))
+    assert not taken
+
+
+@dataclass(frozen=True)
+class Doubled(LowRankShortcut):
+    """A shortcut of somebody else's, which the library does not know."""
+
+    name: ClassVar[str] = "doubled"
+
+    def estimate(self, layer_idx, hidden_states):
+        """Return twice the estimate."""
+        return 2 * super().estimate(layer_idx, hidden_states)
+
+
+def test_other_shortcuts_go_layer_by_layer(learned, taken):
+    network = build("llama")
+    _, weights = gate_weights()
+    made = []
+    for fast in (True, False):
+        model = adaptive(network, learned, 0.7, fast=fast)
+        model.set_policy(Policy(model.policy.controller, shortcut=Doubled.of(weights)), 0.7)
+        made.append(decoded(model, tokens(2, 5)))
+    assert torch.equal(made[0][0], made[1][0])
+    assert set(taken) == {None}
+
+
+def test_nothing_of_a_generation_is_kept():
+    model = adaptive(build("llama"))
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(tokens(1, 3), past_key_values=cache)
+    storage = weakref.ref(cache.layers[0].keys)
+    del cache
+    model.last_trace = None
+    gc.collect()
+    assert storage() is None
+
+
+def test_another_number_of_threads_is_seen():
+    model, ids = adaptive(build("llama")), tokens(2, 4)
+    before, threads = decoded(model, ids), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        after = decoded(model, ids)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(before[0], after[0])
