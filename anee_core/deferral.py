@@ -7,6 +7,7 @@ projections are read once for many tokens, and not at all for a layer that stays
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from anee_core.adapter import LayerCall
 from anee_core.cache import AdaptiveCache
-from anee_core.layer_step import Places, StepAround
+from anee_core.layer_step import Places, Stack, StepAround, TokenState
 
 _MOST = 64
 """Tokens that a layer may owe keys and values; more are paid at once, which bounds the memory."""
@@ -28,10 +29,34 @@ class DeferredStep(StepAround):
         self._step.begin(hidden_states, cache)
         cache.pay = self._step.settle
 
-    @property
-    def takes_all(self) -> bool:
-        """No: what a layer owes is seen to before it runs."""
-        return False
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Pay what the layers that run owe, take all, and note what those owe that a whole batch skips."""
+        length = hidden_states.shape[1]
+        if stack.gate is not None or length > 1 or torch.is_grad_enabled():
+            cache.settle_all()  # who runs what is not known yet, or is too much to put off
+            return self._step.all_layers(hidden_states, stack, cache)
+        skipped = (stack.states == TokenState.SKIPPED).all(1)  # [L, 1]
+        for layer_idx, whole in enumerate(skipped.tolist()):
+            if not whole[0]:
+                cache.settle(layer_idx)
+        states = stack.states.masked_fill(skipped[..., None], TokenState.DEFERRED)
+        inputs = hidden_states.new_empty(len(states), *hidden_states.shape)
+        output = self._step.all_layers(hidden_states, replace(stack, states=states, inputs=inputs), cache)
+        if output is not None:
+            self._owe(skipped[:, 0].tolist(), inputs, stack, cache)
+        return output
+
+    def _owe(self, skipped: list[bool], inputs: Tensor, stack: Stack, cache: AdaptiveCache) -> None:
+        """Note what the layers owe that were ``skipped``, given all layers' ``inputs`` [L, B, 1, D]."""
+        shared: Tensor | None = None
+        for layer_idx, whole in enumerate(skipped):
+            if not whole:
+                shared = None
+                continue
+            if shared is None or stack.shortcut is not None:  # or else layers in a row have the same input
+                shared = inputs[layer_idx].clone()
+            if len(shared) * cache.owe(layer_idx, shared, stack.call) >= _MOST:
+                cache.settle(layer_idx)
 
     def run(self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, *args: Any) -> Tensor:
         """Pay what the layer owes, and run it."""

@@ -25,6 +25,8 @@ class TokenState(IntEnum):
     PADDING = 0
     SKIPPED = 1
     RUNS = 2
+    DEFERRED = 3
+    """It skips the layer, and somebody else sees to its keys and values."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Stack:
 
     Every layer receives ``call``, and its own of the ``masks`` [B, 1, T, S], or None. ``states`` [L, B, T] uint8 on the
     host holds a `TokenState` for each token at each layer; if there is a ``gate``, the step writes what that decides.
-    ``shortcut`` is what skipped tokens get.
+    ``shortcut`` is what skipped tokens get. ``inputs`` [L, B, T, D], if given, is for the step to write what each layer
+    receives.
     """
 
     call: LayerCall
@@ -62,6 +65,7 @@ class Stack:
     states: Tensor
     gate: GateCall | None
     shortcut: Shortcut | None
+    inputs: Tensor | None = None
 
 
 class LayerStep(Protocol):

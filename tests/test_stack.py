@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
+from anee_core.deferral import DeferredStep
+from anee_core.engine import Engine
 from anee_core.native.step import NativeStep
 from anee_core.policy import Policy
 from anee_core.shortcuts import LowRankShortcut
@@ -105,6 +107,28 @@ def test_a_gate_remembers_what_it_has_seen(learned):
                 logits = model(ids[:, t : t + 1], past_key_values=cache).logits
             found.append((logits, cache.tally.at(11)))
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["static:skip=1 2 3 5", RANDOM, "static:skip=1 2 4+shortcuts", "learned"])
+def test_keys_and_values_may_come_later(policy, learned, taken):
+    network = build("gpt2")
+    policy, budget = (learned, 0.7) if policy == "learned" else (policy, None)
+    policy = policy.replace("+shortcuts", f"+{learned.split('+')[1]}") if budget is None else policy
+    slow, fast = adaptive(network, policy, budget, fast=False), adaptive(network, policy, budget)
+    step = DeferredStep(NativeStep(fast.adapter, fast.parts))
+    fast.engine = Engine(fast.adapter, fast.parts, fast.policy, budget, step=step)
+    ids, found = tokens(2, 9), []
+    with torch.no_grad():
+        for model in (fast, slow):
+            cache = model.new_cache()
+            for t in range(9):
+                logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+            owed = [len(debts) for debts in cache._owed.values()]
+            found.append((logits, [cache.held(i) for i in range(6)]))
+            if model is fast:
+                assert taken == [1] * 9
+                assert bool(owed) == (budget is None)
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 
 def test_beams_are_followed(learned):

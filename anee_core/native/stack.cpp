@@ -6,7 +6,7 @@
 
 #include <vector>
 
-enum State : uint8_t { PADDING = 0, SKIPPED = 1, RUNS = 2 };
+enum State : uint8_t { PADDING = 0, SKIPPED = 1, RUNS = 2, DEFERRED = 3 };
 
 // Where one layer's keys and values are, [B, H, capacity, Dh], and its mask, if it has one.
 struct Storage {
@@ -40,6 +40,7 @@ struct Layers {
     const Matrix* up;
     const Gate* gate;    // null: `states` says who runs
     uint8_t* states;     // [L, P]
+    void* inputs;        // [L, P, D], what each layer gets; null if nobody wants to know
     int32_t count;
 };
 
@@ -125,19 +126,23 @@ static void stack(const Layers& all, Tokens tokens, T* states) {
         tokens.row_stride = storage.row_stride, tokens.head_stride = storage.head_stride;
         tokens.threads = all.threads[l];
         uint8_t* here = all.states + int64_t(l) * count;
-        Some running, skipping;
+        Some running, skipping, deferred;
         for (int m = 0; m < count; m++) {
             const T* state = states + tokens.place[m] * layer.width;
             if (all.gate) here[m] = passes(*all.gate, all.count, l, count, m, state, layer.width) ? RUNS : SKIPPED;
             if (here[m] == RUNS) running.add(tokens, m);
             if (here[m] == SKIPPED) skipping.add(tokens, m);
+            if (here[m] == DEFERRED) deferred.add(tokens, m);
         }
+        if (all.inputs)
+            std::memcpy((T*)all.inputs + int64_t(l) * count * layer.width, states, count * layer.width * sizeof(T));
         // Skipped tokens first, so that later ones of the block see their keys and values.
         if (!skipping.place.empty()) {
             Tokens these = skipping.of(tokens);
             project<T>(layer, these);
             if (all.down) shortcut(all.down[l], all.up[l], states, these);
         }
+        if (!deferred.place.empty() && all.down) shortcut(all.down[l], all.up[l], states, deferred.of(tokens));
         if (!running.place.empty()) {
             Tokens these = running.of(tokens);
             run<T>(layer, these);

@@ -77,6 +77,7 @@ class NativeStep:
         own.stack.store_in(cache, result)
         own.stack.decide_by(stack.gate)
         own.stack.struct.states = stack.states.data_ptr()
+        own.stack.struct.inputs = None if stack.inputs is None else stack.inputs.data_ptr()
         where = self._where(*result.shape[:2])
         masks = own.stack.look_through(stack.masks, result.dtype)
         span, size = cache.span(0), own.stack.floats

@@ -168,5 +168,6 @@ class Layers(Structure):
         ("up", c_void_p),
         ("gate", c_void_p),
         ("states", c_void_p),
+        ("inputs", c_void_p),
         ("count", c_int32),
     ]
