@@ -15,11 +15,12 @@ from torch import Tensor
 
 from anee_core.deferral import DeferredStep
 from anee_core.engine import Engine
-from anee_core.errors import InputError, MissingPackageError
+from anee_core.errors import InputError
 from anee_core.load import dtype_of, load
 from anee_core.model import AdaptiveModel
 from anee_core.native.step import NativeStep
 from anee_core.peers import peers
+from anee_core.pictures import new_figure
 from anee_core.shapes import SHAPES, build
 from anee_core.timed_step import TimedStep
 
@@ -242,11 +243,7 @@ def draw(benches: list[dict[str, Any]], out: Path) -> None:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError("pictures need matplotlib: pip install 'anee[plot]'") from error
-    figure = Figure(figsize=(4 * len(benches) + 2, 3.6))
+    figure = new_figure(4 * len(benches) + 2, 3.6)
     for axes, bench in zip(figure.subplots(1, len(benches), squeeze=False)[0], benches, strict=True):
         ours = [r for r in bench["records"] if r["contender"].startswith("ANEE") and "own" not in r["contender"]]
         for record in ours:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anee_core.errors import BudgetError, InputError, MissingPackageError
+from anee_core.errors import BudgetError, InputError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
 from anee_core.load import load
 from anee_core.model import AdaptiveModel
+from anee_core.pictures import new_figure
 from anee_core.progress import progress_bar
 from anee_core.records import Records
 
@@ -115,12 +116,8 @@ def draw(records: list[dict[str, Any]], out: Path) -> None:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError("pictures need matplotlib: pip install 'anee[plot]'") from error
     groups = list(dict.fromkeys((r["model"], r["text"]) for r in records))
-    figure = Figure(figsize=(5 * len(_AXES), 4 * len(groups)))
+    figure = new_figure(5 * len(_AXES), 4 * len(groups))
     for row, (model, text) in zip(figure.subplots(len(groups), len(_AXES), squeeze=False), groups, strict=True):
         mine = relative([r for r in records if (r["model"], r["text"]) == (model, text)])
         for axes, (axis, label) in zip(row, _AXES, strict=True):

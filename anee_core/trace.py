@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anee_core.accounting import Spent
 from anee_core.cache import AdaptiveCache
-from anee_core.errors import MissingPackageError
 from anee_core.meter import Meter
+from anee_core.pictures import new_figure
 
 
 @dataclass(frozen=True)
@@ -215,13 +215,9 @@ class Trace:
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingPackageError("pictures need matplotlib: pip install 'anee[plot]'") from error
         columns = self.real[row].nonzero()[:, 0]
         ran = self.ran[:, row, columns]
-        figure = Figure(figsize=(max(4.0, 0.22 * ran.shape[1] + 1.5), max(3.0, 0.16 * ran.shape[0] + 1)))
+        figure = new_figure(max(4.0, 0.22 * ran.shape[1] + 1.5), max(3.0, 0.16 * ran.shape[0] + 1))
         axes = figure.subplots()
         axes.imshow(ran.numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1.4, interpolation="nearest")
         axes.set_ylabel("layer")

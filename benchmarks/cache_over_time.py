@@ -20,6 +20,7 @@ from torch import Tensor
 import anee
 from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
+from anee_core.pictures import new_figure
 
 
 def watch(model: AdaptiveModel, prompt: Tensor, tokens: int) -> dict:
@@ -39,9 +40,7 @@ def watch(model: AdaptiveModel, prompt: Tensor, tokens: int) -> dict:
 
 def draw(found: dict[str, dict], title: str, path: Path) -> None:
     """Write the picture: bytes over time, and slots by layer."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.8))
+    figure = new_figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     for name, figures in found.items():
         left.plot(*zip(*[(0, 0.0), *figures["mib"]], strict=True), label=name, drawstyle="steps-post")

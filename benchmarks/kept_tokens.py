@@ -23,6 +23,7 @@ from torch import Tensor
 import anee
 from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
+from anee_core.pictures import new_figure
 
 KINDS = (
     "first four", "line break", "punctuation", "number", "name or sentence start", "frequent word", "other word",
@@ -61,10 +62,8 @@ def kind_of(piece: str, place: int, frequent: set[str]) -> str:
 
 def draw(held: Tensor, pieces: list[str], shares: dict[str, float], title: str, path: Path) -> None:
     """Write the picture: what is held [L, N] of N tokens, and the share kept by kind."""
-    from matplotlib.figure import Figure
-
     layers, shown = held.shape
-    figure = Figure(figsize=(3 + 0.155 * shown, 2.2 + 0.13 * layers))
+    figure = new_figure(3 + 0.155 * shown, 2.2 + 0.13 * layers)
     left, right = figure.subplots(1, 2, width_ratios=(0.155 * shown, 2.6))
     left.imshow(held, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1.3)
     left.set_xticks(range(shown), [repr(p)[1:-1].replace("$", r"\$") for p in pieces], rotation=90, fontsize=7)

@@ -25,6 +25,7 @@ from anee_core.calibration import CalibrationOptions, calibrate
 from anee_core.errors import BudgetError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
 from anee_core.model import AdaptiveModel
+from anee_core.pictures import new_figure
 from anee_core.records import Records
 
 BUDGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
@@ -56,11 +57,9 @@ def contenders(model: AdaptiveModel, blocks: Tensor, chosen: argparse.Namespace)
 
 def report(records: Records, out: Path) -> None:
     """Write the table and the plot."""
-    from matplotlib.figure import Figure
-
     setting, found = records.setting, records.all()
     texts = list(dict.fromkeys(r["text"] for r in found))
-    figure = Figure(figsize=(5.5 * len(texts), 4.2))
+    figure = new_figure(5.5 * len(texts), 4.2)
     lines = [f"{setting['model']}: {setting['blocks']} blocks of {setting['length']} tokens, {setting['dtype']}", ""]
     for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
         mine = [r for r in found if r["text"] == text]

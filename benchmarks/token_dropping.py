@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 import anee
 from anee_core.evaluation import text_blocks, text_quality
+from anee_core.pictures import new_figure
 from anee_core.records import Records
 
 POLICIES = {
@@ -45,11 +46,9 @@ def runs(asa: str | None, shifts: list[float]) -> list[tuple[str, str]]:
 
 def report(records: Records, out: Path) -> None:
     """Write the table and the plot."""
-    from matplotlib.figure import Figure
-
     setting, found = records.setting, records.all()
     texts = list(dict.fromkeys(r["text"] for r in found))
-    figure = Figure(figsize=(5.5 * len(texts), 4.2))
+    figure = new_figure(5.5 * len(texts), 4.2)
     read = f"{setting['blocks']} blocks of {setting['length']} tokens, positions {setting['first']} on"
     lines = [f"{setting['model']}: {read}, {setting['dtype']}", ""]
     for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
