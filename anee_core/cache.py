@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from anee_core.adapter import LayerCall
 from anee_core.errors import CacheError
 from anee_core.feedback import FeedbackLog
+from anee_core.score_log import ScoreLog
 from anee_core.slots import Slots
-from anee_core.tally import TallyLog
 
 if TYPE_CHECKING:
     from anee_core.trace import Trace
@@ -145,7 +145,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.capacity = capacity or 0
         self.slots: list[Slots] = []
         self.feedback: FeedbackLog | None = None
-        self.tally: TallyLog | None = None
+        self.scores: ScoreLog | None = None
         """For policies that feed back: what is known of each row's own output."""
         self.trace: Trace | None = None
         """Where the coming forwards are recorded, if someone gathers several."""
@@ -416,8 +416,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             self.batch = rows.shape[0]
         if self.feedback is not None:
             self.feedback.reorder(rows)
-        if self.tally is not None:
-            self.tally.reorder(rows)
+        if self.scores is not None:
+            self.scores.reorder(rows)
         for layer in self.layers:
             if layer.keys is not None:
                 index = rows.to(layer.keys.device)
@@ -513,7 +513,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     def reset(self) -> None:
         """Forget everything and free the storage."""
         self.seen = self.batch = self.capacity = self._pending = self._horizon = self._final = 0
-        self.slots, self.feedback, self.tally = [], None, None
+        self.slots, self.feedback, self.scores = [], None, None
         self._staged, self._snapshots, self._owed = {}, {}, {}
         for layer in self.layers:
             layer.keys = layer.values = None

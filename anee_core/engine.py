@@ -23,7 +23,7 @@ from anee_core.meter import Meter
 from anee_core.plan import Block, Plan, Selection
 from anee_core.policy import Policy
 from anee_core.profiler import distribution_signals
-from anee_core.tally import TallyLog
+from anee_core.score_log import ScoreLog
 from anee_core.trace import Step, Trace
 
 
@@ -116,8 +116,8 @@ class Engine:
             self._feedback(cache, block, cache.seen).at(cache.seen) if self.policy.feeds_back and not dense else None
         )
         all_run = dense or self.policy.controller.runs_all
-        tally = self._tally(cache, block, dense)
-        plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, all_run, tally, cache.seen)
+        scores = self._scores(cache, block, dense)
+        plan = Plan(self.policy, self.budget, self.costs.num_layers, block, feedback, all_run, scores, cache.seen)
         tokens = block.position_ids.numel()
         meter = Meter(self.costs, self.policy.cache_policy, tokens, cache.seen + block.position_ids.shape[1])
         states = [hidden_states]
@@ -240,18 +240,17 @@ class Engine:
         index = cache.seen - spent.shape[1]
         self._feedback(cache, block, index).note(index, spent, distribution_signals(logits), block.real)
 
-    def _tally(self, cache: AdaptiveCache, block: Block, dense: bool) -> TallyLog | None:
-        """Return what the controller counts; None if it counts nothing, or is not asked."""
-        width = self.policy.controller.tallies
-        if not width:
+    def _scores(self, cache: AdaptiveCache, block: Block, dense: bool) -> ScoreLog | None:
+        """Return where scores are kept; None if the controller compares no tokens, or is not asked."""
+        if not self.policy.controller.compares:
             return None
         batch, tokens = block.position_ids.shape
-        if cache.tally is None:
-            cache.tally = TallyLog(batch, self.costs.num_layers, width, block.position_ids.device, cache.seen)
+        if cache.scores is None:
+            cache.scores = ScoreLog(batch, self.costs.num_layers, block.position_ids.device, cache.seen)
         if dense:
-            cache.tally.carry(cache.seen, tokens)
+            cache.scores.skip(cache.seen, tokens)
             return None
-        return cache.tally
+        return cache.scores
 
     def _feedback(self, cache: AdaptiveCache, block: Block, start: int) -> FeedbackLog:
         if cache.feedback is None:

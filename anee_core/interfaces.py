@@ -125,8 +125,8 @@ class Profiler(ABC):
 class DecisionContext:
     """Where a decision is taken. ``position_ids`` and ``input_ids`` are [B, T].
 
-    ``totals`` [B, T, K] are the sums of what the controller counted (`Controller.tally`) at this layer over the tokens
-    before each token in its sequence; None for a controller that counts nothing.
+    For a controller that compares tokens (`Controller.compares`): ``score`` [B, T] is what it gave each at this layer,
+    ``lower`` how many of the earlier tokens in the sequence have a lower one, and ``compared`` how many those are.
     """
 
     layer_idx: int
@@ -135,7 +135,9 @@ class DecisionContext:
     input_ids: Tensor | None
     phase: Literal["prefill", "decode"]
     budget: float | None
-    totals: Tensor | None = None
+    score: Tensor | None = None
+    lower: Tensor | None = None
+    compared: Tensor | None = None
 
 
 class Configurable:
@@ -161,16 +163,18 @@ class Configurable:
 class LinearGate:
     """A controller's `decide` as a formula, for steps that take all layers at once.
 
-    A token's deviation at a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``offset`` [L]. Less
-    the mean of its row's earlier deviations, in their standard deviations, it is the token's score; those of the fit,
-    of mean 0 and standard deviation ``spread`` [L], count for ``prior`` tokens. The token skips the layer if its score
-    is below a threshold. What the controller tallies are deviations, their squares, and 1. All in fp32.
+    A token's score at a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``bias`` [L]. Its rank is
+    the share of the last ``window`` tokens with lower scores, where a normal distribution with ``mean`` [L] and
+    ``spread`` [L] counts for ``prior`` further tokens. It skips the layer if its rank is below the share of tokens that
+    are to skip it; a share below 0 says that it runs the layer and that no token is compared with it. All in fp32.
     """
 
     weight: Tensor
-    offset: Tensor
+    bias: Tensor
+    mean: Tensor
     spread: Tensor
     prior: float
+    window: int
 
 
 class Controller(Configurable, ABC):
@@ -181,8 +185,6 @@ class Controller(Configurable, ABC):
     """Signals it wants, in the order in which it gets them."""
     default_budget: ClassVar[float | None] = None
     """Budget if the caller names none; None for no budget."""
-    tallies: ClassVar[int] = 0
-    """How many numbers K it counts at each layer; see `tally`."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -206,19 +208,26 @@ class Controller(Configurable, ABC):
         """Return the layers that always run, whatever `decide` says."""
         return frozenset()
 
-    def tally(self, signals: Tensor, context: DecisionContext) -> Tensor:
-        """Return what each token counts at a layer, [B, T, K], to be summed up over its sequence; ``context.totals``
-        is not there yet. Prompts that are read densely count nothing.
+    @property
+    def compares(self) -> int:
+        """With how many earlier tokens of its sequence, at most, it compares a token at each layer; see `score`."""
+        return 0
+
+    def score(self, signals: Tensor, context: DecisionContext) -> Tensor:
+        """Return the number [B, T] by which tokens are compared at a layer; NaN for a token that none is compared with.
+        None is compared with the tokens of a prompt that is read densely either.
         """
-        raise NotImplementedError(f"{type(self).__name__} has tallies, so it has to implement tally")
+        raise NotImplementedError(f"{type(self).__name__} compares tokens, so it has to implement score")
 
     @property
     def linear(self) -> LinearGate | None:
         """The formula that `decide` follows, if it is that of a linear gate, once bound."""
         return None
 
-    def thresholds(self, position_ids: Tensor) -> Tensor:
-        """Return the thresholds [B, T, L] of tokens at positions [B, T], for a controller that is `linear`."""
+    def shares(self, position_ids: Tensor) -> Tensor:
+        """Return the shares [B, T, L] of tokens like those at positions [B, T] that are to skip each layer, for a
+        controller that is `linear`.
+        """
         raise NotImplementedError(f"{type(self).__name__} is no linear gate")
 
     @abstractmethod

@@ -33,16 +33,16 @@ class TokenState(IntEnum):
 class GateCall:
     """A linear gate, and what it needs to know of the new token of each row.
 
-    ``thresholds`` is [B, L]; ``before`` [B, L, 3] what the rows' earlier tokens tallied, ``after`` the same with these
-    tokens, for the step to write. ``run_shares`` and ``skip_shares`` [L, B] are what each layer takes of a dense token,
-    of which a token may spend ``limit``; ``wanted`` [B] is what it takes to skip all but the layers that run
-    ``always`` [L].
+    ``shares`` [B, L] says which share of tokens is to skip each layer; ``scores`` [B, S, L] holds those of the ``seen``
+    earlier tokens, and has room for the step to write the new ones behind them. ``run_shares`` and ``skip_shares``
+    [L, B] are what each layer takes of a dense token, of which a token may spend ``limit``; ``wanted`` [B] is what it
+    takes to skip all but the layers that run ``always`` [L].
     """
 
     gate: LinearGate
-    thresholds: Tensor
-    before: Tensor
-    after: Tensor
+    shares: Tensor
+    scores: Tensor
+    seen: int
     run_shares: Tensor
     skip_shares: Tensor
     wanted: Tensor

@@ -80,14 +80,14 @@ class Ledger:
         self.spent = self.spent + torch.where(run, run_shares, skip_shares).sum(0)
         return run
 
-    def gate(self, gate: LinearGate, thresholds: Tensor, before: Tensor) -> GateCall:
+    def gate(self, gate: LinearGate, shares: Tensor, scores: Tensor, seen: int) -> GateCall:
         """Return what a gate needs to settle a single token of each row by itself; see `GateCall`."""
         budget = self._budget
         return GateCall(
             gate=gate,
-            thresholds=thresholds,
-            before=before,
-            after=torch.empty_like(before),
+            shares=shares,
+            scores=scores,
+            seen=seen,
             run_shares=self._run_shares[..., 0],
             skip_shares=self._skip_shares[..., 0],
             wanted=self._wanted[..., 0],

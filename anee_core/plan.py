@@ -12,7 +12,7 @@ from anee_core.interfaces import DecisionContext, Observation
 from anee_core.layer_step import GateCall, TokenState
 from anee_core.ledger import Budget, Ledger
 from anee_core.policy import Policy
-from anee_core.tally import TallyLog
+from anee_core.score_log import ScoreLog
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ _ALL, _NONE = Selection("all"), Selection("none")
 class Plan:
     """The decisions of one forward, taken as far ahead as the controller allows.
 
-    ``all_run`` runs every layer without asking. ``tally`` is what the controller counts, ``seen`` the index of the
-    block's first token in it.
+    ``all_run`` runs every layer without asking. ``scores`` are those of earlier tokens, ``seen`` the index of
+    the block's first token among them.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Plan:
         block: Block,
         feedback: Tensor | None,
         all_run: bool,
-        tally: TallyLog | None = None,
+        scores: ScoreLog | None = None,
         seen: int = 0,
     ) -> None:
-        self._tally, self._seen = tally, seen
+        self._scores, self._seen = scores, seen
         self._policy, self._budget, self._num_layers, self._block = policy, budget, num_layers, block
         self._feedback = feedback
         self._ledger = None if all_run else Ledger(budget, block.position_ids)
@@ -119,13 +119,12 @@ class Plan:
     def gate(self) -> GateCall | None:
         """Return the gate that decides, if it is a linear one and every row has one new token."""
         block, controller = self._block, self._policy.controller
-        if controller.linear is None or self._tally is None or self._ledger is None:
+        if controller.linear is None or self._scores is None or self._ledger is None:
             return None
         if block.real is not None or block.position_ids.shape[1] > 1 or self._states:
             return None
-        before = self._tally.at(self._seen)
-        thresholds = controller.thresholds(block.position_ids)[:, 0]
-        return self._ledger.gate(controller.linear, thresholds, before)
+        shares = controller.shares(block.position_ids)[:, 0]
+        return self._ledger.gate(controller.linear, shares, self._scores.room(self._seen + 1), self._seen)
 
     def undecided(self) -> Tensor:
         """Return room for each token's `TokenState` at each layer, [L, B, T] uint8 on the host."""
@@ -136,10 +135,8 @@ class Plan:
         if gate is None:
             return
         assert self._ledger is not None
-        assert self._tally is not None
         self._states = [states]
         self._ledger.charge(states == TokenState.RUNS)
-        self._tally.put(self._seen, gate.after)
 
     def ran(self) -> Tensor:
         """Return which tokens ran each layer, [L, B, T] bool on the host. Padding counts as not run."""
@@ -167,9 +164,11 @@ class Plan:
         context = DecisionContext(
             layer_idx, self._num_layers, block.position_ids, block.input_ids, block.phase, self._budget.limit
         )
-        if self._tally is not None:
-            counted = policy.controller.tally(signals, context)
-            context = replace(context, totals=self._tally.before(self._seen, layer_idx, counted, block.real))
+        if self._scores is not None:
+            controller = policy.controller
+            score = controller.score(signals, context)
+            lower, among = self._scores.compare(self._seen, layer_idx, score, block.real, controller.compares)
+            context = replace(context, score=score, lower=lower, compared=among)
         run = ledger.settle(policy.controller.decide(signals, context), layer_idx)
         states = run.to(torch.uint8) + TokenState.SKIPPED
         if block.real is not None:

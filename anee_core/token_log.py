@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 
 class TokenLog:
     """Entries [B, tokens, ...] that grow with the sequence. Like the cache, they outlive inference mode."""
+
+    fill: ClassVar[float] = 0.0
+    """Of entries that nothing was recorded in."""
 
     def __init__(self, entries: Tensor) -> None:
         self._entries = entries
@@ -22,5 +27,5 @@ class TokenLog:
         held = self._entries.shape[1]
         if length > held:
             extra = max(held, length - held, 64)
-            room = self._entries.new_zeros(self._entries.shape[0], extra, *self._entries.shape[2:])
+            room = self._entries.new_full((self._entries.shape[0], extra, *self._entries.shape[2:]), self.fill)
             self._entries = torch.cat((self._entries, room), dim=1)

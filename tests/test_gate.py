@@ -1,6 +1,7 @@
 """The gate: its decisions by hand, its promises on small models, its weights on disk."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,9 +19,9 @@ CLOSE = {"atol": 5e-5, "rtol": 1e-3}
 def draw(folder, layers=6, width=32):
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(layers, width, generator=generator) * width**-0.5
-    thresholds = torch.stack([torch.full((layers,), z) for z in (3.0, 0.0, -9.0)])
+    shares = torch.stack([torch.full((layers,), share) for share in (0.9, 0.5, 0.0)])
     GateWeights(
-        weight, torch.zeros(layers), torch.zeros(layers), torch.ones(layers), torch.tensor([0.4, 0.7, 1.0]), thresholds
+        weight, torch.zeros(layers), torch.zeros(layers), torch.ones(layers), torch.tensor([0.4, 0.7, 1.0]), shares
     ).save(folder)
     return folder
 
@@ -42,9 +43,10 @@ def test_parallel_equals_stepwise_and_rows_are_alone(family, gate):
             torch.testing.assert_close(padded[i, -length:], model(rows[i : i + 1, -length:]).logits[0], **CLOSE)
 
 
-def test_decisions_are_those_of_the_running_statistics(gate):
-    model, ids = adaptive(build("llama"), f"gate:{gate},prior=4,first=2,protect=1 1", 0.7), tokens(2, 15)
-    weights = GateWeights.load(gate)
+@pytest.mark.parametrize("window", [256, 3])
+def test_decisions_follow_from_ranks_among_earlier_tokens(window, gate):
+    policy, ids = f"gate:{gate},prior=4,first=2,window={window},protect=1 1", tokens(2, 15)
+    model, weights = adaptive(build("llama"), policy, 0.7), GateWeights.load(gate)
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states
     ran = model.last_trace.ran
@@ -55,27 +57,27 @@ def test_decisions_are_those_of_the_running_statistics(gate):
     for layer_idx in range(1, 5):
         for row in range(2):
             unit = states[layer_idx][row] / states[layer_idx][row].square().mean(-1, keepdim=True).sqrt()
-            scores = (unit @ weights.weight[layer_idx]).double()
+            scores = unit @ weights.weight[layer_idx]
             for t in range(2, 15):
-                mean = scores[:t].sum() / (t + 4)
-                variance = (scores[:t].square().sum() + 4) / (t + 4) - mean**2
-                z = (scores[t] - mean) / variance.sqrt()
-                # Between 3 at 0.4 and 0 at 0.7: two tokens ran everything, and 32 pay for what they spent beyond 0.7.
-                threshold = 3 * (2 * 0.3 / 32) / 0.3
-                assert ran[layer_idx, row, t] == (z >= threshold) or abs(z - threshold) < 1e-4
+                earlier = scores[max(2, t - window) : t]
+                below = 0.5 * (1 + math.erf(float(scores[t]) / math.sqrt(2)))
+                rank = (int((earlier < scores[t]).sum()) + 4 * below) / (len(earlier) + 4)
+                # Between 0.9 at 0.4 and 0.5 at 0.7: two tokens ran everything, and 32 pay for what they spent.
+                share = 0.5 + 0.4 * (2 * 0.3 / 32) / 0.3
+                assert ran[layer_idx, row, t] == (rank >= share) or abs(rank - share) < 1e-4
 
 
-def test_the_budget_chooses_the_thresholds(gate):
-    shares = []
+def test_the_budget_chooses_the_shares(gate):
+    spent = []
     for budget in (0.4, 0.55, 0.7, 0.85, 1.0):
         model = adaptive(build("llama"), f"gate:{gate},protect=0 0", budget)
         model(tokens(2, 24))
-        shares.append(model.last_trace.budget_spent)
-    assert shares == sorted(shares)
-    assert shares[0] < shares[2] < shares[4] == 1
+        spent.append(model.last_trace.budget_spent)
+    assert spent == sorted(spent)
+    assert spent[0] < spent[2] < spent[4] == 1
     weights = GateWeights.load(gate)
-    torch.testing.assert_close(weights.at(torch.tensor(0.55)), torch.full((6,), 1.5))
-    assert torch.equal(weights.at(torch.tensor(1.0)), weights.thresholds[-1])
+    torch.testing.assert_close(weights.at(torch.tensor(0.55)), torch.full((6,), 0.7))
+    assert torch.equal(weights.at(torch.tensor(1.0)), weights.shares[-1])
 
 
 def test_what_the_first_tokens_spend_is_paid_back():
@@ -101,6 +103,7 @@ def test_a_hard_budget_holds_for_every_token(gate):
         ("gate:no/such/folder", None, "is missing"),
         ("gate:{folder},prior=0", None, "prior is above 0"),
         ("gate:{folder},first=-1", None, "first at least 0"),
+        ("gate:{folder},window=0", None, "window at least 1"),
         ("gate:{folder},protect=0 0", 0.39, "below the least that it was fitted for, 0.400"),
         ("gate:{folder}", 0.05, "the least possible is"),
     ],
@@ -122,7 +125,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
         adaptive(build("llama"), f"gate:{tmp_path / 'other'}")
 
 
-@pytest.mark.parametrize("damage", ["header", "shape", "spread", "order"])
+@pytest.mark.parametrize("damage", ["header", "shape", "spread", "order", "shares"])
 def test_damaged_weights_are_refused(damage, gate):
     header, file = gate / "gate.json", gate / "gate.safetensors"
     known = load_file(file)
@@ -130,6 +133,7 @@ def test_damaged_weights_are_refused(damage, gate):
         header.write_text(json.dumps({**json.loads(header.read_text()), "more": 1}))
     else:
         changed = {"shape": ("bias", known["bias"][:3]), "spread": ("spread", known["spread"] * 0)}
+        changed["shares"] = ("shares", known["shares"] + 0.2)
         name, tensor = changed.get(damage, ("budgets", known["budgets"].flip(0)))
         save_file({**known, name: tensor.contiguous()}, file)
     with pytest.raises(CheckpointError, match="gate in"):
@@ -141,4 +145,4 @@ def test_weights_round_trip(gate, tmp_path):
     weights.save(tmp_path / "again")
     again = GateWeights.load(tmp_path / "again")
     assert again.facts == {"text": "some"}
-    assert torch.equal(again.thresholds, weights.thresholds)
+    assert torch.equal(again.shares, weights.shares)

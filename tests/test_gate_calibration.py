@@ -10,9 +10,10 @@ import anee
 from anee_core.conformance.cost import spent_by_token
 from anee_core.controllers import GateWeights
 from anee_core.errors import BudgetError, CheckpointError, InputError
-from anee_core.training import gate_calibration, thresholds
+from anee_core.training import gate_calibration
 from anee_core.training.closed_form import FitOptions
 from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
+from anee_core.training.shares import spent
 
 SMALL = GateCalibration(sequences=24, length=32, fit=FitOptions(rank=8), progress=False)
 
@@ -45,13 +46,16 @@ def test_the_gate_beats_chance(calibrated):
     assert apart["gateTrue"] < apart["randomTrue"] < apart["randomFalse"]
 
 
-def test_thresholds_are_kept_by_budget(calibrated):
-    _, folder = calibrated
+def test_shares_are_kept_by_budget(calibrated):
+    model, folder = calibrated
     weights = GateWeights.load(folder)
     assert float(weights.budgets[-1]) == 1
     assert 0.3 < float(weights.budgets[0]) < 0.65
-    assert (weights.thresholds.diff(dim=0) <= 0).all()
+    assert (weights.shares.diff(dim=0) <= 0).all()
     assert not (folder / "work").exists()
+    costs = adaptive(model.model, f"gate:{folder}+shortcuts:{folder}", 0.9).engine.costs
+    for budget, shares in zip(weights.budgets.tolist(), weights.shares, strict=True):
+        assert spent(shares, costs) == pytest.approx(budget, abs=1e-4)
 
 
 def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
@@ -60,24 +64,24 @@ def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
     class StopSearchError(Exception):
         pass
 
-    def stop(self, budgets=()):
+    def stop(*args):
         raise StopSearchError
 
     with monkeypatch.context() as patch:
-        patch.setattr(thresholds.Search, "from_one_score", stop)
+        patch.setattr(gate_calibration, "from_one_score", stop)
         with pytest.raises(StopSearchError):
             calibrate_gate(model, tmp_path, SMALL)
     monkeypatch.setattr(gate_calibration, "own_samples", None)
     calibrate_gate(model, tmp_path, SMALL)
     again, whole = GateWeights.load(tmp_path), GateWeights.load(folder)
     assert torch.equal(again.weight, whole.weight)
-    assert torch.equal(again.thresholds, whole.thresholds)
+    assert torch.equal(again.shares, whole.shares)
 
 
 def test_wrong_input_is_refused(calibrated, tmp_path):
     model, _ = calibrated
-    with pytest.raises(InputError, match="at least 2 sequences"):
-        GateCalibration(sequences=1)
+    with pytest.raises(InputError, match="at least 1 sequence"):
+        GateCalibration(sequences=0)
     with pytest.raises(InputError, match="there is no such file"):
         GateCalibration(text=tmp_path / "none.txt")
     (tmp_path / "work").mkdir()

@@ -101,7 +101,7 @@ def gate_weights():
         mean=torch.full((layers,), 0.05),
         spread=torch.ones(layers),
         budgets=torch.tensor([0.3, 1.0]),
-        thresholds=torch.stack((torch.full((layers,), 1.0), torch.full((layers,), -1.0))),
+        shares=torch.stack((torch.full((layers,), 0.8), torch.full((layers,), 0.1))),
     )
     shortcuts = ShortcutWeights(
         torch.randn(layers, rank, width, generator=generator) * 0.1,

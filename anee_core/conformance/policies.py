@@ -18,6 +18,7 @@ from anee_core.errors import BudgetError, PolicyError
 from anee_core.interfaces import CachePolicy, CacheView, DecisionContext, Observation
 from anee_core.model import AdaptiveModel
 from anee_core.policy import parse_policy
+from anee_core.score_log import compared
 
 _LAYERS, _TOKENS = "random:p=0.5,protect=0 0", "window:sinks=1,recent=4"
 
@@ -63,11 +64,11 @@ def answers(subject: PolicySubject) -> None:
             context = DecisionContext(
                 layer_idx, layers, positions[:, :tokens], ids[:, :tokens], "decode", adaptive.engine.budget.limit
             )
-            if policy.controller.tallies:
-                counted = policy.controller.tally(signals, context)
-                wanted = (3, tokens, policy.controller.tallies)
-                expect(tuple(counted.shape) == wanted, f"tallies of shape {wanted}", tuple(counted.shape), answers.look)
-                context = replace(context, totals=counted.double().cumsum(1) - counted)
+            if policy.controller.compares:
+                score = policy.controller.score(signals, context)
+                expect(tuple(score.shape) == (3, tokens), f"scores of shape {(3, tokens)}", score.shape, answers.look)
+                lower, among = compared(score, score, policy.controller.compares)
+                context = replace(context, score=score, lower=lower, compared=among)
             _check_actions(policy.controller.decide(signals, context), layers - layer_idx, tokens)
             embedded = replace(context, input_ids=None)  # embeddings were given in their place
             _check_actions(policy.controller.decide(signals, embedded), layers - layer_idx, tokens)

@@ -23,7 +23,7 @@ _FORMAT = CheckpointFormat(
     renew="fit it with this version",
     shapes={
         "weight": ("layers", "width"), "bias": ("layers",), "mean": ("layers",), "spread": ("layers",),
-        "budgets": ("knots",), "thresholds": ("knots", "layers"),
+        "budgets": ("knots",), "shares": ("knots", "layers"),
     },
     facts=frozenset({"facts"}),
 )  # fmt: skip
@@ -39,8 +39,8 @@ class GateWeights:
 
     A token's score in front of a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``bias`` [L]; the
     higher, the more it would lose by skipping. ``mean`` [L] and ``spread`` [L] are the scores' mean and standard
-    deviation on the text of the fit. ``thresholds`` [Q, L], in units of ``spread`` from the mean, are what each of the
-    ``budgets`` [Q] (ascending) takes. ``facts`` says how all this was found.
+    deviation on the text of the fit. ``shares`` [Q, L] are the shares of the tokens that skip each layer, those with
+    the lowest scores, under each of the ``budgets`` [Q] (ascending). ``facts`` says how all this was found.
     """
 
     weight: Tensor
@@ -48,7 +48,7 @@ class GateWeights:
     mean: Tensor
     spread: Tensor
     budgets: Tensor
-    thresholds: Tensor
+    shares: Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,33 +72,37 @@ class GateWeights:
             CheckpointError: see `CheckpointFormat.read`.
         """
         header, tensors = _FORMAT.read(folder)
-        if not (tensors["spread"] > 0).all() or not (tensors["budgets"].diff() > 0).all():
-            raise CheckpointError(f"the gate in {folder} has spreads of 0 or budgets out of order; fit it again")
+        ordered = (tensors["budgets"].diff() > 0).all() and (tensors["spread"] > 0).all()
+        if not ordered or tensors["shares"].min() < 0 or tensors["shares"].max() > 1:
+            raise CheckpointError(
+                f"the gate in {folder} has spreads of 0, budgets out of order or shares out of range; fit it again"
+            )
         return cls(**{**header, **tensors})
 
     def at(self, budgets: Tensor) -> Tensor:
-        """Return the thresholds [..., L] of budgets [...], between those of the budgets around each; below the least
-        that was prepared, those of the least.
+        """Return the shares [..., L] for budgets [...], between those of the budgets around each; below the least that
+        was prepared, those of the least.
         """
         known = self.budgets.float()
         right = torch.searchsorted(known, budgets).clamp(1, len(known) - 1)
         place = ((budgets - known[right - 1]) / (known[right] - known[right - 1])).clamp(0, 1)
-        return torch.lerp(self.thresholds[right - 1].float(), self.thresholds[right].float(), place[..., None])
+        return torch.lerp(self.shares[right - 1].float(), self.shares[right].float(), place[..., None])
 
 
 @dataclass(frozen=True)
 class GateController(Controller):
     """Skip a layer for tokens that lose little by it.
 
-    A score that is linear in the hidden state says how much. It is compared with a threshold that depends on the
-    budget, relative to the scores of the sequence's earlier tokens at this layer, so that text of another kind than
-    the gate has seen spends no more and no less.
+    A score that is linear in the hidden state says how much. The budget says which share of the tokens skips each
+    layer: those whose scores are low among the earlier ones of their sequence. So a budget is met on any text,
+    whatever the scores are there.
 
     Options:
         folder: what ``anee calibrate`` or training wrote; may stand first, without its name. Default: what is
             installed for the model.
-        prior: how many tokens the statistics of the fit count for, beside those of the sequence.
-        first: how many first tokens of a sequence run every layer.
+        prior: how many tokens the distribution of the fit counts for, beside those of the sequence.
+        window: with how many earlier tokens a token is compared at most.
+        first: how many first tokens of a sequence run every layer; none is compared with them.
         protect: how many first and last layers always run.
     """
 
@@ -106,20 +110,23 @@ class GateController(Controller):
     positional: ClassVar[str | None] = "folder"
     checkpoint: ClassVar[CheckpointFormat | None] = _FORMAT
     signals: ClassVar[tuple[str, ...]] = ("unit_state",)
-    tallies: ClassVar[int] = 3
     default_budget: ClassVar[float | None] = 0.75
 
     folder: str = ""
-    prior: float = 64.0
+    prior: float = 8.0
+    window: int = 256
     first: int = 4
     protect: tuple[int, ...] = (1, 2)
     _weights: GateWeights | None = field(default=None, init=False, compare=False, repr=False)
-    _thresholds: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False, repr=False)
+    _shares: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False, repr=False)
     _linear: LinearGate | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.prior <= 0 or self.first < 0:
-            raise PolicyError(f"gate: prior is above 0 and first at least 0; got {self.prior:g} and {self.first}")
+        if self.prior <= 0 or self.window < 1 or self.first < 0:
+            raise PolicyError(
+                f"gate: prior is above 0, window at least 1 and first at least 0; "
+                f"got {self.prior:g}, {self.window} and {self.first}"
+            )
 
     @classmethod
     def of(cls, weights: GateWeights, **options: Any) -> GateController:
@@ -133,7 +140,7 @@ class GateController(Controller):
         return protect_ends(self.protect, num_layers)
 
     def bind(self, setting: Setting) -> GateController:
-        """Load the weights and find the thresholds of the budget.
+        """Load the weights and find the shares of the budget.
 
         Raises:
             PolicyError: there are no weights for this model, or they are of another shape.
@@ -150,11 +157,11 @@ class GateController(Controller):
                 f"{float(ready.budgets[0]):.3f}"
             )
         positions = torch.arange(self.settled + 1, device=ready.budgets.device)
-        thresholds = ready.at(self.allowed(torch.tensor(budget), positions))
-        thresholds[: self.first] = -torch.inf
+        shares = ready.at(self.allowed(torch.tensor(budget), positions))
+        shares[: self.first] = -1.0
+        linear = LinearGate(ready.weight, ready.bias, ready.mean, ready.spread, self.prior, self.window)
         object.__setattr__(bound, "_weights", ready)
-        object.__setattr__(bound, "_thresholds", thresholds)
-        linear = LinearGate(ready.weight, ready.bias - ready.mean, ready.spread, self.prior)
+        object.__setattr__(bound, "_shares", shares)
         object.__setattr__(bound, "_linear", linear)
         return bound
 
@@ -176,43 +183,39 @@ class GateController(Controller):
         """What it computes, once bound."""
         return self._linear
 
-    def thresholds(self, position_ids: Tensor) -> Tensor:
-        """Return the thresholds [B, T, L] of tokens at positions [B, T]."""
-        return self._thresholds.to(position_ids.device)[position_ids.clamp(max=self.settled)]
+    @property
+    def compares(self) -> int:
+        """With how many earlier tokens a token is compared at most."""
+        return self.window
 
-    def tally(self, signals: Tensor, context: DecisionContext) -> Tensor:
-        """Return each token's deviation from the mean of the fit, its square, and 1, [B, T, 3]."""
-        deviation = self._deviation(signals, context.layer_idx)
-        return torch.stack((deviation, deviation.square(), torch.ones_like(deviation)), dim=-1)
+    def shares(self, position_ids: Tensor) -> Tensor:
+        """Return the shares [B, T, L] for tokens at positions [B, T]; -1 for the first ones."""
+        return self._shares.to(position_ids.device)[position_ids.clamp(max=self.settled)]
+
+    def score(self, signals: Tensor, context: DecisionContext) -> Tensor:
+        """Return the scores [B, T]; NaN for the first tokens."""
+        linear, layer_idx = self._linear, context.layer_idx
+        assert linear is not None
+        weight, bias = linear.weight[layer_idx].to(signals.device), linear.bias[layer_idx].to(signals.device)
+        return (signals @ weight + bias).where(context.position_ids >= self.first, torch.nan)
 
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return actions for one layer."""
-        layer_idx = context.layer_idx
-        assert self._linear is not None
-        assert context.totals is not None
-        spread = self._linear.spread[layer_idx]
-        score = standardised(self._deviation(signals, layer_idx), context.totals, self.prior, spread)
-        thresholds = self._thresholds[:, layer_idx].to(signals.device)
-        skip = score < thresholds[context.position_ids.clamp(max=self.settled)]
+        linear, layer_idx = self._linear, context.layer_idx
+        assert linear is not None
+        assert context.score is not None
+        assert context.lower is not None
+        assert context.compared is not None
+        mean, spread = (part[layer_idx].to(signals.device) for part in (linear.mean, linear.spread))
+        rank = ranks(context.score, context.lower, context.compared, mean, spread, self.prior)
+        shares = self._shares[:, layer_idx].to(signals.device)
+        skip = rank < shares[context.position_ids.clamp(max=self.settled)]
         return torch.where(skip, int(Action.SKIP), int(Action.PROCESS)).to(torch.uint8)[None]
 
-    def _deviation(self, signals: Tensor, layer_idx: int) -> Tensor:
-        linear = self._linear
-        assert linear is not None
-        return signals @ linear.weight[layer_idx].to(signals.device) + linear.offset[layer_idx].to(signals.device)
 
-
-def standardised(deviation: Tensor, totals: Tensor, prior: float, spread: Tensor) -> Tensor:
-    """Return how far scores lie from the mean of their sequence so far, in its standard deviations, [B, T].
-
-    Args:
-        deviation: [B, T] of the scores from the mean of the fit.
-        totals: [B, T, 3] what `GateController.tally` summed up before each token.
-        prior: how many tokens the statistics of the fit count for.
-        spread: standard deviation of the fit, [].
+def ranks(score: Tensor, lower: Tensor, compared: Tensor, mean: Tensor, spread: Tensor, prior: float) -> Tensor:
+    """Return the share [B, T] of tokens with scores below ``score`` [B, T]: ``lower`` of the ``compared`` ones, and for
+    ``prior`` tokens what a normal distribution says.
     """
-    total, squares, count = totals.unbind(-1)
-    weight = count + prior
-    mean = total / weight
-    variance = (squares + prior * spread.double().square()) / weight - mean.square()
-    return (deviation.double() - mean) * variance.clamp(min=1e-12).rsqrt()
+    below = torch.special.ndtr((score - mean) / spread)
+    return (lower + prior * below) / (compared + prior)

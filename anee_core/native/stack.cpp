@@ -16,19 +16,22 @@ struct Storage {
     int64_t row_stride, head_stride;
 };
 
-// A gate (see GateController), for one new token in each row. Scores are relative to those of the row's earlier tokens.
+// A gate (see LinearGate), for one new token in each row.
 struct Gate {
     const float* weight;      // [L, D], of the state at unit norm
-    const float* offset;      // [L]
-    const float* spread;      // [L], standard deviation of the fit
-    const float* thresholds;  // [P, L]
-    const double* before;     // [P, L, 3] sums over the earlier tokens: deviations, their squares, 1
-    double* after;            // the same with the new token
+    const float* bias;        // [L]
+    const float* mean;        // [L], of the scores on the text of the fit
+    const float* spread;      // [L], their standard deviation
+    const float* shares;      // [P, L], of the tokens that are to skip each layer; below 0: it runs, and does not count
+    float* scores;            // [P, S, L], NaN for tokens that do not count; the new ones are written
     const float* run_share;   // [L, P] of a dense token's FLOPs
     const float* skip_share;
     float* wanted;            // [P], what the layers wanted so far would take
     const uint8_t* always;    // [L]
-    double prior;             // tokens that the fit counts for
+    int64_t row_stride;       // of the scores
+    int64_t seen;             // earlier tokens
+    int64_t window;           // how many of those that count a token is compared with
+    float prior;              // tokens that the fit counts for
     float limit;              // of what a token may spend
 };
 
@@ -55,19 +58,20 @@ static float mean_square(const T* x, int width) {
 template <class T>
 static bool passes(const Gate& gate, int layers, int l, int count, int m, const T* state, int width) {
     const float* weight = gate.weight + int64_t(l) * width;
-    float score = 0;
-    for (int i = 0; i < width; i++) score += widen(state[i]) * weight[i];
-    double deviation = score / std::sqrt(mean_square(state, width) + 1e-6f) + gate.offset[l];
-    const double* before = gate.before + (int64_t(m) * layers + l) * 3;
-    double* after = gate.after + (int64_t(m) * layers + l) * 3;
-    double weights = before[2] + gate.prior, mean = before[0] / weights, spread = gate.spread[l];
-    double variance = (before[1] + gate.prior * spread * spread) / weights - mean * mean;
-    double relative = (deviation - mean) / std::sqrt(std::max(variance, 1e-12));
-    after[0] = before[0] + deviation;
-    after[1] = before[1] + deviation * deviation;
-    after[2] = before[2] + 1;
+    float share = gate.shares[int64_t(m) * layers + l], product = 0;
+    for (int i = 0; i < width; i++) product += widen(state[i]) * weight[i];
+    float score = product / std::sqrt(mean_square(state, width) + 1e-6f) + gate.bias[l];
+    float* scores = gate.scores + m * gate.row_stride + l;
+    scores[gate.seen * layers] = share < 0 ? NAN : score;
+    int64_t lower = 0, compared = 0;
+    for (int64_t s = gate.seen - 1; s >= 0 && compared < gate.window; s--) {
+        float other = scores[s * layers];
+        compared += other == other;
+        lower += other < score;
+    }
     if (gate.always[l]) return true;
-    if (relative < gate.thresholds[int64_t(m) * layers + l]) return false;
+    float below = 0.5f * std::erfc((gate.mean[l] - score) / gate.spread[l] * 0.70710678f);
+    if ((lower + gate.prior * below) / (compared + gate.prior) < share) return false;
     int64_t at = int64_t(l) * count + m;
     gate.wanted[m] += gate.run_share[at] - gate.skip_share[at];
     return gate.wanted[m] <= gate.limit + 1e-6f;

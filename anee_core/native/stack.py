@@ -77,13 +77,11 @@ class NativeStack:
         gate = self._gate
         if self._gate_of is not call.gate:
             self._gate_of = call.gate
-            gate.weight, gate.offset, gate.spread = (
-                part.data_ptr() for part in (call.gate.weight, call.gate.offset, call.gate.spread)
-            )
-            gate.prior = call.gate.prior
-        gate.thresholds, gate.before, gate.after = (
-            part.data_ptr() for part in (call.thresholds, call.before, call.after)
-        )
+            parts = (call.gate.weight, call.gate.bias, call.gate.mean, call.gate.spread)
+            gate.weight, gate.bias, gate.mean, gate.spread = (part.data_ptr() for part in parts)
+            gate.prior, gate.window = call.gate.prior, call.gate.window
+        gate.shares, gate.scores = call.shares.data_ptr(), call.scores.data_ptr()
+        gate.row_stride, gate.seen = call.scores.stride(0), call.seen
         gate.run_share, gate.skip_share = call.run_shares.data_ptr(), call.skip_shares.data_ptr()
         gate.wanted, gate.always = call.wanted.data_ptr(), call.always.data_ptr()
         gate.limit = call.limit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import ClassVar
 
@@ -143,16 +143,19 @@ class Gate(Structure):
 
     _fields_: ClassVar = [
         ("weight", c_void_p),
-        ("offset", c_void_p),
+        ("bias", c_void_p),
+        ("mean", c_void_p),
         ("spread", c_void_p),
-        ("thresholds", c_void_p),
-        ("before", c_void_p),
-        ("after", c_void_p),
+        ("shares", c_void_p),
+        ("scores", c_void_p),
         ("run_share", c_void_p),
         ("skip_share", c_void_p),
         ("wanted", c_void_p),
         ("always", c_void_p),
-        ("prior", c_double),
+        ("row_stride", c_int64),
+        ("seen", c_int64),
+        ("window", c_int64),
+        ("prior", c_float),
         ("limit", c_float),
     ]
 

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 
 from anee_core.accounting import CostModel
 from anee_core.adapter import ModelAdapter
-from anee_core.controllers.gate import GateController, GateWeights, standardised
+from anee_core.controllers.gate import GateController, GateWeights, ranks
 from anee_core.divergence import divergence, divergences
 from anee_core.errors import InputError
 from anee_core.layout import Parts
 from anee_core.profiler import unit_norm
+from anee_core.score_log import compared
 from anee_core.shortcuts import ShortcutWeights
 from anee_core.training.loop import Objective
 from anee_core.training.sequence import WholeSequences
 
 _MOST = 0.95
-"""Largest budget with thresholds of its own: under one of 1 nothing is skipped, whatever the score."""
+"""Largest budget with shares of its own: under one of 1 nothing is skipped, whatever the score."""
+_EDGE = 1e-4
+"""Ranks and shares are kept this far from 0 and 1, where a normal distribution has its infinities."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class GateOptions:
 
     Args:
         least: smallest budget that is trained for; each sequence draws its own from there to 0.95.
-        knots: budgets with thresholds of their own; between them thresholds are interpolated.
+        knots: budgets with shares of their own; between them shares are interpolated.
         temperature: of the sigmoid that stands in for the step in the backward pass, in standard deviations.
         noise: scale of the Gumbel noise on the scores.
         pressure: how fast the price of spending rises while a budget is exceeded, per step.
@@ -93,7 +96,7 @@ class GatedModel(Objective):
         self.bias = nn.Parameter(gate.bias.float() / unit)
         self.budgets: Tensor
         self.register_buffer("budgets", torch.linspace(options.least, _MOST, options.knots))
-        self.thresholds = nn.Parameter(gate.at(self.budgets))
+        self.thresholds = nn.Parameter(_normal(gate.at(self.budgets)))
         self.mean: Tensor
         self.spread: Tensor
         self.price: Tensor
@@ -156,8 +159,8 @@ class GatedModel(Objective):
                 hidden_states, spent = output, spent + run_shares[layer_idx]
                 continue
             unit = unit_norm(hidden_states)
-            relative = self.score(unit.float(), layer_idx)
-            keep = self._keep(relative - thresholds[..., layer_idx], noise)
+            score = self.score(unit.float(), layer_idx)
+            keep = self._keep(score - thresholds[..., layer_idx], noise)
             keep = torch.where(positions < self.first, 1.0, keep)
             instead = hidden_states + self.estimate(layer_idx, unit)
             share = keep[..., None].to(unit.dtype)
@@ -171,17 +174,29 @@ class GatedModel(Objective):
         return unit @ down.T @ up.T + self.shortcut_bias[layer_idx].to(unit.dtype)
 
     def score(self, unit: Tensor, layer_idx: int) -> Tensor:
-        """Return scores [B, T] relative to those of earlier tokens, as `GateController.decide` takes them."""
+        """Return how scores [B, T] rank among those of earlier tokens, as quantiles of a normal distribution: what
+        `GateController.decide` compares. Gradients are those of the distance to the earlier tokens' mean, in their
+        standard deviations.
+        """
         deviation = unit @ self.weight[layer_idx] + self.bias[layer_idx] - self.mean[layer_idx]
+        first, prior = self.first, self._controller.prior
         with torch.no_grad():
             if self.training:
-                seen = deviation[:, self.first :]
+                seen = deviation[:, first:]
                 self.mean[layer_idx] += 0.02 * seen.mean()
                 self.spread[layer_idx].lerp_(seen.std(), 0.02)
-            past = deviation.double()
-            counted = torch.stack((past, past.square(), torch.ones_like(past)), dim=-1)
-            before = counted.cumsum(1) - counted
-        return standardised(deviation, before, self._controller.prior, self.spread[layer_idx]).float()
+            spread = self.spread[layer_idx]
+            kept = deviation.clone()
+            kept[:, :first] = torch.nan
+            lower, among = compared(kept, deviation, self._controller.compares)
+            rank = ranks(deviation, lower, among, torch.zeros_like(spread), spread, prior)
+        counted = deviation[:, first:].double()
+        sums = [nn.functional.pad(part.cumsum(1) - part, (first, 0)) for part in (counted, counted.square())]
+        weight = among + prior
+        mean = sums[0] / weight
+        variance = (sums[1] + prior * spread.double().square()) / weight - mean.square()
+        distance = ((deviation.double() - mean) * variance.clamp(min=1e-12).rsqrt()).float()
+        return distance + (_normal(rank) - distance).detach()
 
     def _keep(self, margin: Tensor, noise: float) -> Tensor:
         """Return 1 where a margin [B, T] is not negative and 0 elsewhere, with the gradient of a sigmoid."""
@@ -193,9 +208,11 @@ class GatedModel(Objective):
         return soft + ((margin >= 0).float() - soft).detach()
 
     def thresholds_of(self, budgets: Tensor, positions: Tensor) -> Tensor:
-        """Return the thresholds [B, T, L] of tokens at ``positions`` [T] in sequences with ``budgets`` [B]."""
+        """Return the thresholds [B, T, L] of tokens at ``positions`` [T] in sequences with ``budgets`` [B], as
+        quantiles of a normal distribution.
+        """
         allowed = self._controller.allowed(budgets[:, None], positions)
-        return self.near(allowed) @ self.thresholds
+        return _normal(self.near(allowed) @ torch.special.ndtr(self.thresholds))
 
     def near(self, budgets: Tensor) -> Tensor:
         """Return the weights of each knot for budgets [...], [..., Q]: linear between two neighbours, and those of an
@@ -222,9 +239,13 @@ class GatedModel(Objective):
         return figures
 
     def fitted(self) -> tuple[GateWeights, ShortcutWeights]:
-        """Return what was trained. The thresholds are those of training; budgets are met once they are searched for."""
-        gate = GateWeights(
-            self.weight.detach(), self.bias.detach(), self.mean, self.spread, self.budgets, self.thresholds.detach()
-        )
+        """Return what was trained. The shares are those of training; budgets are met once they are solved for."""
+        shares = torch.special.ndtr(self.thresholds.detach())
+        gate = GateWeights(self.weight.detach(), self.bias.detach(), self.mean, self.spread, self.budgets, shares)
         shortcuts = ShortcutWeights(self.down.detach(), self.up.detach(), self.shortcut_bias.detach())
         return gate, shortcuts
+
+
+def _normal(shares: Tensor) -> Tensor:
+    """Return the quantiles of a normal distribution that have these shares below them."""
+    return torch.special.ndtri(shares.clamp(_EDGE, 1 - _EDGE))

@@ -1,4 +1,4 @@
-"""Makes shortcuts and a gate for a model without training: fits them in closed form and finds thresholds."""
+"""Makes shortcuts and a gate for a model without training: fits them in closed form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anee_core.cache_folder import cache_folder
 from anee_core.calibration import fingerprint
-from anee_core.controllers.gate import GateWeights
+from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.engine import Engine
 from anee_core.errors import CheckpointError, InputError
 from anee_core.model import AdaptiveModel
@@ -22,13 +22,11 @@ from anee_core.progress import progress_bar
 from anee_core.samples import own_samples, samples_of_file
 from anee_core.shortcuts import LowRankShortcut
 from anee_core.training.closed_form import FitOptions, fit
-from anee_core.training.thresholds import Search
+from anee_core.training.shares import from_one_score
 
 logger = logging.getLogger(__name__)
 
 _TOKENS = "tokens.pt"
-_MOST_HELD_OUT = 12
-"""Sequences that thresholds are found on: each is read dozens of times."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class GateCalibration:
         text: a file to read instead of the model's own samples.
         sequences: how many to fit on.
         length: tokens of each.
-        held_out: share of them that is left out of the fit, for the thresholds: 12 at most.
         fit: how shortcuts and gate are fitted.
         progress: whether to show bars.
     """
@@ -47,13 +44,12 @@ class GateCalibration:
     text: str | Path | None = None
     sequences: int = 32
     length: int = 512
-    held_out: float = 0.25
     fit: FitOptions = field(default_factory=FitOptions)
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.sequences < 2 or not 0 < self.held_out < 1:
-            raise InputError("a calibration takes at least 2 sequences, and held_out lies in (0, 1)")
+        if self.sequences < 1:
+            raise InputError(f"a calibration takes at least 1 sequence; got {self.sequences}")
         if self.text is not None and not Path(self.text).is_file():
             raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
 
@@ -96,18 +92,15 @@ def calibrate_gate(
     work = folder / "work"
     with torch.no_grad():
         blocks = _tokens(model, options, length, work) if tokens is None else tokens.to(model.device)
-    count = min(max(int(len(blocks) * options.held_out), 1), _MOST_HELD_OUT)
-    fitted = fit(model, blocks[count:], work, options.fit, options.progress)
+    fitted = fit(model, blocks, work, options.fit, options.progress)
     fitted.shortcuts.save(folder)
-    shortcut = LowRankShortcut.of(fitted.shortcuts)
     nothing = torch.empty(0)
     source = "own samples" if options.text is None else Path(options.text).name
     facts = {"text": source if tokens is None else "tokens given", **asdict(options.fit)}
     gate = GateWeights(fitted.weight, fitted.bias, fitted.mean, fitted.spread, nothing, nothing, facts)
-    with progress_bar(options.progress) as bar:
-        task = bar.add_task("thresholds of each budget", total=None)
-        search = Search(model, gate, shortcut, blocks[:count], advance=lambda: bar.advance(task))
-        search.from_one_score().save(folder)
+    controller = GateController()
+    costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(fitted.shortcuts))).costs
+    from_one_score(gate, costs, controller.protected(costs.num_layers)).save(folder)
     shutil.rmtree(work)
     logger.info("wrote %s", folder)
     return folder

@@ -16,7 +16,6 @@ from anee_core.engine import Engine
 from anee_core.errors import InputError
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy
-from anee_core.progress import progress_bar
 from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
 from anee_core.training.closed_form import FitOptions
 from anee_core.training.data import Batches, read_text
@@ -24,7 +23,7 @@ from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
 from anee_core.training.loop import RunOptions, accelerator_of, run_training
 from anee_core.training.schedules import trapezoid
-from anee_core.training.thresholds import Search
+from anee_core.training.shares import from_trained
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class GateTraining:
         batch: blocks per batch.
         rate: factor on the learning rates.
         warmup: steps until they are reached.
-        valid_blocks: blocks to validate on, and to find the thresholds with.
+        valid_blocks: blocks to validate on.
         calibration_sequences: pieces of text for the fit that the training starts from.
         protect: how many first and last layers always run.
         first: how many first tokens of a sequence run every layer.
@@ -106,7 +105,7 @@ def train_gate(
     rate = trapezoid(run.steps, options.warmup, decay=max(run.steps // 2, 1))
     history = run_training(objective, [optimizer], rate, batches, run, accelerator, asdict(options))
     if accelerator.is_main_process:
-        write(model, objective, options, held_out, run, {"valid": history[-1] if history else {}})
+        write(objective, options, run, {"valid": history[-1] if history else {}})
     return history
 
 
@@ -142,22 +141,12 @@ def optimizer_of(objective: GatedModel, factor: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def write(
-    model: AdaptiveModel,
-    objective: GatedModel,
-    options: GateTraining,
-    blocks: Tensor,
-    run: RunOptions,
-    facts: dict[str, Any],
-) -> None:
-    """Find the thresholds of what was trained, on token ids [N, T], and save everything in the run's folder."""
+def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: dict[str, Any]) -> None:
+    """Save what was trained in the run's folder, with shares of tokens that meet every budget."""
     gate, shortcuts = objective.fitted()
     facts = {"steps": run.steps, **facts}
     replace(shortcuts, facts=facts).save(run.folder)
-    cpu = replace(gate, **{n: getattr(gate, n).cpu() for n in ("mean", "spread", "budgets", "thresholds")})
-    always: dict[str, object] = {"protect": options.protect, "first": options.first}
-    with progress_bar(run.progress) as bar:
-        task = bar.add_task("thresholds of each budget", total=None)
-        search = Search(model, cpu, LowRankShortcut.of(shortcuts), blocks, always, advance=lambda: bar.advance(task))
-        replace(search.from_trained(), facts=facts).save(run.folder)
+    cpu = replace(gate, facts=facts, **{n: getattr(gate, n).cpu() for n in ("mean", "spread", "budgets", "shares")})
+    costs, controller = objective.costs, options.controller()
+    from_trained(cpu, costs, controller.protected(costs.num_layers)).save(run.folder)
     logger.info("wrote %s", run.folder)

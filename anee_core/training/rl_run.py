@@ -82,7 +82,7 @@ def train_rl(
     run_training(objective, [optimizer], rate, batches, second, accelerator, asdict(options))
     found: dict[str, dict[float, float]] = {}
     if accelerator.is_main_process:
-        write(model, gated, shared, held_out, second, {})
+        write(gated, shared, second, {})
         for name, folder in (("supervised", first.folder), ("reinforce", second.folder)):
             found[name] = compared(model, folder, shared, held_out, gated.budgets.tolist())
         best = min(found, key=lambda name: sum(found[name].values()))
