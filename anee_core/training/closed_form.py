@@ -61,7 +61,7 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted: shortcuts, and of the gate all but its thresholds; see `GateWeights`."""
+    """What was fitted: shortcuts, and of the gate all but its budgets; see `GateWeights`."""
 
     shortcuts: ShortcutWeights
     weight: Tensor

@@ -142,10 +142,13 @@ def optimizer_of(objective: GatedModel, factor: float) -> torch.optim.Optimizer:
 
 
 def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: dict[str, Any]) -> None:
-    """Save what was trained in the run's folder, with shares of tokens that meet every budget."""
+    """Save what was trained in the run's folder, with shares of tokens that meet every budget; shortcuts in bf16, which
+    halves the folder.
+    """
     gate, shortcuts = objective.fitted()
     facts = {"steps": run.steps, **facts}
-    replace(shortcuts, facts=facts).save(run.folder)
+    small = {n: getattr(shortcuts, n).to(torch.bfloat16) for n in ("down", "up", "bias")}
+    replace(shortcuts, facts=facts, **small).save(run.folder)
     cpu = replace(gate, facts=facts, **{n: getattr(gate, n).cpu() for n in ("mean", "spread", "budgets", "shares")})
     costs, controller = objective.costs, options.controller()
     from_trained(cpu, costs, controller.protected(costs.num_layers)).save(run.folder)
