@@ -38,6 +38,9 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="With llama.cpp and CTranslate2, where installed, at batch 1.")
     ] = False,
+    weights: Annotated[
+        list[str] | None, typer.Option("--weights", help="With int8 or int4 weights too; may be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option("--json", help="Keeps what is measured; an interrupted run goes on.")] = Path(
         "benchmarks/out/bench.json"
     ),
@@ -53,7 +56,12 @@ def bench(
 
     shares = tuple(skipped) if skipped is not None else (0.25, 0.5, 0.58)
     setting: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "skipped": shares, "policies": policy or []}
-    setting |= {"compiled": compiled, "peers": peers, "transformers": transformers.__version__}
+    setting |= {
+        "compiled": compiled,
+        "peers": peers,
+        "weights": weights or [],
+        "transformers": transformers.__version__,
+    }
     records = Records(out, setting)
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     chosen = (models or ["smollm2"], dtype or ["bfloat16"], batch or [1], context or [128])
@@ -61,8 +69,8 @@ def bench(
         title = f"{model}, {kind}, batch {rows}, context {length}"
         if title in records:
             continue
-        policies = tuple(policy or ())
-        options = BenchOptions(model, kind, rows, length, tokens, repeats, shares, policies, compiled, peers)
+        policies, quantised = tuple(policy or ()), tuple(weights or ())
+        options = BenchOptions(model, kind, rows, length, tokens, repeats, shares, policies, compiled, peers, quantised)
         with progress_bar(True, transient=True) as bar:
             task = bar.add_task(title, total=None)
 

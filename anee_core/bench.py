@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import statistics
 import tempfile
 import time
@@ -42,6 +44,7 @@ class BenchOptions:
         policies: further policy strings, each with a budget after an ``@`` if it takes one, as in ``rl@0.7``.
         compiled: whether transformers compiled with a static cache takes part, which takes minutes to compile.
         peers: whether other engines take part, where they are installed and the batch is 1.
+        weights: quantisations of the layers' weights that take part too, dense and with the last share skipped.
     """
 
     model: str
@@ -54,6 +57,7 @@ class BenchOptions:
     policies: tuple[str, ...] = ()
     compiled: bool = False
     peers: bool = False
+    weights: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.batch, self.context, self.repeats) < 1 or self.tokens < 2:
@@ -94,6 +98,11 @@ class Contender:
     run: Callable[[Tensor, int, Stopwatch], Any]
     model: AdaptiveModel | None = None
     """What runs, if it is ours."""
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of all layers' weights as they are stored, if it is ours."""
+        return 0 if self.model is None else sum(work.weight_bytes for work in self.model.engine.costs.run)
 
     @property
     def ran(self) -> float:
@@ -140,14 +149,15 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
                     watches.setdefault(other.name, []).append(watch)
     costs = load(network).engine.costs
     layers = sum(work.weight_bytes for work in costs.run)
+    read = [other.layer_bytes or layers for other in others]
     bandwidth = read_bandwidth()
     records = [_record(other, watches[other.name], watches[others[0].name]) for other in others]
     dense = next(r["ms_per_token"] for r in records if r["contender"] == DENSE)
-    for other, record in zip(others, records, strict=True):
+    for other, record, stored in zip(others, records, read, strict=True):
         record["ideal_ms"] = dense - (1 - record["layers_run"]) * layers / bandwidth / 1e6
         record["parts"] = other.parts(prompt, options.tokens)
         record["share_of_bandwidth"] = (
-            (costs.head.weight_bytes + record["layers_run"] * layers) / record["ms_per_token"] / 1e6 / bandwidth
+            (costs.head.weight_bytes + record["layers_run"] * stored) / record["ms_per_token"] / 1e6 / bandwidth
         )
     facts = {"layer_bytes": layers, "head_bytes": costs.head.weight_bytes, "read_gb_per_s": bandwidth}
     return {**facts, "records": records}
@@ -175,6 +185,12 @@ def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> li
             chosen = DeferredStep(step) if defers else step
             model.engine = Engine(model.adapter, model.parts, model.policy, step=chosen)
             found.append(_lean(f"ANEE {share:.0%} skipped, K/V {name}", model))
+    for weights in options.weights:
+        small = load(copy.deepcopy(network), tokenizer=tokenizer, weights=weights)
+        found.append(_lean(f"ANEE dense, {weights}", small))
+        for share in options.skipped[-1:]:
+            policy = f"random:p={share},protect=0 0"
+            found.append(_lean(f"ANEE {share:.0%} skipped, {weights}", load(small.model, policy, tokenizer=tokenizer)))
     for text in options.policies:
         name, _, budget = text.partition("@")
         try:
@@ -245,7 +261,11 @@ def draw(benches: list[dict[str, Any]], out: Path) -> None:
     """
     figure = new_figure(4 * len(benches) + 2, 3.6)
     for axes, bench in zip(figure.subplots(1, len(benches), squeeze=False)[0], benches, strict=True):
-        ours = [r for r in bench["records"] if r["contender"].startswith("ANEE") and "own" not in r["contender"]]
+        ours = [
+            r
+            for r in bench["records"]
+            if r["contender"].startswith("ANEE") and not re.search("own|int", r["contender"])
+        ]
         for record in ours:
             place = 1 - record["layers_run"], record["ms_per_token"]
             axes.plot(*place, "o", label=record["contender"])

@@ -62,8 +62,8 @@ def load(
         prefill_chunk: tokens read at once under a policy that drops tokens; see `AdaptiveModel`.
         fast: whether decoding may use the native layer step where that is possible, see `anee_core.native.step`; its
             numbers agree with those of the model's own modules up to rounding.
-        weights: ``"int8"`` quantises the weights of the decoder layers, one scale for each output. Default: as they
-            are.
+        weights: ``"int8"`` or ``"int4"`` quantises the weights of the decoder layers, in place; see
+            `anee_core.quantised`. Default: as they are.
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.

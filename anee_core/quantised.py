@@ -1,4 +1,4 @@
-"""Weight-only quantisation to int8, one scale for each output."""
+"""Weight-only quantisation: int8 with a scale for each output, int4 with a scale and an offset for each 32 weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from anee_core.errors import InputError, ModelError
 from anee_core.layout import Parts
 from anee_core.projection import sliceable
 
-WEIGHTS = ("int8",)
-"""What weights can be quantised to."""
+_GROUP = 32
+"""Weights that share a scale and an offset in int4."""
 
 
 class Int8Linear(nn.Module):
@@ -39,6 +39,50 @@ class Int8Linear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+class Int4Linear(nn.Module):
+    """A linear map whose weight is stored as 4-bit numbers, times a scale, plus an offset, of every 32 inputs.
+
+    ``weight`` [out, in / 2] uint8 holds of each 32 numbers the first 16 in the lower halves of 16 bytes and the others
+    in the upper ones; ``scale`` [out, in / 32, 2] fp16 the scales and offsets. Values are rounded to the nearest of 16
+    steps from the smallest to the largest of the 32; GGUF's Q4_1 does the same, so that such weights stay as they are.
+
+    Raises:
+        ModelError: the number of inputs is no multiple of 32.
+    """
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        if self.in_features % _GROUP:
+            raise ModelError(f"int4 takes weights with a multiple of {_GROUP} inputs; got {self.in_features}; use int8")
+        groups = weight.detach().float().reshape(self.out_features, -1, _GROUP)
+        least, most = groups.aminmax(dim=-1, keepdim=True)
+        least = least.half().float()
+        scale = ((most - least).clamp(min=1e-6) / 15).half().float()
+        steps = ((groups - least) / scale).round().clamp(0, 15).to(torch.uint8)
+        low, high = steps.chunk(2, dim=-1)
+        self.weight: Tensor
+        self.scale: Tensor
+        self.register_buffer("weight", (low | high << 4).flatten(1).contiguous())
+        self.register_buffer("scale", torch.cat((scale, least), dim=-1).half())
+        self.bias = bias
+
+    def dequantised(self) -> Tensor:
+        """Return the weight [out, in] in fp32."""
+        packed = self.weight.view(self.out_features, -1, _GROUP // 2)
+        steps = torch.cat((packed & 15, packed >> 4), dim=-1)
+        scale, least = self.scale.float().chunk(2, dim=-1)
+        return (steps * scale + least).flatten(1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return [..., out] of [..., in]."""
+        return nn.functional.linear(states, self.dequantised().to(states.dtype), self.bias)
+
+
+QUANTISED: dict[str, type[Int8Linear | Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
+"""What weights can be quantised to."""
+
+
 def quantise(adapter: ModelAdapter, model: nn.Module, weights: str) -> None:
     """Quantise the linear maps of a model's decoder layers, in place; embedding and head stay as they are.
 
@@ -46,21 +90,21 @@ def quantise(adapter: ModelAdapter, model: nn.Module, weights: str) -> None:
         InputError: there is no such quantisation.
         ModelError: the layers hold something else than plain linear maps, or are on another device than the CPU.
     """
-    if weights not in WEIGHTS:
-        raise InputError(f"weights can be quantised to {', '.join(WEIGHTS)}; got '{weights}'")
+    if weights not in QUANTISED:
+        raise InputError(f"weights can be quantised to {', '.join(QUANTISED)}; got '{weights}'")
     parts: Parts = adapter.parts(model)
     if parts.layout.experts is not None:
-        raise ModelError("weights='int8' does not know mixtures of experts; leave it out")
+        raise ModelError(f"weights='{weights}' does not know mixtures of experts; leave it out")
     for layer in parts.layers:
         if next(layer.parameters()).device.type != "cpu":
-            raise ModelError("weights='int8' is for the CPU; on a GPU, load the model quantised by torchao")
+            raise ModelError(f"weights='{weights}' is for the CPU; on a GPU, load the model quantised by torchao")
         for path, module in list(layer.named_modules()):
             if sliceable(module):
                 above, _, name = path.rpartition(".")
-                setattr(layer.get_submodule(above), name, _quantised(module))
+                setattr(layer.get_submodule(above), name, _quantised(module, QUANTISED[weights]))
 
 
-def _quantised(module: nn.Module) -> Int8Linear:
+def _quantised(module: nn.Module, kind: type[Int8Linear | Int4Linear]) -> nn.Module:
     weight = cast(Tensor, module.weight)
     stored = weight.T if type(module).__name__ == "Conv1D" else weight
-    return Int8Linear(stored, cast("nn.Parameter | None", module.bias))
+    return kind(stored, cast("nn.Parameter | None", module.bias))

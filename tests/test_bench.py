@@ -14,7 +14,19 @@ from anee_core.errors import InputError
 def test_bench_from_the_command_line(llama_folder, tmp_path, run_anee):
     out, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     options = ["--dtype", "float32", "--context", "9", "--tokens", "3", "--repeats", "2", "--skipped", "0.5"]
-    arguments = ["bench", llama_folder, *options, "--policy", "static:skip=1", "--json", out, "--plot", plot]
+    arguments = [
+        "bench",
+        llama_folder,
+        *options,
+        "--policy",
+        "static:skip=1",
+        "--weights",
+        "int8",
+        "--json",
+        out,
+        "--plot",
+        plot,
+    ]
     result = run_anee(*arguments, "--batch", "2")
     assert result.code == 0, result.err
     found = json.loads(out.read_text())["records"]
@@ -24,7 +36,8 @@ def test_bench_from_the_command_line(llama_folder, tmp_path, run_anee):
     assert rows["transformers generate"]["speedup"] == 1
     assert rows["ANEE static:skip=1"]["layers_run"] == pytest.approx(0.75)
     assert rows["ANEE 50% skipped"]["layers_run"] < 1
-    same = {rows[name]["layers_run"] for name in rows if "50% skipped" in name}
+    assert rows["ANEE 50% skipped, int8"]["layers_run"] < 1 == rows["ANEE dense, int8"]["layers_run"]
+    same = {rows[name]["layers_run"] for name in rows if "50% skipped" in name and "int" not in name}
     assert len(same) == 1  # the same decisions, at once and deferred
     assert rows["ANEE dense, decode()"]["ideal_ms"] == rows["ANEE dense, decode()"]["ms_per_token"]
     assert plot.stat().st_size > 1000

@@ -20,7 +20,7 @@ from anee_core.errors import InputError, ModelError
 from anee_core.native.build import library
 from anee_core.native.pointers import KINDS, Pointers
 from anee_core.native.step import MAX_TOKENS, NativeStep
-from anee_core.quantised import Int8Linear
+from anee_core.quantised import Int4Linear, Int8Linear
 
 
 def apply(matrix, states, dtype, threads=2):
@@ -42,7 +42,7 @@ def close(found, wanted, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (33, 7), (5, 70), (64, 129), (250, 300)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (33, 7), (5, 70), (64, 129), (250, 300), (576, 64)])
 def test_products_of_any_shape(dtype, inputs, outputs):
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs).to(dtype)
@@ -50,21 +50,25 @@ def test_products_of_any_shape(dtype, inputs, outputs):
     nn.init.normal_(transposed.bias)
     for count in (1, 2, 3, 4, 7, 32):
         states = torch.randn(count, inputs, dtype=dtype)
-        for module in (linear, transposed, Int8Linear(linear.weight, linear.bias)):
+        kinds = (Int8Linear, Int4Linear) if inputs % 32 == 0 else (Int8Linear,)
+        for module in (linear, transposed, *(kind(linear.weight, linear.bias) for kind in kinds)):
             with torch.no_grad():
                 close(apply(Pointers(dtype).matrix(module), states, dtype), module(states), dtype)
 
 
 def test_part_of_a_product_whose_heads_alternate():
-    linear, states = nn.Linear(24, 3 * 4 * 10), torch.randn(3, 24)
+    linear, states = nn.Linear(32, 3 * 4 * 10), torch.randn(3, 32)
     part = Pointers(torch.float32).part(linear, 10, 40)
     part.group, part.group_stride = 10, 30
     with torch.no_grad():
         wanted = linear(states).view(3, 4, 3, 10)[:, :, 1].reshape(3, 40)
         close(apply(part, states, torch.float32), wanted, torch.float32)
-        small = Pointers(torch.float32).part(Int8Linear(linear.weight, linear.bias), 10, 40)
-        small.group, small.group_stride = 10, 30
-        torch.testing.assert_close(apply(small, states, torch.float32), wanted, atol=0.02, rtol=0)
+        for kind, off in ((Int8Linear, 0.02), (Int4Linear, 0.2)):
+            small = Pointers(torch.float32).part(module := kind(linear.weight, linear.bias), 10, 40)
+            small.group, small.group_stride = 10, 30
+            found = apply(small, states, torch.float32)
+            torch.testing.assert_close(found, wanted, atol=off, rtol=0)
+            close(found, module(states).view(3, 4, 3, 10)[:, :, 1].reshape(3, 40), torch.float32)
 
 
 @pytest.fixture
@@ -238,31 +242,42 @@ def test_prompts_read_under_inference_mode_can_be_continued_outside(network):
     assert cache.seen == 4
 
 
+@pytest.mark.parametrize(("weights", "share", "off"), [("int8", 0.5, 0.05), ("int4", 0.45, 0.5)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-neox", "qwen3"])
-def test_int8_weights(family):
+def test_quantised_weights(family, weights, share, off):
     network = build(family)
     exact = adaptive(copy.deepcopy(network), fast=False)
     size = sum(p.numel() for p in network.parameters() if p.dim() == 2)
-    fast = adaptive(network, "random:p=0.3,protect=0 0", weights="int8")
+    fast = adaptive(network, "random:p=0.3,protect=0 0", weights=weights)
     slow = adaptive(network, "random:p=0.3,protect=0 0", fast=False)
     ids, mask = ragged((7, 4), "left")
     with torch.no_grad():
         torch.testing.assert_close(fast(ids, mask).logits, slow(ids, mask).logits, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(logits_of(fast, ids), logits_of(slow, ids), atol=1e-4, rtol=1e-3)
     assert fast.slow_because is None
-    stored = sum(b.numel() for b in network.buffers() if b.dtype == torch.int8)
+    each = {torch.int8: 1, torch.uint8: 2}
+    stored = sum(b.numel() * each.get(b.dtype, 0) for b in network.buffers())
     outside = network.get_input_embeddings().weight.numel() + network.get_output_embeddings().weight.numel()
     assert stored >= (size - outside) * 0.9
     bytes_read = sum(work.weight_bytes for work in fast.engine.costs.run)
-    assert bytes_read < 0.5 * sum(work.weight_bytes for work in exact.engine.costs.run)
+    assert bytes_read < share * sum(work.weight_bytes for work in exact.engine.costs.run)
     dense = adaptive(network)
     with torch.no_grad():
         gap = (dense(ids, mask).logits - exact(ids, mask).logits)[mask.bool()].std()
-        assert 0 < gap < 0.05 * exact(ids, mask).logits.std()
+        assert 0 < gap < off * exact(ids, mask).logits.std()
 
 
-def test_int8_refusals():
-    with pytest.raises(InputError, match="can be quantised to int8; got 'int3'"):
+def test_weights_that_int4_can_hold_stay_as_they_are():
+    steps = torch.arange(96).reshape(3, 32) * 7 % 16
+    steps[:, :2] = torch.tensor([0, 15])
+    weight = steps * 0.25 - torch.tensor([[1.0], [2.0], [3.0]])
+    assert torch.equal(Int4Linear(weight, None).dequantised(), weight)
+
+
+def test_what_cannot_be_quantised_is_an_error():
+    with pytest.raises(ModelError, match="multiple of 32 inputs; got 24"):
+        Int4Linear(torch.zeros(5, 24), None)
+    with pytest.raises(InputError, match="can be quantised to int8, int4; got 'int3'"):
         anee.load(build("llama"), weights="int3")
     with pytest.raises(ModelError, match="experts"):
         anee.load(build("mixtral"), weights="int8")

@@ -9,11 +9,14 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#include <type_traits>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
 struct bf16 { uint16_t bits; };
+struct int4 { uint8_t pair; };  // numbers i and i + 16 of 32
+struct half { uint16_t bits; };
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t vec_bits __attribute__((vector_size(64), aligned(4)));
@@ -22,7 +25,7 @@ typedef uint16_t vec_half __attribute__((vector_size(32), aligned(2)));
 typedef int8_t vec_byte __attribute__((vector_size(16), aligned(1)));
 constexpr int LANES = 16;
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 enum Norm : int32_t { RMS = 0, LAYER = 1 };
 enum Rotary : int32_t { NONE = 0, HALVES = 1, PAIRS = 2 };
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
@@ -33,8 +36,8 @@ enum Residual : int32_t { SEQUENTIAL = 0, PARALLEL_ONE_NORM = 1, PARALLEL_TWO_NO
 struct Matrix {
     const void* weight;
     const void* bias;     // null for none
-    const float* scale;   // of each output, for INT8
-    int64_t stride;       // elements between rows of the weight
+    const void* scale;    // for INT8 a float of each output; for INT4 scale and offset, as halves, of each 32 inputs
+    int64_t stride;       // elements between rows of the weight; pairs of them for INT4
     int32_t outputs, inputs;
     int32_t group, group_stride;
     int32_t transposed;
@@ -100,10 +103,32 @@ static inline vec load(const int8_t* p) {
 #endif
 }
 static inline float widen(int8_t x) { return x; }
+static inline float widen(half x) {
+#ifdef __FLT16_MAX__
+    _Float16 value;
+    std::memcpy(&value, &x, 2);
+    return float(value);
+#else  // 2^112 makes up for the shorter exponent
+    uint32_t bits = uint32_t(x.bits & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return (x.bits & 0x8000 ? -0x1p112f : 0x1p112f) * value;
+#endif
+}
+// The 32 numbers whose pairs are at p.
+static inline void load(const int4* p, vec& low, vec& high) {
+#ifdef __AVX512F__
+    __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    low = (vec)_mm512_cvtepi32_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(15)));
+    high = (vec)_mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 4));
+#else
+    for (int i = 0; i < LANES; i++) low[i] = p[i].pair & 15, high[i] = p[i].pair >> 4;
+#endif
+}
 static inline float sum(vec v) {
-    typedef float half __attribute__((vector_size(32)));
+    typedef float eight __attribute__((vector_size(32)));
     typedef float quarter __attribute__((vector_size(16)));
-    half h[2];
+    eight h[2];
     std::memcpy(h, &v, sizeof v);
     h[0] += h[1];
     quarter q[2];
@@ -185,24 +210,60 @@ static inline void dots(const W* const* rows, int64_t ahead, const float* x, int
         }
 }
 
+// The same for rows of 4-bit numbers; `scales` points to a pair of halves for each 32 numbers of each row.
+template <int R, int M, bool FIRST>
+static inline void dots(const int4* const* rows, const half* const* scales, int64_t ahead, const float* x,
+                        int64_t x_stride, int inputs, float (&out)[R][M]) {
+    vec sums[R][M] = {};
+    for (int g = 0; g < inputs / (2 * LANES); g++) {
+        vec low[R], high[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            load(rows[r] + g * LANES, low[r], high[r]);
+            float scale = widen(scales[r][2 * g]), offset = widen(scales[r][2 * g + 1]);
+            low[r] = low[r] * scale + offset;
+            high[r] = high[r] * scale + offset;
+            if (FIRST && g % 4 == 0) __builtin_prefetch(rows[r] + ahead + g * LANES);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const float* at = x + m * x_stride + g * 2 * LANES;
+            vec first = load(at), second = load(at + LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) sums[r][m] += low[r] * first + high[r] * second;
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) out[r][m] = sum(sums[r][m]);
+}
+
 template <class W, int R>
 static void rows_product(const Matrix& matrix, int first, Rows x, int tokens, Rows y) {
+    constexpr bool grouped = std::is_same<W, int4>::value;
     const W* rows[R];
+    const half* groups[R];
     float scales[R];
     for (int r = 0; r < R; r++) {
         int64_t row = matrix.row(first + r);
         rows[r] = (const W*)matrix.weight + row * matrix.stride;
-        scales[r] = matrix.scale ? matrix.scale[row] : 1.0f;
+        groups[r] = (const half*)matrix.scale + row * (matrix.inputs / LANES);
+        scales[r] = matrix.kind == INT8 ? ((const float*)matrix.scale)[row] : 1.0f;
     }
     int m = 0;
     auto run = [&](auto width) {
         constexpr int M = decltype(width)::value;
         for (; m + M <= tokens; m += M) {
             float out[R][M];
-            if (m == 0)
+            if constexpr (grouped) {
+                if (m == 0)
+                    dots<R, M, true>(rows, groups, R * matrix.stride, x[m], x.stride, matrix.inputs, out);
+                else
+                    dots<R, M, false>(rows, groups, 0, x[m], x.stride, matrix.inputs, out);
+            } else if (m == 0) {
                 dots<W, R, M, true>(rows, R * matrix.stride, x[m], x.stride, matrix.inputs, out);
-            else
+            } else {
                 dots<W, R, M, false>(rows, 0, x[m], x.stride, matrix.inputs, out);
+            }
             for (int r = 0; r < R; r++)
                 for (int k = 0; k < M; k++) y[m + k][first + r] = out[r][k] * scales[r];
         }
@@ -256,7 +317,7 @@ template <class W, class T>
 static Range product_of(const Matrix& matrix, Rows x, int tokens, Rows y, int thread, int threads) {
     Range range = share(matrix.outputs, matrix.transposed ? 4 * LANES : 12, thread, threads);
     if (matrix.transposed) {
-        columns_product<W>(matrix, range, x, tokens, y);
+        if constexpr (!std::is_same<W, int4>::value) columns_product<W>(matrix, range, x, tokens, y);
     } else {
         int r = range.first;
         auto run = [&](auto rows) {
@@ -276,6 +337,7 @@ static Range product_of(const Matrix& matrix, Rows x, int tokens, Rows y, int th
 
 template <class T>
 static Range product(const Matrix& matrix, Rows x, int tokens, Rows y, int thread, int threads) {
+    if (matrix.kind == INT4) return product_of<int4, T>(matrix, x, tokens, y, thread, threads);
     if (matrix.kind == INT8) return product_of<int8_t, T>(matrix, x, tokens, y, thread, threads);
     return product_of<T, T>(matrix, x, tokens, y, thread, threads);
 }

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from anee_core.native.structs import Kind, Matrix, Norm, NormWeights
 from anee_core.projection import sliceable
-from anee_core.quantised import Int8Linear
+from anee_core.quantised import Int4Linear, Int8Linear
 
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
+_STORED = {Int8Linear: (Kind.INT8, torch.int8, torch.float32), Int4Linear: (Kind.INT4, torch.uint8, torch.float16)}
+"""Of quantised maps: the kind, and the types of weights and scales."""
 _CAPTURING = "transformers.utils.output_capturing"
 _RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
 
@@ -51,14 +53,16 @@ class Pointers:
         Raises:
             UnfitError: it is not a plain one in the CPU's memory.
         """
-        int8 = type(module) is Int8Linear and not hooked(module)
-        if not int8 and not sliceable(module):
+        kind, stored, scales = _STORED.get(type(module), (self.kind, self.dtype, None))
+        if (scales is None and not sliceable(module)) or (scales is not None and hooked(module)):
             raise UnfitError(f"a {type(module).__name__} is quantised, wrapped or hooked")
-        weight = cast(Tensor, self._take(module, "weight", torch.int8 if int8 else self.dtype))
-        scale = self._take(module, "scale", torch.float32) if int8 else None
+        weight = cast(Tensor, self._take(module, "weight", stored))
+        scale = self._take(module, "scale", scales) if scales is not None else None
         bias = self._take(module, "bias", self.dtype)
         transposed = type(module).__name__ == "Conv1D"
         outputs, inputs = reversed(weight.shape) if transposed else weight.shape
+        if kind == Kind.INT4:
+            inputs *= 2
         return Matrix(
             weight=weight.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
@@ -68,18 +72,19 @@ class Pointers:
             inputs=inputs,
             group=outputs,
             transposed=transposed,
-            kind=Kind.INT8 if int8 else self.kind,
+            kind=kind,
         )
 
     def part(self, module: nn.Module, first: int, count: int) -> Matrix:
         """Return the struct of ``count`` outputs of a linear map, from output ``first`` on."""
         part = self.matrix(module)
         size = self.dtype.itemsize
-        part.weight += first * (1 if part.transposed else part.stride) * (1 if part.kind == Kind.INT8 else size)
+        part.weight += first * (1 if part.transposed else part.stride) * (size if part.kind == self.kind else 1)
         if part.bias:
             part.bias += first * size
         if part.scale:
-            part.scale += first * torch.float32.itemsize
+            scale = cast(Tensor, _tensor(module, "scale"))
+            part.scale += first * scale.stride(0) * scale.dtype.itemsize
         part.outputs = part.group = count
         return part
 
