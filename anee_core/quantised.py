@@ -43,7 +43,7 @@ class Int4Linear(nn.Module):
     """A linear map whose weight is stored as 4-bit numbers, times a scale, plus an offset, of every 32 inputs.
 
     ``weight`` [out, in / 2] uint8 holds of each 32 numbers the first 16 in the lower halves of 16 bytes and the others
-    in the upper ones; ``scale`` [out, in / 32, 2] fp16 the scales and offsets. Values are rounded to the nearest of 16
+    in the upper ones; ``scale`` [out, in / 32, 2] fp32 the scales and offsets. Values are rounded to the nearest of 16
     steps from the smallest to the largest of the 32; GGUF's Q4_1 does the same, so that such weights stay as they are.
 
     Raises:
@@ -57,21 +57,20 @@ class Int4Linear(nn.Module):
             raise ModelError(f"int4 takes weights with a multiple of {_GROUP} inputs; got {self.in_features}; use int8")
         groups = weight.detach().float().reshape(self.out_features, -1, _GROUP)
         least, most = groups.aminmax(dim=-1, keepdim=True)
-        least = least.half().float()
-        scale = ((most - least).clamp(min=1e-6) / 15).half().float()
+        scale = (most - least).clamp(min=1e-12) / 15
         steps = ((groups - least) / scale).round().clamp(0, 15).to(torch.uint8)
         low, high = steps.chunk(2, dim=-1)
         self.weight: Tensor
         self.scale: Tensor
         self.register_buffer("weight", (low | high << 4).flatten(1).contiguous())
-        self.register_buffer("scale", torch.cat((scale, least), dim=-1).half())
+        self.register_buffer("scale", torch.cat((scale, least), dim=-1))
         self.bias = bias
 
     def dequantised(self) -> Tensor:
         """Return the weight [out, in] in fp32."""
         packed = self.weight.view(self.out_features, -1, _GROUP // 2)
         steps = torch.cat((packed & 15, packed >> 4), dim=-1)
-        scale, least = self.scale.float().chunk(2, dim=-1)
+        scale, least = self.scale.chunk(2, dim=-1)
         return (steps * scale + least).flatten(1)
 
     def forward(self, states: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ def test_prompts_read_under_inference_mode_can_be_continued_outside(network):
     assert cache.seen == 4
 
 
-@pytest.mark.parametrize(("weights", "share", "off"), [("int8", 0.5, 0.05), ("int4", 0.45, 0.5)])
+@pytest.mark.parametrize(("weights", "share", "off"), [("int8", 0.5, 0.05), ("int4", 0.5, 0.5)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt-neox", "qwen3"])
 def test_quantised_weights(family, weights, share, off):
     network = build(family)

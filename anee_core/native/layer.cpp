@@ -16,7 +16,6 @@
 
 struct bf16 { uint16_t bits; };
 struct int4 { uint8_t pair; };  // numbers i and i + 16 of 32
-struct half { uint16_t bits; };
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t vec_bits __attribute__((vector_size(64), aligned(4)));
@@ -36,14 +35,16 @@ enum Residual : int32_t { SEQUENTIAL = 0, PARALLEL_ONE_NORM = 1, PARALLEL_TWO_NO
 struct Matrix {
     const void* weight;
     const void* bias;     // null for none
-    const void* scale;    // for INT8 a float of each output; for INT4 scale and offset, as halves, of each 32 inputs
+    const float* scale;   // for INT8 a float of each output; for INT4 a scale and an offset of each 32 inputs
     int64_t stride;       // elements between rows of the weight; pairs of them for INT4
     int32_t outputs, inputs;
     int32_t group, group_stride;
     int32_t transposed;
     int32_t kind;
 
-    int64_t row(int output) const { return int64_t(output / group) * group_stride + output % group; }
+    int64_t row(int output) const {
+        return output < group ? output : int64_t(output / group) * group_stride + output % group;
+    }
 };
 
 struct NormWeights {
@@ -103,18 +104,6 @@ static inline vec load(const int8_t* p) {
 #endif
 }
 static inline float widen(int8_t x) { return x; }
-static inline float widen(half x) {
-#ifdef __FLT16_MAX__
-    _Float16 value;
-    std::memcpy(&value, &x, 2);
-    return float(value);
-#else  // 2^112 makes up for the shorter exponent
-    uint32_t bits = uint32_t(x.bits & 0x7fff) << 13;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return (x.bits & 0x8000 ? -0x1p112f : 0x1p112f) * value;
-#endif
-}
 // The 32 numbers whose pairs are at p.
 static inline void load(const int4* p, vec& low, vec& high) {
 #ifdef __AVX512F__
@@ -210,9 +199,9 @@ static inline void dots(const W* const* rows, int64_t ahead, const float* x, int
         }
 }
 
-// The same for rows of 4-bit numbers; `scales` points to a pair of halves for each 32 numbers of each row.
+// The same for rows of 4-bit numbers; `scales` points to scale and offset of each 32 numbers of each row.
 template <int R, int M, bool FIRST>
-static inline void dots(const int4* const* rows, const half* const* scales, int64_t ahead, const float* x,
+static inline void dots(const int4* const* rows, const float* const* scales, int64_t ahead, const float* x,
                         int64_t x_stride, int inputs, float (&out)[R][M]) {
     vec sums[R][M] = {};
     for (int g = 0; g < inputs / (2 * LANES); g++) {
@@ -220,7 +209,7 @@ static inline void dots(const int4* const* rows, const half* const* scales, int6
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             load(rows[r] + g * LANES, low[r], high[r]);
-            float scale = widen(scales[r][2 * g]), offset = widen(scales[r][2 * g + 1]);
+            float scale = scales[r][2 * g], offset = scales[r][2 * g + 1];
             low[r] = low[r] * scale + offset;
             high[r] = high[r] * scale + offset;
             if (FIRST && g % 4 == 0) __builtin_prefetch(rows[r] + ahead + g * LANES);
@@ -241,13 +230,13 @@ template <class W, int R>
 static void rows_product(const Matrix& matrix, int first, Rows x, int tokens, Rows y) {
     constexpr bool grouped = std::is_same<W, int4>::value;
     const W* rows[R];
-    const half* groups[R];
+    const float* groups[R];
     float scales[R];
     for (int r = 0; r < R; r++) {
         int64_t row = matrix.row(first + r);
         rows[r] = (const W*)matrix.weight + row * matrix.stride;
-        groups[r] = (const half*)matrix.scale + row * (matrix.inputs / LANES);
-        scales[r] = matrix.kind == INT8 ? ((const float*)matrix.scale)[row] : 1.0f;
+        groups[r] = matrix.scale + row * (matrix.inputs / LANES);
+        scales[r] = matrix.kind == INT8 ? matrix.scale[row] : 1.0f;
     }
     int m = 0;
     auto run = [&](auto width) {
@@ -325,7 +314,7 @@ static Range product_of(const Matrix& matrix, Rows x, int tokens, Rows y, int th
             for (; r + R <= range.last; r += R) rows_product<W, R>(matrix, r, x, tokens, y);
         };
         if (tokens >= 8) run(std::integral_constant<int, 3>{});
-        if (tokens >= 4) run(std::integral_constant<int, 4>{});
+        if (tokens >= 4 || std::is_same<W, int4>::value) run(std::integral_constant<int, 4>{});
         run(std::integral_constant<int, 2>{});
         run(std::integral_constant<int, 1>{});
     }

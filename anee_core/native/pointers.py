@@ -12,8 +12,8 @@ from anee_core.projection import sliceable
 from anee_core.quantised import Int4Linear, Int8Linear
 
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
-_STORED = {Int8Linear: (Kind.INT8, torch.int8, torch.float32), Int4Linear: (Kind.INT4, torch.uint8, torch.float16)}
-"""Of quantised maps: the kind, and the types of weights and scales."""
+_STORED = {Int8Linear: (Kind.INT8, torch.int8), Int4Linear: (Kind.INT4, torch.uint8)}
+"""Of quantised maps: the kind, and the type of the weights."""
 _CAPTURING = "transformers.utils.output_capturing"
 _RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
 
@@ -53,11 +53,12 @@ class Pointers:
         Raises:
             UnfitError: it is not a plain one in the CPU's memory.
         """
-        kind, stored, scales = _STORED.get(type(module), (self.kind, self.dtype, None))
-        if (scales is None and not sliceable(module)) or (scales is not None and hooked(module)):
+        kind, stored = _STORED.get(type(module), (self.kind, self.dtype))
+        quantised = kind != self.kind
+        if hooked(module) or not (quantised or sliceable(module)):
             raise UnfitError(f"a {type(module).__name__} is quantised, wrapped or hooked")
         weight = cast(Tensor, self._take(module, "weight", stored))
-        scale = self._take(module, "scale", scales) if scales is not None else None
+        scale = self._take(module, "scale", torch.float32) if quantised else None
         bias = self._take(module, "bias", self.dtype)
         transposed = type(module).__name__ == "Conv1D"
         outputs, inputs = reversed(weight.shape) if transposed else weight.shape
