@@ -15,7 +15,7 @@ from rich.table import Table
 from anee.bench import bench
 from anee.develop import conformance, new_adapter
 from anee.evaluation import evaluate, publish, report, sweep
-from anee.options import Budget, Device, Dtype, MaxNewTokens, Model, PolicyString, Prompt, Sample, SampleSeed
+from anee.options import Budget, Device, Dtype, MaxNewTokens, Model, PolicyString, Prompt, Sample, SampleSeed, Weights
 from anee.training import calibrate, train
 from anee_core.errors import AneeError
 
@@ -45,6 +45,7 @@ def generate(
     hard: Annotated[bool, typer.Option("--hard", help="Let no token exceed the budget.")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    weights: Weights = None,
     prefill: Annotated[str, typer.Option("--prefill", help="auto, adaptive or dense.")] = "auto",
     sample: Sample = False,
     temperature: Annotated[float, typer.Option("--temperature", help="Temperature of sampling.")] = 1.0,
@@ -69,6 +70,7 @@ def generate(
         hard=hard,
         dtype=dtype,
         device=device,
+        weights=weights,
         prefill=prefill,  # type: ignore[arg-type]
         calibration=CalibrationOptions(text=calibration_text),
     )

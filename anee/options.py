@@ -14,6 +14,7 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="How m
 Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")]
 SampleSeed = Annotated[int | None, typer.Option("--seed", help="Seed of sampling.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Weights = Annotated[str | None, typer.Option("--weights", help="Quantise the layers' weights: int8 or int4.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to run, like cuda:0.")]
 Length = Annotated[int, typer.Option("--length", help="Tokens per block.")]
 Blocks = Annotated[int, typer.Option("--blocks", help="Blocks of each text.")]

@@ -54,6 +54,15 @@ def test_generate_prints_the_text_and_says_what_ran(run_anee, llama_folder):
     assert any(line.endswith("tokens/s") for line in outcome.errors)
 
 
+def test_weights_can_be_quantised(run_anee, llama_folder):
+    whole, small = (
+        json.loads(run_anee("generate", llama_folder, "Hello you", "-n", 3, "--json", *options).out)["trace"]
+        for options in ((), ("--weights", "int8"))
+    )
+    assert small["weight_bytes"]["layers"] < 0.5 * whole["weight_bytes"]["layers"]
+    assert refused(run_anee("generate", llama_folder, "Hello you", "--weights", "int3")).startswith("weights can be")
+
+
 def test_json_is_one_object_with_text_and_trace(run_anee, llama_folder):
     options = ("--policy", "static:skip=1", "--budget", 0.9, "-n", 5, "--json", "--stream", "--picture")
     outcome = run_anee("generate", llama_folder, "Hello you", *options)
