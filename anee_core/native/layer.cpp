@@ -23,6 +23,7 @@ typedef int32_t vec_int __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t vec_half __attribute__((vector_size(32), aligned(2)));
 typedef int8_t vec_byte __attribute__((vector_size(16), aligned(1)));
 constexpr int LANES = 16;
+constexpr int64_t AHEAD = 3072;  // bytes that are fetched ahead, at least
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 enum Norm : int32_t { RMS = 0, LAYER = 1 };
@@ -238,6 +239,8 @@ static void rows_product(const Matrix& matrix, int first, Rows x, int tokens, Ro
         groups[r] = matrix.scale + row * (matrix.inputs / LANES);
         scales[r] = matrix.kind == INT8 ? matrix.scale[row] : 1.0f;
     }
+    // Far enough for memory to answer in time: rows of small numbers are over soon.
+    const int64_t ahead = std::max<int64_t>(R * matrix.stride, AHEAD / sizeof(W));
     int m = 0;
     auto run = [&](auto width) {
         constexpr int M = decltype(width)::value;
@@ -245,11 +248,11 @@ static void rows_product(const Matrix& matrix, int first, Rows x, int tokens, Ro
             float out[R][M];
             if constexpr (grouped) {
                 if (m == 0)
-                    dots<R, M, true>(rows, groups, R * matrix.stride, x[m], x.stride, matrix.inputs, out);
+                    dots<R, M, true>(rows, groups, ahead, x[m], x.stride, matrix.inputs, out);
                 else
                     dots<R, M, false>(rows, groups, 0, x[m], x.stride, matrix.inputs, out);
             } else if (m == 0) {
-                dots<W, R, M, true>(rows, R * matrix.stride, x[m], x.stride, matrix.inputs, out);
+                dots<W, R, M, true>(rows, ahead, x[m], x.stride, matrix.inputs, out);
             } else {
                 dots<W, R, M, false>(rows, 0, x[m], x.stride, matrix.inputs, out);
             }
