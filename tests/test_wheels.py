@@ -106,7 +106,7 @@ def test_plugins_are_listed_with_what_they_provide(environment):
     assert found["anee-strided"]["provides"] == {"cache_policies": ["strided"]}
     assert found["anee-smollm2"]["provides"] == {
         "model_sources": ["smollm2"],
-        "trained_policies": ["smollm2-135m-instruct/asa"],
+        "trained_policies": [f"smollm2-135m-instruct/{name}" for name in ("asa", "gate", "shortcuts")],
     }
     assert not any(plugin["problem"] for plugin in found.values())
 

@@ -19,4 +19,5 @@ def anee_model_sources() -> Mapping[str, ModelSource]:
 @hookimpl
 def anee_trained_policies() -> Mapping[str, Path]:
     """Return the folders with weights of policies; the source gives the model's config the same name."""
-    return {"smollm2-135m-instruct/asa": Path(__file__).parent / "asa"}
+    here, model = Path(__file__).parent, "smollm2-135m-instruct"
+    return {f"{model}/asa": here / "asa", f"{model}/gate": here / "rl", f"{model}/shortcuts": here / "rl"}
