@@ -11,6 +11,7 @@ import torch
 
 import anee
 from anee_core.calibration import CalibrationOptions
+from anee_core.divergence import divergence
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[1]
@@ -141,3 +142,15 @@ def test_bundled_asa_drops_much_and_costs_little(smollm2):
     assert sparse.last_trace.context_dropped > 0.3
     assert losses["asa"] < losses["dense"] + 0.2
     assert losses["asa"] < losses["window"]
+
+
+def test_bundled_rl_meets_its_budget_and_costs_less_than_chance(smollm2):
+    prose = smollm2.generate("The history of the Roman Empire", max_new_tokens=250, do_sample=True, seed=0)
+    ids, apart = prose.sequences, {}
+    with torch.no_grad():
+        dense = smollm2(ids).logits
+        for policy in ("rl", "random+shortcuts", "random"):
+            model = anee.load(smollm2.model, policy, 0.8)
+            apart[policy] = float(divergence(dense, model(ids).logits))
+            assert model.last_trace.budget_spent == pytest.approx(0.8, abs=0.04)
+    assert apart["rl"] < 0.5 * apart["random+shortcuts"] < 0.5 * apart["random"]
