@@ -174,13 +174,12 @@ def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> li
     found.append(_lean(DENSE, dense))
     found.append(_lean("ANEE dense, own modules", load(network, tokenizer=tokenizer, fast=False)))
     for share in options.skipped:
-        policy = f"random:p={share},protect=0 0"
-        found.append(_lean(f"ANEE {share:.0%} skipped", load(network, policy, tokenizer=tokenizer)))
+        found.append(_lean(f"ANEE {share:.0%} skipped", load(network, _at_random(share), tokenizer=tokenizer)))
     if options.skipped:
         # The same decisions, each skipped layer's keys and values projected at once, or only when needed.
         share = options.skipped[-1]
         for name, defers in (("at once", False), ("deferred", True)):
-            model = load(network, f"random:p={share},protect=0 0", tokenizer=tokenizer)
+            model = load(network, _at_random(share), tokenizer=tokenizer)
             step = NativeStep(model.adapter, model.parts)
             chosen = DeferredStep(step) if defers else step
             model.engine = Engine(model.adapter, model.parts, model.policy, step=chosen)
@@ -189,8 +188,8 @@ def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> li
         small = load(copy.deepcopy(network), tokenizer=tokenizer, weights=weights)
         found.append(_lean(f"ANEE dense, {weights}", small))
         for share in options.skipped[-1:]:
-            policy = f"random:p={share},protect=0 0"
-            found.append(_lean(f"ANEE {share:.0%} skipped, {weights}", load(small.model, policy, tokenizer=tokenizer)))
+            model = load(small.model, _at_random(share), tokenizer=tokenizer)
+            found.append(_lean(f"ANEE {share:.0%} skipped, {weights}", model))
     for text in options.policies:
         name, _, budget = text.partition("@")
         try:
@@ -200,6 +199,10 @@ def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> li
         model = load(network, name, limit, tokenizer=tokenizer)
         found.append(_lean(f"ANEE {text}", model))
     return found
+
+
+def _at_random(share: float) -> str:
+    return f"random:p={share},protect=0 0"
 
 
 def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 10) -> float:

@@ -145,8 +145,9 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.capacity = capacity or 0
         self.slots: list[Slots] = []
         self.feedback: FeedbackLog | None = None
-        self.scores: ScoreLog | None = None
         """For policies that feed back: what is known of each row's own output."""
+        self.scores: ScoreLog | None = None
+        """For policies that compare tokens: what each was given at each layer."""
         self.trace: Trace | None = None
         """Where the coming forwards are recorded, if someone gathers several."""
         self.read_densely = False

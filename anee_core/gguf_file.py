@@ -11,7 +11,7 @@ from torch import Tensor
 from anee_core.errors import MissingPackageError, ModelError
 
 _CONV1D = ("c_attn", "c_fc", "c_proj")
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_TYPES = (torch.float32, torch.bfloat16)
 
 
 def write_gguf(network: Any, path: Path) -> None:

@@ -61,7 +61,7 @@ def _llama_cpp(network: Any, tokenizer: Any, folder: Path, positions: int) -> Ru
 
 def _ctranslate2(network: Any, tokenizer: Any, folder: Path, positions: int) -> Run:
     try:
-        import ctranslate2  # type: ignore[import-untyped]
+        import ctranslate2
     except ImportError as error:
         raise MissingPackageError("it needs ctranslate2: pip install 'anee[peers]'") from error
     kind = str(network.dtype).removeprefix("torch.")

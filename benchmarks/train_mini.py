@@ -45,7 +45,10 @@ class LanguageModelling(Objective):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of token ids [B, T]."""
         inner = self.model.transformer
-        hidden_states = inner.wte(input_ids) + inner.wpe.weight[: input_ids.shape[1]]
+        # Short blocks begin anywhere, so that they train all positions.
+        spare = len(inner.wpe.weight) - input_ids.shape[1]
+        start = int(torch.randint(spare + 1, ())) if self.training else 0
+        hidden_states = inner.wte(input_ids) + inner.wpe.weight[start : start + input_ids.shape[1]]
         keep = torch.rand(len(inner.h)) >= self._dropout if self.training else self._dropout >= 0
         for layer, kept in zip(inner.h, keep.tolist(), strict=True):
             if kept:
@@ -100,7 +103,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for tokens, checkpoints, logs and the result")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--decay", type=int, default=600, help="steps over which the learning rate falls at the end")
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 1,024 tokens per step")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence; short ones take less time")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--rate", type=float, default=8e-4, help="largest learning rate")
     parser.add_argument("--layer-dropout", type=float, default=0.2, help="of the last layer; the first has none")
     parser.add_argument("--vocabulary", type=int, default=4096)
@@ -112,7 +116,7 @@ def main() -> None:
     weights = chosen.folder / "weights"
     with accelerator.main_process_first():
         tokenizer = make_tokenizer(chosen.text, weights, chosen.vocabulary)
-        blocks = token_blocks(chosen.text, tokenizer, 1024, chosen.folder / "tokens")
+        blocks = token_blocks(chosen.text, tokenizer, chosen.length, chosen.folder / "tokens")
         held_out = token_blocks([chosen.valid], tokenizer, 1024, chosen.folder / "tokens")[:32]["input_ids"]
     model = make_model(len(tokenizer))
     batches = Batches(blocks, chosen.batch, options.seed, accelerator.process_index, accelerator.num_processes)

@@ -62,11 +62,11 @@ def _solved(
     reached = [budget for budget in BUDGETS if budget > least + _CLOSE]
     rows = [free]
     for budget in reached:
-        low, high = between
+        shares, (low, high) = shares_for(budget), between
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            over = spent(shares_for(budget)(middle) * free, costs) > budget
+            over = spent(shares(middle) * free, costs) > budget
             low, high = (middle, high) if over else (low, middle)
-        rows.append(shares_for(budget)(high) * free)
-    shares = torch.stack([*rows, torch.zeros_like(free)])
-    return replace(gate, budgets=torch.tensor([least, *reached, 1.0]), shares=shares)
+        rows.append(shares(high) * free)
+    rows.append(torch.zeros_like(free))
+    return replace(gate, budgets=torch.tensor([least, *reached, 1.0]), shares=torch.stack(rows))
