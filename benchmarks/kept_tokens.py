@@ -10,26 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from token_kinds import Kinds, draw, print_averages
 from torch import Tensor
 
 import anee
 from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
-from anee_core.pictures import new_figure
-
-KINDS = (
-    "first four", "line break", "punctuation", "number", "name or sentence start", "frequent word", "other word",
-    "inside a word",
-)  # fmt: skip
-FREQUENT = 50
 
 
 def held_at_the_end(model: AdaptiveModel, block: Tensor) -> Tensor:
@@ -40,41 +31,6 @@ def held_at_the_end(model: AdaptiveModel, block: Tensor) -> Tensor:
     for layer_idx, slots in enumerate(cache.slots):
         held[layer_idx, slots.positions()[0][slots.valid()[0]]] = True
     return held
-
-
-def kind_of(piece: str, place: int, frequent: set[str]) -> str:
-    """Return what kind of token a decoded piece of text is."""
-    word = piece.strip()
-    if place < 4:
-        return "first four"
-    if "\n" in piece:
-        return "line break"
-    if not any(c.isalnum() for c in word):
-        return "punctuation"
-    if any(c.isdigit() for c in word):
-        return "number"
-    if not piece.startswith(" "):
-        return "inside a word"
-    if word in frequent:
-        return "frequent word"
-    return "name or sentence start" if word[0].isupper() else "other word"
-
-
-def draw(held: Tensor, pieces: list[str], shares: dict[str, float], title: str, path: Path) -> None:
-    """Write the picture: what is held [L, N] of N tokens, and the share kept by kind."""
-    layers, shown = held.shape
-    figure = new_figure(3 + 0.155 * shown, 2.2 + 0.13 * layers)
-    left, right = figure.subplots(1, 2, width_ratios=(0.155 * shown, 2.6))
-    left.imshow(held, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0, vmax=1.3)
-    left.set_xticks(range(shown), [repr(p)[1:-1].replace("$", r"\$") for p in pieces], rotation=90, fontsize=7)
-    left.set(ylabel="layer", title=title)
-    names = [name for name in KINDS if name in shares]
-    right.barh(names, [shares[name] for name in names], color="dimgrey")
-    right.invert_yaxis()
-    right.yaxis.tick_right()
-    right.set(xlabel="share kept", xlim=(0, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -94,28 +50,17 @@ def main() -> None:
         parser.error("--show and --back lie within --length")
     model = anee.load(chosen.model, chosen.policy, dtype=chosen.dtype)
     blocks = text_blocks(model, chosen.text, chosen.length, chosen.blocks)
-    pieces = [[model.tokenizer.decode([i]) for i in block] for block in blocks.tolist()]
-    words = Counter(p.strip() for block in pieces for p in block if p.startswith(" ") and p.strip().islower())
-    frequent = {word for word, _ in words.most_common(FREQUENT)}
-    kept: dict[str, list[float]] = {}
-    first: Any = None
-    for block, texts in track(list(zip(blocks, pieces, strict=True)), console=Console(stderr=True)):
-        held = held_at_the_end(model, block)
-        first = held if first is None else first
-        for place in range(chosen.length - chosen.back):
-            share = held[:, place].float().mean().item()
-            kept.setdefault(kind_of(texts[place], place, frequent), []).append(share)
-    shares = {kind: sum(kept[kind]) / len(kept[kind]) for kind in KINDS if kind in kept}
-    table = Table("kind of token", "tokens", "share kept")
-    for kind, share in shares.items():
-        table.add_row(kind, str(len(kept[kind])), f"{share:.1%}")
-    Console().print(table)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    figures = {"model": chosen.model, "policy": chosen.policy, "length": chosen.length, "blocks": chosen.blocks}
-    figures |= {"back": chosen.back, "kept": shares, "tokens": {kind: len(found) for kind, found in kept.items()}}
-    chosen.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+    kinds = Kinds(model, blocks)
+    held = torch.stack([held_at_the_end(model, b) for b in track(blocks, console=Console(stderr=True))])
+    found = kinds.averages(held[:, :, : chosen.length - chosen.back].float().mean(1))
+    print_averages(found, "share kept")
     title = f"{chosen.model}: what each layer still holds (grey) after {chosen.length} tokens"
-    draw(first[:, -chosen.show :].float(), pieces[0][-chosen.show :], shares, title, chosen.out.with_suffix(".png"))
+    shown = slice(chosen.length - chosen.show, None)
+    draw(held[0, :, shown], kinds.pieces[0][shown], found, title, "share kept", chosen.out.with_suffix(".png"))
+    figures = {"model": chosen.model, "policy": chosen.policy, "length": chosen.length, "blocks": chosen.blocks}
+    figures |= {"back": chosen.back, "kept": {kind: mean for kind, (mean, _) in found.items()}}
+    figures |= {"tokens": {kind: count for kind, (_, count) in found.items()}}
+    chosen.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,26 @@ class LanguageModelling(Objective):
         return {"loss": mean, "perplexity": math.exp(mean)}
 
 
+def simplest_books(files: list[str], share: float, path: Path) -> str:
+    """Write the books with the commonest words, a ``share`` of all characters, to a file, and return its path.
+
+    Books are separated by a line ``END``. A small model's sentences become readable sooner on them.
+    """
+    books = [book for file in files for book in Path(file).read_text(encoding="utf-8").split(END)]
+    words = [re.findall(r"[a-z']+", book.lower()) for book in books]
+    counts = Counter(word for book in words for word in book)
+    common = {word for word, _ in counts.most_common(2000)}
+    commonness = [sum(word in common for word in book) / max(len(book), 1) for book in words]
+    left = share * sum(map(len, books))
+    chosen = []
+    for place in sorted(range(len(books)), key=lambda place: -commonness[place]):
+        if left > 0:
+            chosen.append(books[place].strip())
+            left -= len(books[place])
+    path.write_text(f"\n{END}\n".join(chosen), encoding="utf-8")
+    return str(path)
+
+
 def make_tokenizer(files: list[str], folder: Path, size: int) -> PreTrainedTokenizerFast:
     """Return the tokenizer in a folder, learned from the files if it is not there yet."""
     if not (folder / "tokenizer.json").exists():
@@ -103,6 +125,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for tokens, checkpoints, logs and the result")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--decay", type=int, default=600, help="steps over which the learning rate falls at the end")
+    parser.add_argument("--simplest", type=float, default=1.0, help="share of the text: books of the commonest words")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence; short ones take less time")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--rate", type=float, default=8e-4, help="largest learning rate")
@@ -116,7 +139,10 @@ def main() -> None:
     weights = chosen.folder / "weights"
     with accelerator.main_process_first():
         tokenizer = make_tokenizer(chosen.text, weights, chosen.vocabulary)
-        blocks = token_blocks(chosen.text, tokenizer, chosen.length, chosen.folder / "tokens")
+        text = chosen.text
+        if chosen.simplest < 1:
+            text = [simplest_books(text, chosen.simplest, chosen.folder / "simplest.txt")]
+        blocks = token_blocks(text, tokenizer, chosen.length, chosen.folder / "tokens")
         held_out = token_blocks([chosen.valid], tokenizer, 1024, chosen.folder / "tokens")[:32]["input_ids"]
     model = make_model(len(tokenizer))
     batches = Batches(blocks, chosen.batch, options.seed, accelerator.process_index, accelerator.num_processes)

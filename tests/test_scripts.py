@@ -150,6 +150,25 @@ def test_picture_of_kept_tokens_shows_what_a_policy_keeps(llama_folder, text, tm
     assert (tmp_path / "out.png").exists()
 
 
+def test_picture_of_depth_shows_what_a_policy_runs(llama_folder, text, tmp_path, run_script):
+    sizes = ["--length", "32", "--blocks", "2", "--show", "20", "--out", tmp_path / "out"]
+    run_script("benchmarks/token_depth.py", llama_folder, "--policy", "static:skip=1", "--text", text, *sizes)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["by_layer"] == [1, 0, 1, 1]
+    assert set(found["ran"].values()) == {0.75}
+    assert sum(found["tokens"].values()) == 2 * 32
+    assert (tmp_path / "out.png").exists()
+
+
+def test_texts_side_by_side(llama_folder, tmp_path, run_script):
+    runs = ["--run", "dense", "--run", "random:protect=1 1@0.8", "--prompt", "the cat", "--tokens", "3"]
+    run_script("benchmarks/side_by_side.py", llama_folder, *runs, "--out", tmp_path / "out")
+    table = (tmp_path / "out.md").read_text()
+    assert "**the cat**" in table
+    assert "| dense | 1.00 |" in table
+    assert "| random:protect=1 1@0.8 | " in table
+
+
 def test_cache_over_time_shows_what_was_freed(llama_folder, text, tmp_path, run_script):
     sizes = ["--length", "96", "--tokens", "3", "--chunk", "16", "--out", tmp_path / "out"]
     policies = ["--policy", "dense", "--policy", "window:sinks=1,recent=4"]
