@@ -16,12 +16,12 @@ from anee_core.adapter import ModelAdapter
 from anee_core.cache import AdaptiveCache
 from anee_core.engine import Engine, Output, budget_of
 from anee_core.errors import InputError, ModelError
+from anee_core.fast_step import step_for
 from anee_core.generation import Generation, decode, generate_text
 from anee_core.inputs import read_block
 from anee_core.interfaces import Calibration
 from anee_core.layout import Parts
 from anee_core.ledger import Budget
-from anee_core.native import step_for
 from anee_core.plan import Block
 from anee_core.policy import Policy
 from anee_core.trace import Trace

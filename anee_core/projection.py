@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anee_core.accounting import Work
+from anee_core.watched import hooked
 
 _TRANSPOSED = "Conv1D"  # the linear layer of GPT-2, whose weight is [in, out]
 _KNOWN = ("Linear", "FalconLinear", _TRANSPOSED)
@@ -20,9 +21,7 @@ def sliceable(fused: nn.Module) -> bool:
         type(fused).__name__ in _KNOWN
         and type(weight) is nn.Parameter
         and weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        and not fused._forward_hooks
-        and not fused._forward_pre_hooks
-        and "forward" not in vars(fused)
+        and not hooked(fused)
     )
 
 

@@ -8,9 +8,10 @@ from torch import nn
 
 from anee_core.adapter import ModelAdapter
 from anee_core.layout import Parts, find
-from anee_core.native.pointers import Pointers, UnfitError, hooked
+from anee_core.native.pointers import Pointers, UnfitError
 from anee_core.native.structs import LANES, Activation, Layer, Matrix, NormWeights, Residual, Rotary
 from anee_core.recipe import Recipe
+from anee_core.watched import hooked
 
 _ACTIVATIONS = {
     "silu": Activation.SILU, "swish": Activation.SILU, "gelu": Activation.GELU, "relu": Activation.RELU,

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from anee_core.native.structs import Kind, Matrix, Norm, NormWeights
 from anee_core.projection import sliceable
 from anee_core.quantised import Int4Linear, Int8Linear
+from anee_core.watched import hooked
 
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
 _STORED = {Int8Linear: (Kind.INT8, torch.int8), Int4Linear: (Kind.INT4, torch.uint8)}
 """Of quantised maps: the kind, and the type of the weights."""
-_CAPTURING = "transformers.utils.output_capturing"
 _RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
 
 
@@ -122,13 +122,3 @@ class Pointers:
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
     return module._parameters.get(name, module._buffers.get(name))
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says.
-
-    What transformers hangs on modules to return hidden states, and leaves there, does nothing unless transformers calls
-    the model.
-    """
-    hooks = [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) != _CAPTURING]
-    return bool(hooks or module._forward_pre_hooks or "forward" in vars(module))

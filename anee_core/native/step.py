@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache
@@ -17,9 +16,10 @@ from anee_core.layer_step import Places, ReferenceStep, Stack
 from anee_core.layout import Parts
 from anee_core.native.build import NoLibraryError, library
 from anee_core.native.layers import NativeLayer
-from anee_core.native.pointers import Pointers, UnfitError, hooked
+from anee_core.native.pointers import Pointers, UnfitError
 from anee_core.native.stack import NativeStack
 from anee_core.native.structs import LANES, Tokens
+from anee_core.watched import hooked, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class NativeStep:
         """Look at a block [B, T, D] before its layers run."""
         own, (batch, length, _) = self._own, hidden_states.shape
         own.layers, own.threads = [], torch.get_num_threads()
-        if batch * length > MAX_TOKENS or not _undisturbed(hidden_states):
+        if batch * length > MAX_TOKENS or not _possible(hidden_states):
             return
         # Nobody changes a model between the tokens of a generation.
         if self._layers is None or ((cache.seen == 0 or length > 1) and not self._current()):
@@ -126,7 +126,7 @@ class NativeStep:
 
     def head(self, hidden_states: Tensor) -> Any:
         """Return what to apply to normed hidden states [B, T, D] as the model's head."""
-        usable = hidden_states.shape[0] * hidden_states.shape[1] <= MAX_TOKENS and _undisturbed(hidden_states)
+        usable = hidden_states.shape[0] * hidden_states.shape[1] <= MAX_TOKENS and _possible(hidden_states)
         if not usable or self._head is None or not self._head.current:
             return self._parts.head
         return self._head
@@ -289,12 +289,5 @@ class _Head:
         return logits
 
 
-def _undisturbed(hidden_states: Tensor) -> bool:
-    """Whether nobody wants to see what happens inside a layer: no gradients, no counters, no autocast, no tracing."""
-    return (
-        hidden_states.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and _get_current_dispatch_mode() is None
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+def _possible(hidden_states: Tensor) -> bool:
+    return hidden_states.device.type == "cpu" and undisturbed(hidden_states.device)

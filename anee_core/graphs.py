@@ -1,0 +1,237 @@
+"""Decoding on a GPU by captured graphs: a layer's kernels are launched together, and Python is out of their way.
+
+A graph repeats what was captured, on the same addresses. So whatever changes from token to token lies in buffers that
+stay: hidden states, positions, rotary angles, masks over all the slots there is room for, the slot of the new token.
+The layers' graphs hand the hidden states on in one of them, and a layer that a token skips has a graph of its own: a
+forward is a choice of graphs, launched one after the other, without a question to the device in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anee_core.adapter import LayerCall, ModelAdapter
+from anee_core.cache import AdaptiveCache
+from anee_core.graph_buffers import Capture, Graph, Graphs, SlotWriter
+from anee_core.interfaces import Shortcut
+from anee_core.layer_step import LayerStep, Places, Stack, StepAround, TokenState, devices_of
+from anee_core.layout import Parts
+from anee_core.watched import hooked, undisturbed
+
+logger = logging.getLogger(__name__)
+
+_MOST = 4
+"""Caches whose graphs are kept: those of a fifth take the place of the ones that were not used for longest."""
+
+
+class CudaCapture:
+    """Captures what work launches on the current GPU.
+
+    Nothing that a graph computes lives on but in buffers from outside, so all graphs may use the same memory.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], None]) -> Graph:
+        """Run ``work`` once, for libraries to set themselves up, and then capture it."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph
+
+
+class GraphStep(StepAround):
+    """Replays graphs of layers where that is possible, and leaves everything else to another step.
+
+    It is possible for one new token per row, without gradients, if the whole batch runs or skips a layer and all
+    layers hold the same slots, for families with a `Recipe`: their layers ask the device no questions. Graphs are
+    captured for a cache from its second token on, and hold as long as its storage stays where it is.
+
+    Args:
+        step: does what is not captured.
+        adapter: knows the model's family.
+        parts: the model's modules.
+        capture: captures work; None for CUDA graphs.
+        device: type of the devices on which it captures.
+    """
+
+    def __init__(
+        self,
+        step: LayerStep,
+        adapter: ModelAdapter,
+        parts: Parts,
+        capture: Capture | None = None,
+        device: str = "cuda",
+    ) -> None:
+        super().__init__(step)
+        self._adapter, self._parts, self._device = adapter, parts, device
+        self._capture = capture or CudaCapture()
+        self._own = _Workspace()
+        self._model = _Model(None, ())
+        self._failed: str | None = None
+
+    @property
+    def slow_because(self) -> str | None:
+        """Why nothing is captured where it might be; elsewhere what the other step says."""
+        captures = self._parts.embedding.weight.device.type == self._device
+        return (self._failed or self._model.unfit) if captures else super().slow_because
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether graphs stand ready for the block, or the other step takes it."""
+        return self._own.graphs is not None or super().takes_all
+
+    def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
+        """Look at a block [B, T, D], and find the graphs that were captured for its cache."""
+        super().begin(hidden_states, cache)
+        own, length = self._own, hidden_states.shape[1]
+        own.graphs = None
+        if self._failed or hidden_states.device.type != self._device or not undisturbed(hidden_states.device):
+            return
+        # Nobody changes a model between the tokens of a generation.
+        if cache.seen == 0 or length > 1 or not self._model.addresses:
+            self._model = _Model.look(self._adapter, self._parts)
+        stores = [(layer.keys, layer.values) for layer in cache.layers]
+        alike = all(slots is cache.slots[0] for slots in cache.slots)
+        if length > 1 or self._model.unfit is not None or not alike or stores[0][0] is None:
+            return
+        addresses = tuple(tensor.data_ptr() for pair in stores for tensor in pair)
+        key = self._model.addresses, addresses, stores[0][0].shape, hidden_states.dtype
+        own.graphs = own.find(key, hidden_states, stores[0][0].shape[2])
+        if own.graphs is not None:
+            cache.settle_all()
+            own.graphs.begin(*cache.span(0))
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Launch one graph per layer, if the batch is of one mind about each."""
+        graphs = self._own.graphs
+        if graphs is None:
+            return super().all_layers(hidden_states, stack, cache)
+        first = stack.states[:, :1]
+        if stack.gate is not None or not bool(((stack.states == first) & (first >= TokenState.SKIPPED)).all()):
+            return None
+        graphs.states.copy_(hidden_states)
+        for layer_idx, state in enumerate(first.flatten().tolist()):
+            if state == TokenState.RUNS:
+                self._run(graphs, layer_idx, stack.call, stack.masks[layer_idx], cache)
+            else:
+                self._skip(graphs, layer_idx, stack.call, stack.shortcut, cache)
+        return graphs.states.clone()
+
+    def run(
+        self,
+        layer_idx: int,
+        hidden_states: Tensor,
+        call: LayerCall,
+        cache: AdaptiveCache,
+        places: Places | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Launch a layer's graph for a whole batch."""
+        graphs = self._own.graphs
+        if graphs is None or places is not None:
+            return super().run(layer_idx, hidden_states, call, cache, places, mask)
+        graphs.states.copy_(hidden_states)
+        self._run(graphs, layer_idx, call, mask, cache)
+        return graphs.states.clone()
+
+    def propagate(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
+    ) -> None:
+        """Launch the graph of a layer that a whole batch skips."""
+        graphs = self._own.graphs
+        if graphs is None or places is not None:
+            return super().propagate(layer_idx, hidden_states, call, cache, places)
+        graphs.states.copy_(hidden_states)
+        return self._skip(graphs, layer_idx, call, None, cache)
+
+    def _run(self, graphs: Graphs, layer_idx: int, call: LayerCall, mask: Tensor | None, cache: AdaptiveCache) -> None:
+        place, told = graphs.calls.hold(call)
+        which, seen = graphs.masks.hold(mask)
+        writer = SlotWriter(cache, layer_idx, graphs.slot)
+
+        def work() -> None:
+            output = self._adapter.run(self._parts, layer_idx, graphs.states, told.with_mask(seen), writer)
+            graphs.states.copy_(output)
+
+        self._launch(graphs, ("run", layer_idx, place, which), work)
+
+    def _skip(
+        self, graphs: Graphs, layer_idx: int, call: LayerCall, shortcut: Shortcut | None, cache: AdaptiveCache
+    ) -> None:
+        place, told = graphs.calls.hold(call)
+        writer = SlotWriter(cache, layer_idx, graphs.slot)
+
+        def work() -> None:
+            writer.update(*self._adapter.project_kv(self._parts, layer_idx, graphs.states, told), layer_idx)
+            if shortcut is not None:
+                graphs.states.add_(shortcut.estimate(layer_idx, graphs.states))
+
+        self._launch(graphs, ("skip", layer_idx, place, id(shortcut)), work, keep=shortcut)
+
+    def _launch(self, graphs: Graphs, key: Hashable, work: Callable[[], None], keep: object = None) -> None:
+        if self._failed is None:
+            try:
+                return graphs.launch(key, work, self._capture, keep)
+            except RuntimeError as error:
+                self._failed = f"a layer could not be captured: {error}"
+                logger.warning("%s runs by its own modules: %s", type(self._parts.model).__name__, self._failed)
+        return work()
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Why a model's layers cannot be captured, if they cannot, and where their weights lie."""
+
+    unfit: str | None
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def look(cls, adapter: ModelAdapter, parts: Parts) -> _Model:
+        layers, recipe = parts.layers, adapter.recipe(parts.config)
+        unfit = None
+        if recipe is None or type(layers[0]).__name__ not in recipe.layers:
+            unfit = f"{type(adapter).__name__} has no recipe for it"
+        elif len(set(devices_of(parts))) > 1:
+            unfit = "its layers lie on several devices"
+        elif any(hooked(module) for layer in layers for module in layer.modules()):
+            unfit = "some of its modules are hooked"
+        elif any(layer.training for layer in layers):
+            unfit = "it is in training mode"
+        return cls(unfit, tuple(p.data_ptr() for layer in layers for p in layer.parameters()))
+
+
+class _Workspace(threading.local):
+    """What one thread's forward works with, and the graphs of the caches that it has decoded with."""
+
+    def __init__(self) -> None:
+        self.graphs: Graphs | None = None
+        self._known: OrderedDict[Hashable, Graphs | None] = OrderedDict()
+
+    def find(self, key: Hashable, hidden_states: Tensor, capacity: int) -> Graphs | None:
+        """Return the graphs that belong to a key; None at its first token: a cache may move with each, as in a beam
+        search, and then capturing is not worth it.
+        """
+        if key not in self._known:
+            self._known[key] = None
+        elif self._known[key] is None:
+            self._known[key] = Graphs(hidden_states, capacity)
+        self._known.move_to_end(key)
+        while len(self._known) > _MOST:
+            self._known.popitem(last=False)
+        return self._known[key]

@@ -1,0 +1,283 @@
+"""Decoding by captured graphs, with a stand-in on the CPU that repeats the recorded operations on the same tensors, as
+a GPU repeats kernels on the same addresses: what Python did while it was recorded is not done again.
+"""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny import FEW, adaptive, build, gate_weights, ragged, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from anee_core.engine import Engine
+from anee_core.fast_step import step_for
+from anee_core.graphs import GraphStep
+from anee_core.layer_step import ReferenceStep
+
+RANDOM = "random:p=0.4,protect=0 0"
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down each operation, the tensors it got and those it returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        """Do it all again, on the same tensors, into the same tensors."""
+        for function, args, kwargs, result in self.operations:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Captures:
+    """Captures work on the CPU, and counts."""
+
+    def __init__(self):
+        self.count = self.replays = 0
+
+    def __call__(self, work):
+        self.count += 1
+        work()
+        recorder = Recorder()
+        with recorder:
+            work()
+        return _Counted(self, recorder)
+
+
+class _Counted:
+    def __init__(self, captures, recorder):
+        self._captures, self._recorder = captures, recorder
+
+    def replay(self):
+        self._captures.replays += 1
+        self._recorder.replay()
+
+
+def captured(network, policy="dense", budget=None, **options):
+    """Return a model whose layers are captured on the CPU, and what counts them."""
+    model = adaptive(network, policy, budget, fast=False, **options)
+    captures = Captures()
+    step = GraphStep(ReferenceStep(model.adapter, model.parts), model.adapter, model.parts, captures, "cpu")
+    engine = model.engine
+    model.engine = Engine(model.adapter, model.parts, engine.policy, engine.budget.limit, engine.budget.hard, step=step)
+    return model, captures
+
+
+def decoded(model, ids, mask=None, new=9, **options):
+    generation = model.decode(ids, mask, max_new_tokens=new, eos_token_id=[], **options)
+    return generation.sequences, generation.trace
+
+
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("policy", ["dense", "static:skip=1 2", RANDOM])
+def test_graphs_decode_as_the_modules_do(family, policy):
+    network = build(family)
+    slow = adaptive(network, policy, fast=False)
+    for inputs in ((tokens(3, 9), None), ragged((9, 5, 7), "left")):
+        fast, captures = captured(network, policy)
+        found, wanted = decoded(fast, *inputs), decoded(slow, *inputs)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1].ran, wanted[1].ran)
+        assert torch.equal(found[1].held, wanted[1].held)
+        assert captures.replays > 0
+        assert fast.slow_because is None
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_logits_and_cache_after_each_token(family):
+    network = build(family)
+    slow, (fast, captures) = adaptive(network, RANDOM, fast=False), captured(network, RANDOM)
+    ids, more = tokens(1, 7), tokens(1, 12, seed=3)
+    caches = [model.new_cache(64) for model in (slow, fast)]
+    with torch.no_grad():
+        for model, cache in zip((slow, fast), caches, strict=True):
+            model(ids, past_key_values=cache)
+        for t in range(12):
+            wanted, found = (
+                model(more[:, t : t + 1], past_key_values=cache).logits
+                for model, cache in zip((slow, fast), caches, strict=True)
+            )
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+        for layer_idx in range(len(slow.parts.layers)):
+            for ours, theirs in zip(caches[1].held(layer_idx), caches[0].held(layer_idx), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    layers = len(slow.parts.layers)
+    assert captures.count <= 4 * layers
+    assert captures.replays == 11 * layers  # the first token finds out where the cache lies
+
+
+def test_an_unguessed_gate_goes_layer_by_layer(tmp_path):
+    for part in gate_weights():
+        part.save(tmp_path)
+    network, policy = build("llama"), f"gate:{tmp_path},protect=1 1+shortcuts:{tmp_path}"
+    slow, (fast, captures) = adaptive(network, policy, 0.7, fast=False), captured(network, policy, 0.7)
+    found, wanted = decoded(fast, tokens(1, 9), new=16), decoded(slow, tokens(1, 9), new=16)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1].ran, wanted[1].ran)
+    assert captures.replays == 14 * len(slow.parts.layers)
+
+
+def test_shortcuts_are_part_of_a_graph(tmp_path):
+    for part in gate_weights():
+        part.save(tmp_path)
+    network, policy = build("llama"), f"static:skip=1 2+shortcuts:{tmp_path}"
+    slow, (fast, captures) = adaptive(network, policy, fast=False), captured(network, policy)
+    for inputs in ((tokens(1, 9), None), (tokens(2, 9), None)):
+        assert torch.equal(decoded(fast, *inputs)[0], decoded(slow, *inputs)[0])
+    assert captures.count == 2 * len(slow.parts.layers)
+
+
+@pytest.mark.parametrize("policy", ["window:sinks=1,recent=4", f"{RANDOM}+tova:keep=6"])
+def test_layers_that_drop_different_tokens_are_not_captured(policy):
+    network = build("llama")
+    slow, (fast, _) = adaptive(network, policy, fast=False), captured(network, policy)
+    assert torch.equal(decoded(fast, tokens(2, 9))[0], decoded(slow, tokens(2, 9))[0])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}])
+def test_beams_and_samples(options):
+    network = build("llama")
+    slow, (fast, _) = adaptive(network, RANDOM, fast=False), captured(network, RANDOM)
+    outcomes = []
+    for model in (slow, fast):
+        torch.manual_seed(0)
+        outcomes.append(model.generate(tokens(2, 6), max_new_tokens=8, **options))
+    assert torch.equal(*outcomes)
+
+
+def test_rollback_and_growth():
+    network = build("gpt2")
+    slow, (fast, captures) = adaptive(network, fast=False), captured(network)
+    ids, more, outcomes = tokens(2, 5), tokens(2, 80, seed=1), []
+    for model in (slow, fast):
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            for t in range(30):
+                model(more[:, t : t + 1], past_key_values=cache)
+            cache.rollback(4)
+            outcomes.append([model(more[:, t : t + 1], past_key_values=cache).logits for t in range(26, 80)])
+    for wanted, found in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    assert captures.count <= 3 * len(slow.parts.layers)
+
+
+def test_two_caches_take_turns():
+    network = build("llama")
+    slow, (fast, captures) = adaptive(network, fast=False), captured(network)
+    prompts, more, outcomes = (tokens(1, 6), tokens(1, 8, seed=1)), tokens(1, 6, seed=2), []
+    for model in (slow, fast):
+        caches = [model.new_cache(32) for _ in prompts]
+        with torch.no_grad():
+            for ids, cache in zip(prompts, caches, strict=True):
+                model(ids, past_key_values=cache)
+            outcomes.append([model(more[:, t : t + 1], past_key_values=c).logits for t in range(6) for c in caches])
+    for wanted, found in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    assert captures.count == 2 * len(slow.parts.layers)
+
+
+def test_new_weights_are_seen():
+    network = build("llama")
+    fast, _ = captured(network)
+    before = decoded(fast, tokens(1, 6))[0]
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.mlp.down_proj.weight = torch.nn.Parameter(-3 * layer.mlp.down_proj.weight)
+    after = decoded(fast, tokens(1, 6))[0]
+    assert not torch.equal(before, after)
+    assert torch.equal(after, decoded(adaptive(network, fast=False), tokens(1, 6))[0])
+
+
+@pytest.mark.parametrize("disturbance", ["hook", "training", "no recipe"])
+def test_what_cannot_be_captured_is_said_and_runs_by_the_modules(disturbance):
+    network = build("gemma2" if disturbance == "no recipe" else "llama")
+    fast, captures = captured(network)
+    calls = []
+    if disturbance == "hook":
+        network.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    if disturbance == "training":
+        network.model.layers[1].train()
+    wanted = decoded(adaptive(network, fast=False), tokens(1, 6))[0]
+    calls.clear()
+    assert torch.equal(decoded(fast, tokens(1, 6))[0], wanted)
+    assert captures.count == 0
+    assert fast.slow_because
+    assert len(calls) == (9 if disturbance == "hook" else 0)
+
+
+def test_a_layer_that_cannot_be_captured_runs_by_its_modules(caplog):
+    def refuse(work):
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = adaptive(build("llama"), RANDOM, fast=False)
+    step = GraphStep(ReferenceStep(model.adapter, model.parts), model.adapter, model.parts, refuse, "cpu")
+    wanted = decoded(model, tokens(2, 6))[0]
+    model.engine = Engine(model.adapter, model.parts, model.engine.policy, step=step)
+    assert torch.equal(decoded(model, tokens(2, 6))[0], wanted)
+    assert torch.equal(decoded(model, tokens(2, 6))[0], wanted)
+    assert "not permitted" in model.slow_because
+    assert len(caplog.records) == 1
+
+
+def test_gradients_go_through_the_modules():
+    network = build("llama")
+    fast, captures = captured(network)
+    cache = fast.new_cache()
+    with torch.no_grad():
+        fast(tokens(1, 6), past_key_values=cache)
+        for t in range(3):
+            fast(tokens(1, 3, seed=1)[:, t : t + 1], past_key_values=cache)
+    count = captures.replays
+    embeddings = torch.randn(1, 1, network.config.hidden_size, requires_grad=True)
+    fast(inputs_embeds=embeddings, past_key_values=cache).logits.sum().backward()
+    assert embeddings.grad.abs().sum() > 0
+    assert captures.replays == count
+
+
+def test_the_step_follows_the_device(monkeypatch):
+    network = build("llama")
+    model = adaptive(network)
+    assert not isinstance(model.engine.step, GraphStep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    step = step_for(model.adapter, model.parts, fast=True)
+    assert isinstance(step, GraphStep)
+    model.engine = Engine(model.adapter, model.parts, model.policy, step=step)
+    wanted = decoded(adaptive(network), tokens(1, 6))[0]
+    assert torch.equal(decoded(model, tokens(1, 6))[0], wanted)  # on the CPU it leaves blocks to the native step
+    assert step.slow_because is None
+    assert isinstance(step_for(model.adapter, model.parts, fast=False), ReferenceStep)
+
+
+def test_a_graph_keeps_no_storage_alive():
+    class Nothing:
+        def __init__(self, work):
+            work()
+
+        def replay(self):
+            pass
+
+    model = adaptive(build("llama"), fast=False)
+    step = GraphStep(ReferenceStep(model.adapter, model.parts), model.adapter, model.parts, Nothing, "cpu")
+    model.engine = Engine(model.adapter, model.parts, model.engine.policy, step=step)
+    cache = model.new_cache(32)
+    with torch.no_grad():
+        for ids in tokens(1, 4).split(1, dim=1):
+            model(ids, past_key_values=cache)
+    keys = weakref.ref(cache.layers[0].keys)
+    del cache
+    model.last_trace = None
+    gc.collect()
+    assert keys() is None
