@@ -30,6 +30,8 @@ def write_gguf(network: Any, path: Path) -> None:
         raise ModelError(
             f"cannot write a {config.model_type} in {network.dtype} as GGUF: llama and gpt2 in float32 or bfloat16"
         )
+    if config.model_type == "llama":
+        _check_plain(config)
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -68,6 +70,18 @@ def write_gguf(network: Any, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _check_plain(config: Any) -> None:
+    """Raise `ModelError` if a LLaMA has something that other engines would read otherwise, or not at all."""
+    odd = {
+        "scaled rotary positions": config.rope_parameters.get("rope_type", "default") != "default",
+        "heads that are not width / heads wide": config.head_dim * config.num_attention_heads != config.hidden_size,
+        "biases": config.attention_bias or config.mlp_bias,
+    }
+    found = [name for name, has in odd.items() if has]
+    if found:
+        raise ModelError(f"cannot write a llama with {' and '.join(found)} as GGUF")
 
 
 def _neighbours(weight: Tensor, heads: int) -> Tensor:

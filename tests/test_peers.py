@@ -38,6 +38,23 @@ def test_what_gguf_cannot_hold_is_an_error(tmp_path, monkeypatch):
         write_gguf(build("llama"), tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rotary"),
+        ({"head_dim": 3}, "heads"),
+        ({"attention_bias": True}, "biases"),
+    ],
+)
+def test_what_other_engines_would_read_wrongly_is_an_error(changes, named, tmp_path):
+    network = build("llama")
+    for name, value in changes.items():
+        setattr(network.config, name, value)
+    with pytest.raises(ModelError, match=named):
+        write_gguf(network, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
 def test_engines_that_are_not_installed_take_no_part(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
