@@ -191,14 +191,22 @@ def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> li
             model = load(small.model, _at_random(share), tokenizer=tokenizer)
             found.append(_lean(f"ANEE {share:.0%} skipped, {weights}", model))
     for text in options.policies:
-        name, _, budget = text.partition("@")
-        try:
-            limit = float(budget) if budget else None
-        except ValueError as error:
-            raise InputError(f"'{text}' names no budget: write a number after the @, as in rl@0.7") from error
-        model = load(network, name, limit, tokenizer=tokenizer)
+        model = load(network, *policy_and_budget(text), tokenizer=tokenizer)
         found.append(_lean(f"ANEE {text}", model))
     return found
+
+
+def policy_and_budget(text: str) -> tuple[str, float | None]:
+    """Read POLICY or POLICY@BUDGET.
+
+    Raises:
+        InputError: what stands after the @ is no number.
+    """
+    name, _, budget = text.partition("@")
+    try:
+        return name, float(budget) if budget else None
+    except ValueError as error:
+        raise InputError(f"'{text}' names no budget: write a number after the @, as in rl@0.7") from error
 
 
 def _at_random(share: float) -> str:

@@ -30,7 +30,8 @@ def write_gguf(network: Any, path: Path) -> None:
         raise ModelError(
             f"cannot write a {config.model_type} in {network.dtype} as GGUF: llama and gpt2 in float32 or bfloat16"
         )
-    if config.model_type == "llama":
+    llama = config.model_type == "llama"
+    if llama:
         _check_plain(config)
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
@@ -39,7 +40,6 @@ def write_gguf(network: Any, path: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    llama = config.model_type == "llama"
     if llama:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count_kv(config.num_key_value_heads)

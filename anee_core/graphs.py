@@ -106,9 +106,11 @@ class GraphStep(StepAround):
         # Nobody changes a model between the tokens of a generation.
         if cache.seen == 0 or length > 1 or not self._model.addresses:
             self._model = _Model.look(self._adapter, self._parts)
+        if length > 1 or self._model.unfit is not None:
+            return
         stores = [(layer.keys, layer.values) for layer in cache.layers]
         alike = all(slots is cache.slots[0] for slots in cache.slots)
-        if length > 1 or self._model.unfit is not None or not alike or stores[0][0] is None:
+        if not alike or stores[0][0] is None:
             return
         addresses = tuple(tensor.data_ptr() for pair in stores for tensor in pair)
         key = self._model.addresses, addresses, stores[0][0].shape, hidden_states.dtype

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import anee
+from anee_core.bench import policy_and_budget
 
 PROMPTS = (
     "The capital of France is",
@@ -41,13 +42,12 @@ def main() -> None:
     model = anee.load(chosen.model, dtype=chosen.dtype)
     lines = [f"{chosen.model}, {chosen.dtype}, greedy, {chosen.tokens} tokens"]
     prompts = chosen.prompt or PROMPTS
+    contenders = {run: anee.load(model.model, *policy_and_budget(run), tokenizer=model.tokenizer) for run in chosen.run}
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("texts", total=len(prompts) * len(chosen.run))
+        task = bar.add_task("texts", total=len(prompts) * len(contenders))
         for prompt in prompts:
             lines += ["", f"**{prompt}**", "", "| policy | spent | text |", "|---|---|---|"]
-            for run in chosen.run:
-                policy, _, budget = run.partition("@")
-                adaptive = anee.load(model.model, policy, float(budget) if budget else None, tokenizer=model.tokenizer)
+            for run, adaptive in contenders.items():
                 result = adaptive.generate(prompt, max_new_tokens=chosen.tokens, do_sample=False)
                 text = cell(result.text.removeprefix(prompt))
                 lines.append(f"| {run} | {result.trace.budget_spent:.2f} | {text} |")

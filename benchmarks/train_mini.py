@@ -65,11 +65,15 @@ class LanguageModelling(Objective):
         return {"loss": mean, "perplexity": math.exp(mean)}
 
 
-def simplest_books(files: list[str], share: float, path: Path) -> str:
-    """Write the books with the commonest words, a ``share`` of all characters, to a file, and return its path.
+def simplest_books(files: list[str], share: float, folder: Path) -> str:
+    """Return the file with the books of the commonest words, a ``share`` of all characters, made if it is not there
+    yet: a run that goes on finds the file as it was, and so the tokens that were made of it.
 
     Books are separated by a line ``END``. A small model's sentences become readable sooner on them.
     """
+    path = folder / f"simplest-{share:g}.txt"
+    if path.exists():
+        return str(path)
     books = [book for file in files for book in Path(file).read_text(encoding="utf-8").split(END)]
     words = [re.findall(r"[a-z']+", book.lower()) for book in books]
     counts = Counter(word for book in words for word in book)
@@ -81,8 +85,9 @@ def simplest_books(files: list[str], share: float, path: Path) -> str:
         if left > 0:
             chosen.append(books[place].strip())
             left -= len(books[place])
-    path.write_text(f"\n{END}\n".join(chosen), encoding="utf-8")
-    return str(path)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(f"\n{END}\n".join(chosen), encoding="utf-8")
+    return str(unfinished.replace(path))
 
 
 def make_tokenizer(files: list[str], folder: Path, size: int) -> PreTrainedTokenizerFast:
@@ -141,7 +146,7 @@ def main() -> None:
         tokenizer = make_tokenizer(chosen.text, weights, chosen.vocabulary)
         text = chosen.text
         if chosen.simplest < 1:
-            text = [simplest_books(text, chosen.simplest, chosen.folder / "simplest.txt")]
+            text = [simplest_books(text, chosen.simplest, chosen.folder)]
         blocks = token_blocks(text, tokenizer, chosen.length, chosen.folder / "tokens")
         held_out = token_blocks([chosen.valid], tokenizer, 1024, chosen.folder / "tokens")[:32]["input_ids"]
     model = make_model(len(tokenizer))

@@ -180,6 +180,19 @@ def test_cache_over_time_shows_what_was_freed(llama_folder, text, tmp_path, run_
     assert (tmp_path / "out.png").exists()
 
 
+def test_the_simplest_books_have_the_commonest_words(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from train_mini import END, simplest_books
+
+    plain = "the cat saw the dog and the dog saw the cat. " * 200
+    rare = " ".join("".join("abcdefghij"[int(d)] for d in f"{i:05}") for i in range(4000))
+    (tmp_path / "books.txt").write_text(f"{rare}\n{END}\n{plain}")
+    path = simplest_books([str(tmp_path / "books.txt")], 0.2, tmp_path)
+    assert Path(path).read_text() == plain.strip()
+    (tmp_path / "books.txt").unlink()
+    assert simplest_books([str(tmp_path / "books.txt")], 0.2, tmp_path) == path
+
+
 def test_the_mini_model_is_trained_from_text(text, tmp_path, run_script):
     text.write_text(text.read_text() * 4)
     options = ["--steps", "1", "--batch", "1", "--vocabulary", "300", "--decay", "1"]
