@@ -41,7 +41,7 @@ class LanguageModelling(Objective):
         super().__init__()
         self.model = model
         layers = len(model.transformer.h)
-        self._dropout = layer_dropout * torch.arange(layers) / (layers - 1)
+        self._dropout = layer_dropout * torch.arange(layers) / max(layers - 1, 1)
         self._held_out = held_out
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,14 +101,27 @@ def make_tokenizer(files: list[str], folder: Path, size: int) -> PreTrainedToken
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def make_model(vocabulary: int) -> GPT2LMHeadModel:
+def make_model(vocabulary: int, layers: int = 12) -> GPT2LMHeadModel:
     """Return the untrained model."""
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=1024, n_embd=256, n_layer=12, n_head=4, bos_token_id=0, eos_token_id=0,
+        vocab_size=vocabulary, n_positions=1024, n_embd=256, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=0,
         pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh",
         anee_backbone=NAME,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
+
+
+def begin_with(model: GPT2LMHeadModel, folder: Path) -> None:
+    """Copy the weights of a trained model, whose layers are repeated up to the depth of this one.
+
+    Most of the time is saved by training few layers first (depthwise stacking; Du et al., 2024, arXiv:2405.15319).
+    """
+    trained = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    shallow = trained.transformer.h
+    for i, layer in enumerate(model.transformer.h):
+        layer.load_state_dict(shallow[i % len(shallow)].state_dict())
+    trained.transformer.h = model.transformer.h
+    model.load_state_dict(trained.state_dict())
 
 
 def make_optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
@@ -135,11 +148,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--rate", type=float, default=8e-4, help="largest learning rate")
     parser.add_argument("--layer-dropout", type=float, default=0.2, help="of the last layer; the first has none")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument(
+        "--start", type=Path, help="model folder to begin with; fewer layers than --layers are repeated"
+    )
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16: faster on CPUs that have it")
     parser.add_argument("--vocabulary", type=int, default=4096)
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
-    options = RunOptions(chosen.folder / "run", chosen.steps, seed=1, validate_every=50, save_every=25)
+    options = RunOptions(
+        chosen.folder / "run", chosen.steps, 1, 1.0, chosen.precision, seed=1, validate_every=50, save_every=25
+    )
     accelerator = accelerator_of(options)
     weights = chosen.folder / "weights"
     with accelerator.main_process_first():
@@ -149,7 +169,9 @@ def main() -> None:
             text = [simplest_books(text, chosen.simplest, chosen.folder)]
         blocks = token_blocks(text, tokenizer, chosen.length, chosen.folder / "tokens")
         held_out = token_blocks([chosen.valid], tokenizer, 1024, chosen.folder / "tokens")[:32]["input_ids"]
-    model = make_model(len(tokenizer))
+    model = make_model(len(tokenizer), chosen.layers)
+    if chosen.start:
+        begin_with(model, chosen.start)
     batches = Batches(blocks, chosen.batch, options.seed, accelerator.process_index, accelerator.num_processes)
     objective = LanguageModelling(model, held_out.to(accelerator.device), chosen.layer_dropout)
     rate = trapezoid(chosen.steps, warmup=50, decay=chosen.decay)
