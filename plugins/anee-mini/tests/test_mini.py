@@ -27,7 +27,7 @@ def mini():
 
 @pytest.fixture(scope="module")
 def story(mini):
-    return mini.tokenizer(STORY * 6, return_tensors="pt")["input_ids"][:, :768]
+    return mini.tokenizer(STORY, return_tensors="pt")["input_ids"]
 
 
 def test_the_source_is_registered():
@@ -41,10 +41,9 @@ def test_the_package_is_small_and_the_model_a_gpt2(mini):
     assert all(Path(folder).is_dir() for folder in anee_mini.anee_trained_policies().values())
 
 
-def test_it_expects_english(mini):
-    ids = mini.tokenizer(STORY, return_tensors="pt")["input_ids"]
-    assert text_quality(mini, ids).perplexity < 60
-    assert text_quality(mini, ids.flip(1)).perplexity > 1000
+def test_it_expects_english(mini, story):
+    assert text_quality(mini, story).perplexity < 60
+    assert text_quality(mini, story.flip(1)).perplexity > 1000
 
 
 def test_it_continues_a_text(mini):
@@ -54,17 +53,17 @@ def test_it_continues_a_text(mini):
 
 
 def test_asa_was_trained_for_it(mini, story):
-    dense = text_quality(mini, story, first=128)
-    sparse = text_quality(anee.load(mini.model, "asa"), story, first=128)
-    window = text_quality(anee.load(mini.model, f"window:keep={1 - sparse.dropped:.3f}"), story, first=128)
-    assert sparse.dropped > 0.6
+    dense = text_quality(mini, story, first=64)
+    sparse = text_quality(anee.load(mini.model, "asa"), story, first=64)
+    window = text_quality(anee.load(mini.model, f"window:keep={1 - sparse.dropped:.3f}"), story, first=64)
+    assert sparse.dropped > 0.4
     assert sparse.perplexity < 1.05 * dense.perplexity
     assert sparse.perplexity < window.perplexity
 
 
 def test_rl_was_trained_for_it(mini, story):
     dense = text_quality(mini, story)
-    trained = text_quality(anee.load(mini.model, "rl", budget=0.8), story)
-    chance = text_quality(anee.load(mini.model, "random", budget=0.8), story)
-    assert trained.spent == pytest.approx(0.8, abs=0.05)
+    trained = text_quality(anee.load(mini.model, "rl", budget=0.6), story)
+    chance = text_quality(anee.load(mini.model, "random", budget=0.6), story)
+    assert trained.spent == pytest.approx(0.6, abs=0.06)
     assert dense.perplexity < trained.perplexity < chance.perplexity
