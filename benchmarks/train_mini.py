@@ -2,7 +2,8 @@
 
     python benchmarks/train_mini.py --text books/train-*.txt --valid books/valid.txt --folder run
 
-An interrupted run goes on from its last checkpoint, and a finished one can be given more ``--steps``. What it writes
+An interrupted run goes on from its last checkpoint, and a finished one can be given more ``--steps``. The README of
+``plugins/anee-mini`` has the commands that made the model in that package. What it writes
 into ``--folder``/weights is a model folder that `anee.load` takes.
 """
 
@@ -163,6 +164,8 @@ def main() -> None:
     accelerator = accelerator_of(options)
     weights = chosen.folder / "weights"
     with accelerator.main_process_first():
+        if chosen.start and not (weights / "tokenizer.json").exists():
+            PreTrainedTokenizerFast.from_pretrained(chosen.start).save_pretrained(weights)
         tokenizer = make_tokenizer(chosen.text, weights, chosen.vocabulary)
         text = chosen.text
         if chosen.simplest < 1:

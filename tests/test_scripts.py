@@ -193,6 +193,20 @@ def test_the_simplest_books_have_the_commonest_words(tmp_path, monkeypatch):
     assert simplest_books([str(tmp_path / "books.txt")], 0.2, tmp_path) == path
 
 
+def test_a_deep_mini_model_begins_with_the_layers_of_a_shallow_one(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from train_mini import begin_with, make_model
+
+    shallow, deep = make_model(64, layers=2), make_model(64, layers=5)
+    shallow.save_pretrained(tmp_path)
+    begin_with(deep, tmp_path)
+    for i, layer in enumerate(deep.transformer.h):
+        for name, weight in shallow.transformer.h[i % 2].state_dict().items():
+            assert torch.equal(layer.state_dict()[name], weight)
+    assert torch.equal(deep.lm_head.weight, shallow.transformer.wte.weight)
+    assert torch.equal(deep.transformer.ln_f.weight, shallow.transformer.ln_f.weight)
+
+
 def test_the_mini_model_is_trained_from_text(text, tmp_path, run_script):
     text.write_text(text.read_text() * 4)
     options = ["--steps", "1", "--batch", "1", "--vocabulary", "300", "--decay", "1"]
