@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, FEW, adaptive, build, ragged, stepwise, tokens
+from transformers import LlamaForCausalLM
 
 import anee
 from anee_core.cache_policies import AsaWeights
@@ -188,6 +190,11 @@ def test_training_writes_a_policy_that_loads(backbone, llama_folder, text, tmp_p
     if backbone != "frozen":
         with pytest.raises(PolicyError, match="trained together"):
             anee.load(llama_folder, policy=f"asa:{tmp_path / 'run'}")
+    if backbone == "lora":
+        base = LlamaForCausalLM.from_pretrained(llama_folder)
+        merged = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).merge_and_unload()
+        for name, parameter in merged.named_parameters():
+            torch.testing.assert_close(parameter, deployed.model.get_parameter(name))
     facts = AsaWeights.load(tmp_path / "run").facts
     assert facts["valid"] == history[-1]
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))

@@ -89,7 +89,8 @@ def train_asa(
     """Train interactions for a model and return the figures of every validation.
 
     ``run.folder`` gets what ``policy="asa:FOLDER"`` loads, the checkpoints of the run, and, if the model itself was
-    trained, that model in ``model``, which belongs to the policy from then on.
+    trained, that model in ``model``, which belongs to the policy from then on. Low-rank updates are also kept by
+    themselves, as PEFT reads them, in ``adapter``.
 
     Args:
         model: with a tokenizer; trained in place unless frozen.
@@ -121,7 +122,10 @@ def train_asa(
     settings = {name: value for name, value in asdict(options).items() if name != "valid_blocks"}
     history = run_training(objective, [optimizer], rate, batches, run, accelerator, settings)
     if accelerator.is_main_process:
-        network = adapted.merge_and_unload() if adapted is not None else model.parts.model
+        network = model.parts.model
+        if adapted is not None:
+            adapted.save_pretrained(run.folder / "adapter")
+            network = adapted.merge_and_unload()
         backbone = None if options.backbone == "frozen" else _save_model(model, network, run)
         facts = {"gamma": float(objective.gamma), "steps": run.steps, "valid": history[-1] if history else {}}
         objective.weights(backbone, **facts).save(run.folder)
