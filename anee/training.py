@@ -21,6 +21,7 @@ Accumulate = Annotated[int, typer.Option("--accumulate", help="Batches per step.
 Precision = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16 (mixed).")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")]
 CalibrationSequences = Annotated[int, typer.Option("--calibration-sequences", help="Pieces for the fit.")]
+Start = Annotated[Path | None, typer.Option("--start", help="Folder with weights to start from.")]
 ValidBlocks = Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")]
 ValidateEvery = Annotated[int, typer.Option("--validate-every", help="Steps between validations.")]
 SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")]
@@ -48,7 +49,7 @@ def asa(
     rank: Annotated[int, typer.Option("--rank", help="Width of the interaction projections.")] = 64,
     alpha: Annotated[str | None, typer.Option("--alpha", help="Schedule of alpha, like 'cosine_2_8_400'.")] = None,
     beta: Annotated[float | None, typer.Option("--beta", help="First bias. Default: nothing is dropped.")] = None,
-    start: Annotated[Path | None, typer.Option("--start", help="Folder with weights to start from.")] = None,
+    start: Start = None,
     distil: Annotated[
         bool | None, typer.Option("--distil/--no-distil", help="Learn from the dense model, or from the text.")
     ] = None,
@@ -122,6 +123,7 @@ def supervised(
     precision: Precision = "no",
     dtype: Dtype = "float32",
     calibration_sequences: CalibrationSequences = 32,
+    start: Start = None,
     valid_blocks: ValidBlocks = 8,
     validate_every: ValidateEvery = 100,
     save_every: SaveEvery = 50,
@@ -129,8 +131,8 @@ def supervised(
 ) -> None:
     """Train a gate and shortcuts against the dense model; use them with --policy gate:FOLDER+shortcuts:FOLDER.
 
-    Starts from a closed-form fit (anee calibrate), which it makes first. A run that was interrupted goes on when the
-    same command is given again.
+    Starts from a closed-form fit (anee calibrate), which it makes first, or from --start. A run that was interrupted
+    goes on when the same command is given again.
     """
     from anee_core.load import load
     from anee_core.training.gate import GateOptions
@@ -145,6 +147,7 @@ def supervised(
         rate=rate,
         valid_blocks=valid_blocks,
         calibration_sequences=calibration_sequences,
+        start=None if start is None else str(start),
     )
     run = RunOptions(
         folder,
@@ -172,8 +175,10 @@ def rl(
     rollouts: Annotated[int, typer.Option("--rollouts", help="Drawn for each text.")] = 4,
     length: Length = 256,
     batch: Batch = 4,
+    precision: Precision = "no",
     dtype: Dtype = "float32",
     calibration_sequences: CalibrationSequences = 32,
+    start: Start = None,
     valid_blocks: ValidBlocks = 8,
     validate_every: ValidateEvery = 100,
     save_every: SaveEvery = 50,
@@ -198,9 +203,12 @@ def rl(
         batch=batch,
         valid_blocks=valid_blocks,
         calibration_sequences=calibration_sequences,
+        start=None if start is None else str(start),
     )
     chosen = RlTraining(shared, ReinforceOptions(rollouts=rollouts), steps=reinforce_steps)
-    run = RunOptions(folder, steps, seed=seed, validate_every=validate_every, save_every=save_every)
+    run = RunOptions(
+        folder, steps, precision=precision, seed=seed, validate_every=validate_every, save_every=save_every
+    )
     found = train_rl(load(model, dtype=dtype), text, run, chosen, valid)
     table = Table("budget", *(f"KL to dense, {stage}" for stage in found))
     for budget in next(iter(found.values()), {}):

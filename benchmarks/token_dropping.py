@@ -1,6 +1,6 @@
 """Perplexity against the share of context dropped, for token policies side by side.
 
-    python benchmarks/token_dropping.py smollm2 --text wikitext=test.txt --text books=valid.txt
+    python benchmarks/token_dropping.py smollm2 --asa --tuned smollm2-asa --text wikitext=test.txt
     python benchmarks/token_dropping.py mini --text books=valid.txt --asa FOLDER --out docs/results/dropping-mini
 
 Each policy reads the same blocks, as it would token by token (one masked forward, see the promise "parallel equals
@@ -34,14 +34,17 @@ POLICIES = {
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 
 
-def runs(asa: str | None, shifts: list[float]) -> list[tuple[str, str]]:
-    """Return pairs of a name and a policy string."""
-    made = [("dense", "dense")]
+def runs(model: str, asa: str | None, shifts: list[float], tuned: str | None) -> list[tuple[str, str, str]]:
+    """Return triples of a name, a model and a policy string."""
+    made = [("dense", model, "dense")]
     for name, policy in POLICIES.items():
-        made += [(name, policy.format(keep=round(1 - share, 3))) for share in SHARES]
-    if asa is None:
-        return made
-    return made + [("ASA", f"asa:{asa + ',' if asa else ''}shift={shift}") for shift in shifts]
+        made += [(name, model, policy.format(keep=round(1 - share, 3))) for share in SHARES]
+    if asa is not None:
+        made += [("ASA", model, f"asa:{asa + ',' if asa else ''}shift={shift}") for shift in shifts]
+    if tuned is not None:
+        made += [("dense, tuned", tuned, "dense")]
+        made += [("ASA, tuned", tuned, f"asa:shift={shift}") for shift in shifts]
+    return made
 
 
 def main() -> None:
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--asa", nargs="?", const="", help="run asa too, with the weights in a folder or those installed for the model"
     )
+    parser.add_argument("--tuned", help="model source with the same weights, but tuned for an asa of its own")
     parser.add_argument("--shift", type=float, nargs="+", default=[0.0], help="shifts of beta to try with each")
     parser.add_argument("--length", type=int, default=1000)
     parser.add_argument("--from", type=int, default=200, dest="first", help="first position that is scored")
@@ -61,26 +65,29 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of the policies to run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/token_dropping"))
     chosen = parser.parse_args()
-    model = anee.load(chosen.model, dtype=chosen.dtype, prefill_chunk=chosen.length)
+    sources = [chosen.model, *([chosen.tuned] if chosen.tuned else [])]
+    models = {name: anee.load(name, dtype=chosen.dtype, prefill_chunk=chosen.length) for name in sources}
     texts = dict(item.split("=", 1) for item in chosen.text)
     names = ("model", "length", "first", "blocks", "dtype", "asa")
     records = Records(chosen.out.with_suffix(".json"), {name: getattr(chosen, name) for name in names})
     wanted = [
-        (text, name, policy)
+        (text, name, source, policy)
         for text in texts
-        for name, policy in runs(chosen.asa, chosen.shift)
+        for name, source, policy in runs(chosen.model, chosen.asa, chosen.shift, chosen.tuned)
         if not chosen.only or name in chosen.only or name == "dense"
     ]
-    blocks = {t: text_blocks(model, path, chosen.length, chosen.blocks) for t, path in texts.items()}
+    blocks = {t: text_blocks(models[chosen.model], path, chosen.length, chosen.blocks) for t, path in texts.items()}
     with Progress(console=Console(stderr=True)) as bar:
-        for text, name, policy in bar.track(wanted):
-            if f"{text} {policy}" in records:
+        for text, name, source, policy in bar.track(wanted):
+            key = f"{text} {policy}" if source == chosen.model else f"{text} {source} {policy}"
+            if key in records:
                 continue
+            model = models[source]
             model.set_policy(anee.load(model.model, policy).policy)
             quality = text_quality(model, blocks[text], chosen.first, chosen.batch)
             figures = {"perplexity": quality.perplexity, "dropped": quality.dropped}
-            bar.console.print(f"{text}: {policy}: {quality.perplexity:.2f} at {quality.dropped:.1%} dropped")
-            records.add(f"{text} {policy}", {"text": text, "name": name, "policy": policy, **figures})
+            bar.console.print(f"{text}: {name}: {policy}: {quality.perplexity:.2f} at {quality.dropped:.1%} dropped")
+            records.add(key, {"text": text, "name": name, "policy": policy, **figures})
     read = f"{chosen.blocks} blocks of {chosen.length} tokens, positions {chosen.first} on"
     heading = f"{chosen.model}: {read}, {chosen.dtype}"
     columns = {"dropped": lambda record: f"{record['dropped']:.1%}"}

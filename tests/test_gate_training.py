@@ -7,6 +7,7 @@ from tiny import FEW, adaptive, build, gate_weights, tokens
 
 import anee
 from anee_core.controllers import GateController
+from anee_core.controllers.gate import GateWeights
 from anee_core.errors import CheckpointError, InputError
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_run import GateTraining, train_gate
@@ -115,6 +116,17 @@ def test_a_run_resumes_and_loads(llama_folder, text, tmp_path):
     assert model.last_trace.flops["shortcuts"] > 0
     with pytest.raises(CheckpointError, match="batch was 2, is 3"):
         train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "parts"), small(batch=3))
+
+
+def test_a_run_goes_on_from_another(llama_folder, text, tmp_path):
+    train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "first"), small())
+    first = str(tmp_path / "first")
+    train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "second"), small(start=first, rate=1e-9))
+    assert not (tmp_path / "second" / "start").exists()
+    before, after = (GateWeights.load(tmp_path / name) for name in ("first", "second"))
+    torch.testing.assert_close(after.weight, before.weight / before.spread[:, None])
+    with pytest.raises(InputError, match="choose their rank"):
+        train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "third"), small(start=first, rank=5))
 
 
 def test_command_line(llama_folder, text, tmp_path, run_anee):

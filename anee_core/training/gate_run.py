@@ -43,6 +43,7 @@ class GateTraining:
         warmup: steps until they are reached.
         valid_blocks: blocks to validate on.
         calibration_sequences: pieces of text for the fit that the training starts from.
+        start: folder with a gate and shortcuts for the same model to start from, instead of a fit.
         protect: how many first and last layers always run.
         first: how many first tokens of a sequence run every layer.
     """
@@ -55,6 +56,7 @@ class GateTraining:
     warmup: int = 10
     valid_blocks: int = 8
     calibration_sequences: int = 32
+    start: str | None = None
     protect: tuple[int, int] = (1, 2)
     first: int = 4
 
@@ -110,9 +112,11 @@ def train_gate(
 
 
 def start_of(model: AdaptiveModel, blocks: Any, run: RunOptions, options: GateTraining) -> Path:
-    """Return the folder with the closed-form fit that a training starts from; make it if it is not there, on some of
-    the blocks of all texts.
+    """Return the folder that a training starts from: the one that was asked for, or that of a closed-form fit, which
+    is made if it is not there, on some of the blocks of all texts.
     """
+    if options.start is not None:
+        return Path(options.start)
     start = run.folder / "start"
     if not (start / "gate.json").exists():
         fit = FitOptions(rank=options.rank, seed=run.seed)
@@ -124,10 +128,21 @@ def start_of(model: AdaptiveModel, blocks: Any, run: RunOptions, options: GateTr
 
 
 def gated_model(model: AdaptiveModel, folder: Path, options: GateTraining, held_out: Tensor) -> GatedModel:
-    """Return a model with the gate and shortcuts of a folder, ready to be trained; the model itself is frozen."""
+    """Return a model with the gate and shortcuts of a folder, ready to be trained; the model itself is frozen.
+
+    Raises:
+        InputError: they are of another shape.
+    """
+    gate, shortcuts = GateWeights.load(folder), ShortcutWeights.load(folder)
+    layers, width = len(model.parts.layers), model.config.hidden_size
+    if gate.weight.shape != (layers, width) or shortcuts.down.shape != (layers, options.rank, width):
+        raise InputError(
+            f"{folder} has a gate of {list(gate.weight.shape)} and shortcuts of {list(shortcuts.down.shape)}, this "
+            f"training needs {[layers, width]} and {[layers, options.rank, width]}; choose their rank, and the model "
+            "that they are of"
+        )
     for parameter in model.parts.model.parameters():
         parameter.requires_grad_(False)
-    gate, shortcuts = GateWeights.load(folder), ShortcutWeights.load(folder)
     least = max(options.gate.least, float(gate.budgets[0]))
     costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(shortcuts))).costs
     controller, chosen = options.controller(), replace(options.gate, least=least)
