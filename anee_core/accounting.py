@@ -166,6 +166,13 @@ class CostModel:
         dense = run.sum(0)
         return run / dense, skip / dense
 
+    def saved_more(self, position_ids: Tensor) -> Tensor:
+        """Return the factor [...] by which skipping saves a larger share of a dense token's decoder-layer FLOPs at
+        ``position_ids`` [...] than `run_shares` and `skip_shares` say, since it saves attention too.
+        """
+        _, skip = self.token_shares(position_ids)
+        return (1 - skip.sum(0)) / (1 - sum(self.skip_shares))
+
     def spent_shares(self, ran: Tensor) -> Tensor:
         """Return what each token of sequences that start at position 0 spends of a dense one's decoder-layer FLOPs,
         [B, T], if it ran the layers ``ran`` [L, B, T] and skipped the others.

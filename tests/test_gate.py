@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FEW, adaptive, build, ragged, stepwise, tokens
+from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
 from anee_core.controllers import GateController, GateWeights
 from anee_core.errors import BudgetError, CheckpointError, PolicyError
+from anee_core.interfaces import Setting
 from anee_core.policy import Policy
+from anee_core.training.shares import from_one_score
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}
 
@@ -63,7 +65,11 @@ def test_decisions_follow_from_ranks_among_earlier_tokens(window, gate):
                 below = 0.5 * (1 + math.erf(float(scores[t]) / math.sqrt(2)))
                 rank = (int((earlier < scores[t]).sum()) + 4 * below) / (len(earlier) + 4)
                 # Between 0.9 at 0.4 and 0.5 at 0.7: two tokens ran everything, and 32 pay for what they spent.
-                share = 0.5 + 0.4 * (2 * 0.3 / 32) / 0.3
+                # Attention is saved too.
+                costs = model.engine.costs
+                more = (1 - costs.token_shares(torch.tensor(t))[1].sum()) / (1 - sum(costs.skip_shares))
+                allowed = 1 - (0.3 + 2 * 0.3 / 32) / more
+                share = 0.5 + 0.4 * (0.7 - allowed) / 0.3
                 assert ran[layer_idx, row, t] == (rank >= share) or abs(rank - share) < 1e-4
 
 
@@ -81,12 +87,28 @@ def test_the_budget_chooses_the_shares(gate):
 
 
 def test_what_the_first_tokens_spend_is_paid_back():
-    gate = GateController(first=4)
-    allowed = gate.allowed(torch.tensor(0.7), torch.arange(4, 60))
+    gate, model = GateController(first=4), adaptive(build("llama"))
+    costs = replace(model.engine.costs, pair_flops=0)
+    allowed = gate.allowed(torch.tensor(0.7), torch.arange(4, 60), costs)
     assert (4 + allowed[:32].sum()) / 36 == pytest.approx(0.7)
-    assert (allowed[32:] == 0.7).all()
+    torch.testing.assert_close(allowed[32:], torch.full((24,), 0.7))
     assert gate.settled == 36
-    assert (GateController(first=0).allowed(torch.tensor(0.7), torch.arange(60)) == 0.7).all()
+    first = GateController(first=0).allowed(torch.tensor(0.7), torch.arange(60), costs)
+    torch.testing.assert_close(first, torch.full((60,), 0.7))
+
+
+@pytest.mark.parametrize("budget", [0.6, 0.75, 0.9])
+def test_shares_spend_the_budget_however_much_attention_costs(budget):
+    costs = adaptive(build("llama")).engine.costs
+    weights = from_one_score(gate_weights()[0], costs, frozenset())
+    setting = Setting(costs, budget, width=32)
+    bound = GateController.of(weights, first=2, protect=(0, 0)).bind(setting)
+    positions = torch.tensor([40, 164, 1000, 5000, 50_000, 131_000])
+    shares = bound.shares(positions[None])[0]
+    run, skip = costs.token_shares(positions)
+    spent = (run.T * (1 - shares) + skip.T * shares).sum(1)
+    torch.testing.assert_close(spent, torch.full((6,), budget), atol=2e-3, rtol=0)
+    assert shares[-1].sum() < 0.97 * shares[0].sum()
 
 
 def test_a_hard_budget_holds_for_every_token(gate):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from anee_core.accounting import CostModel
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import BudgetError, CheckpointError, PolicyError
 from anee_core.interfaces import Action, Controller, DecisionContext, LinearGate, Setting, protect_ends
@@ -31,6 +32,8 @@ _FORMAT = CheckpointFormat(
 
 _REPAYING = 32
 """How many tokens pay back what the first ones spend beyond the budget."""
+_STRIDE, _STEPS = 64, 2048
+"""Tokens after those share prepared shares by 64; beyond 131,000, all do."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,9 @@ class GateController(Controller):
                 f"{self.name}: a budget of {budget:g} is below the least that it was fitted for, "
                 f"{float(ready.budgets[0]):.3f}"
             )
-        positions = torch.arange(self.settled + 1, device=ready.budgets.device)
-        shares = ready.at(self.allowed(torch.tensor(budget), positions))
+        steps = _STRIDE * torch.arange(1, _STEPS)
+        positions = torch.cat([torch.arange(self.settled + 1), self.settled + steps]).to(ready.budgets.device)
+        shares = ready.at(self.allowed(torch.tensor(budget), positions, setting.costs))
         shares[: self.first] = -1.0
         linear = LinearGate(ready.weight, ready.bias, ready.mean, ready.spread, self.prior, self.window)
         object.__setattr__(bound, "_weights", ready)
@@ -170,13 +174,21 @@ class GateController(Controller):
         """First position whose token spends the budget, and neither more nor less."""
         return self.first + _REPAYING
 
-    def allowed(self, budget: Tensor, positions: Tensor) -> Tensor:
-        """Return what tokens at ``positions`` may spend, for a sequence that meets a budget; both shapes are broadcast.
+    def allowed(self, budget: Tensor, positions: Tensor, costs: CostModel) -> Tensor:
+        """Return the budgets whose shares tokens at ``positions`` have, in a sequence that meets ``budget``; both
+        shapes are broadcast.
 
-        The first tokens run every layer. The next ones pay that back, in equal parts.
+        The first tokens run every layer. The next ones pay that back, in equal parts. Shares are solved for without
+        attention; where that has its part, skipping saves more, and fewer skips are enough.
         """
         debt = self.first * (1 - budget) / _REPAYING
-        return torch.where(positions < self.settled, budget - debt, budget)
+        spent = torch.where(positions < self.settled, budget - debt, budget)
+        return 1 - (1 - spent) / costs.saved_more(positions)
+
+    def _rows(self, position_ids: Tensor) -> Tensor:
+        """Return the rows of the prepared shares for positions [...]: each has its own until all is paid back."""
+        later = (position_ids - self.settled).clamp(min=0) // _STRIDE
+        return (position_ids.clamp(max=self.settled) + later).clamp(max=len(self._shares) - 1)
 
     @property
     def linear(self) -> LinearGate | None:
@@ -190,7 +202,7 @@ class GateController(Controller):
 
     def shares(self, position_ids: Tensor) -> Tensor:
         """Return the shares [B, T, L] for tokens at positions [B, T]; -1 for the first ones."""
-        return self._shares.to(position_ids.device)[position_ids.clamp(max=self.settled)]
+        return self._shares.to(position_ids.device)[self._rows(position_ids)]
 
     def score(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return the scores [B, T]; NaN for the first tokens."""
@@ -209,7 +221,7 @@ class GateController(Controller):
         mean, spread = (part[layer_idx].to(signals.device) for part in (linear.mean, linear.spread))
         rank = ranks(context.score, context.lower, context.compared, mean, spread, self.prior)
         shares = self._shares[:, layer_idx].to(signals.device)
-        skip = rank < shares[context.position_ids.clamp(max=self.settled)]
+        skip = rank < shares[self._rows(context.position_ids)]
         return torch.where(skip, int(Action.SKIP), int(Action.PROCESS)).to(torch.uint8)[None]
 
 

@@ -211,7 +211,7 @@ class GatedModel(Objective):
         """Return the thresholds [B, T, L] of tokens at ``positions`` [T] in sequences with ``budgets`` [B], as
         quantiles of a normal distribution.
         """
-        allowed = self._controller.allowed(budgets[:, None], positions)
+        allowed = self._controller.allowed(budgets[:, None], positions, self.costs)
         return _normal(self.near(allowed) @ torch.special.ndtr(self.thresholds))
 
     def near(self, budgets: Tensor) -> Tensor:
