@@ -12,6 +12,7 @@ import torch
 import anee
 from anee_core.calibration import CalibrationOptions
 from anee_core.divergence import divergence
+from anee_core.errors import PolicyError
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[1]
@@ -142,6 +143,19 @@ def test_bundled_asa_drops_much_and_costs_little(smollm2):
     assert sparse.last_trace.context_dropped > 0.3
     assert losses["asa"] < losses["dense"] + 0.2
     assert losses["asa"] < losses["window"]
+
+
+def test_tuned_source_drops_more_with_its_own_asa(smollm2):
+    tuned = anee.load("smollm2-asa", "asa")
+    ids = smollm2.tokenizer((ROOT / "LICENSE").read_text(), return_tensors="pt")["input_ids"][:, :800]
+    losses = []
+    for model in (smollm2, tuned):
+        with torch.no_grad():
+            losses.append(float(torch.nn.functional.cross_entropy(model(ids).logits[0, 200:-1], ids[0, 201:])))
+    assert tuned.last_trace.context_dropped > 0.55
+    assert losses[1] < losses[0] + 0.15
+    with pytest.raises(PolicyError, match="trained together"):
+        anee.load(smollm2.model, f"asa:{tuned.policy.cache_policy.folder}")
 
 
 def test_bundled_rl_meets_its_budget_and_costs_less_than_chance(smollm2):
