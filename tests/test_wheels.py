@@ -105,8 +105,11 @@ def test_plugins_are_listed_with_what_they_provide(environment):
     assert found["anee-staggered"]["provides"] == {"controllers": ["staggered"]}
     assert found["anee-strided"]["provides"] == {"cache_policies": ["strided"]}
     assert found["anee-smollm2"]["provides"] == {
-        "model_sources": ["smollm2"],
-        "trained_policies": [f"smollm2-135m-instruct/{name}" for name in ("asa", "gate", "shortcuts")],
+        "model_sources": ["smollm2", "smollm2-asa"],
+        "trained_policies": [
+            "smollm2-135m-instruct-asa/asa",
+            *(f"smollm2-135m-instruct/{name}" for name in ("asa", "gate", "shortcuts")),
+        ],
     }
     assert found["anee-mini"]["provides"] == {
         "model_sources": ["mini"],
