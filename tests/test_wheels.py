@@ -107,8 +107,8 @@ def test_plugins_are_listed_with_what_they_provide(environment):
     assert found["anee-smollm2"]["provides"] == {
         "model_sources": ["smollm2", "smollm2-asa"],
         "trained_policies": [
-            "smollm2-135m-instruct-asa/asa",
             *(f"smollm2-135m-instruct/{name}" for name in ("asa", "gate", "shortcuts")),
+            "smollm2-135m-instruct-asa/asa",
         ],
     }
     assert found["anee-mini"]["provides"] == {
