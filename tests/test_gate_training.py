@@ -118,6 +118,16 @@ def test_a_run_resumes_and_loads(llama_folder, text, tmp_path):
         train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "parts"), small(batch=3))
 
 
+def test_mixed_precision_trains_nearly_the_same(llama_folder, text, tmp_path):
+    found = {}
+    for precision in ("no", "bf16"):
+        run = run_options(tmp_path / precision, precision=precision)
+        train_gate(anee.load(llama_folder), [text], run, small(rate=1e-9))
+        found[precision] = load_file(tmp_path / precision / "shortcuts.safetensors")
+    for name, tensor in found["no"].items():
+        torch.testing.assert_close(found["bf16"][name], tensor)
+
+
 def test_a_run_goes_on_from_another(llama_folder, text, tmp_path):
     train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "first"), small())
     first = str(tmp_path / "first")

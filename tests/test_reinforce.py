@@ -28,6 +28,16 @@ def test_rollouts_without_chance_are_the_deployed_decisions(tmp_path):
     torch.testing.assert_close(entropy, torch.zeros(3, 18), atol=1e-3, rtol=0)
 
 
+def test_decisions_are_made_in_full_precision(tmp_path):
+    trained, _ = gated(build("llama"), tmp_path, least=0.4, knots=4)
+    objective = Reinforce(trained, ReinforceOptions())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = objective(tokens(2, 18))
+        _, _, log_chance, _ = objective.rollout(tokens(2, 18), torch.tensor([0.6, 0.8]))
+    assert loss.isfinite()
+    assert log_chance.dtype == torch.float32
+
+
 def test_the_estimate_is_the_gradient_of_the_expected_reward(tmp_path):
     trained, _ = gated(frozen(build("llama")), tmp_path)
     trained.free = [i == 2 for i in range(6)]  # one decision: the fifth token at layer 2

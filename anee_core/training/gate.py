@@ -178,7 +178,9 @@ class GatedModel(Objective):
         `GateController.decide` compares. Gradients are those of the distance to the earlier tokens' mean, in their
         standard deviations.
         """
-        deviation = unit @ self.weight[layer_idx] + self.bias[layer_idx] - self.mean[layer_idx]
+        # What is decided must not depend on the precision that layers are trained in.
+        with torch.autocast(unit.device.type, enabled=False):
+            deviation = unit @ self.weight[layer_idx] + self.bias[layer_idx] - self.mean[layer_idx]
         first, prior = self.first, self._controller.prior
         with torch.no_grad():
             if self.training:
@@ -212,7 +214,8 @@ class GatedModel(Objective):
         quantiles of a normal distribution.
         """
         allowed = self._controller.allowed(budgets[:, None], positions, self.costs)
-        return _normal(self.near(allowed) @ torch.special.ndtr(self.thresholds))
+        with torch.autocast(allowed.device.type, enabled=False):
+            return _normal(self.near(allowed) @ torch.special.ndtr(self.thresholds))
 
     def near(self, budgets: Tensor) -> Tensor:
         """Return the weights of each knot for budgets [...], [..., Q]: linear between two neighbours, and those of an
