@@ -10,10 +10,17 @@ from anee_core.errors import CacheError
 from anee_core.interfaces import CachePolicy
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}
-SCORING = ["h2o:keep=0.4", "tova:keep=5", "knorm:keep=0.4", "snapkv:keep=0.4,every=4,window=2,pool=3"]
+SCORING = [
+    "h2o:keep=0.4,least=1",
+    "tova:keep=5",
+    "knorm:keep=0.4,least=1",
+    "snapkv:keep=0.4,least=1,every=4,window=2,pool=3",
+]
 
 
-@pytest.mark.parametrize("policy", [*SCORING, "window:sinks=1,recent=6", "random:p=0.5,protect=0 0+tova:keep=0.4"])
+@pytest.mark.parametrize(
+    "policy", [*SCORING, "window:sinks=1,recent=6", "random:p=0.5,protect=0 0+tova:keep=0.4,least=1"]
+)
 @pytest.mark.parametrize("family", FEW)
 def test_a_prompt_read_in_pieces_of_any_size_is_the_same(family, policy):
     ids, mask = ragged([21, 13], "left")
@@ -24,7 +31,7 @@ def test_a_prompt_read_in_pieces_of_any_size_is_the_same(family, policy):
             torch.testing.assert_close(pieces[mask.bool()], whole[mask.bool()], **CLOSE)
 
 
-@pytest.mark.parametrize("policy", [*SCORING, "window:keep=0.4"])
+@pytest.mark.parametrize("policy", [*SCORING, "window:keep=0.4,least=1"])
 def test_memory_while_reading_is_bounded_by_the_chunk_and_what_is_kept(policy):
     length, chunk = 120, 16
     model = adaptive(build("llama"), policy, prefill_chunk=chunk)
@@ -85,7 +92,7 @@ def test_rollback_restores_what_a_policy_remembers(policy):
 
 
 def test_rollback_of_rewritten_scores_is_refused_unless_recorded():
-    model, ids = adaptive(build("llama"), "h2o:keep=0.9"), tokens(2, 12)
+    model, ids = adaptive(build("llama"), "h2o:keep=0.9,least=1"), tokens(2, 12)
     with torch.no_grad():
         cache = model(ids).past_key_values
         with pytest.raises(CacheError, match="activate_past_recording"):

@@ -10,7 +10,7 @@ from anee_core.evaluation import dense_logits, text_blocks, text_quality
 from anee_core.sweep import SweepOptions, relative, run_sweep
 
 SMALL = SweepOptions((0.7, 0.9), length=120, blocks=2, repeats=0)
-POLICIES = ["random:protect=1 1", "window:sinks=1,keep={budget}"]
+POLICIES = ["random:protect=1 1", "window:sinks=1,keep={budget},least=1"]
 
 
 def test_records_are_what_the_policies_do(llama_folder, text, tmp_path):

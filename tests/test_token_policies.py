@@ -93,15 +93,15 @@ def share(keep):
 
 
 CASES = [
-    ("h2o", H2OCachePolicy(keep=0.4), {"allowed": share(0.4), "recent": 0}),
+    ("h2o", H2OCachePolicy(keep=0.4, least=1), {"allowed": share(0.4), "recent": 0}),
     ("h2o", H2OCachePolicy(keep=6, recent=2, sinks=1), {"allowed": lambda n: 6, "recent": 2, "sinks": 1}),
-    ("tova", TovaCachePolicy(keep=0.3), {"allowed": share(0.3)}),
+    ("tova", TovaCachePolicy(keep=0.3, least=1), {"allowed": share(0.3)}),
     ("tova", TovaCachePolicy(keep=5, sinks=2, recent=2), {"allowed": lambda n: 5, "sinks": 2, "recent": 2}),
     ("tova", TovaCachePolicy(keep=2, sinks=4, recent=4), {"allowed": lambda n: 2, "sinks": 4, "recent": 4}),
-    ("knorm", KeyNormCachePolicy(keep=0.5, recent=3), {"allowed": share(0.5), "recent": 3}),
+    ("knorm", KeyNormCachePolicy(keep=0.5, least=1, recent=3), {"allowed": share(0.5), "recent": 3}),
     (
         "snapkv",
-        SnapKVCachePolicy(keep=0.4, every=5, window=2, pool=3, sinks=1),
+        SnapKVCachePolicy(keep=0.4, least=1, every=5, window=2, pool=3, sinks=1),
         {"allowed": share(0.4), "sinks": 1, "every": 5, "window": 2, "pool": 3},
     ),
     (
@@ -126,7 +126,7 @@ def test_policy_keeps_what_its_definition_says(kind, policy, options, skipping):
 
 
 def test_window_by_share_keeps_sinks_and_the_newest():
-    policy = WindowCachePolicy(keep=0.4, sinks=2)
+    policy = WindowCachePolicy(keep=0.4, least=1, sinks=2)
     positions = torch.arange(TOKENS)[None]
     keep = policy.retain(view_of(policy, None, None))[0]
     for i in range(TOKENS):
@@ -136,10 +136,18 @@ def test_window_by_share_keeps_sinks_and_the_newest():
     assert positions.shape == (1, TOKENS)
 
 
+@pytest.mark.parametrize("policy", ["window:sinks=4,keep=0.1", "h2o:keep=0.1", "tova:keep=0.1", "knorm:keep=0.1"])
+def test_a_share_drops_nothing_before_there_are_a_few_tokens(policy):
+    model = adaptive(build("llama"), policy)
+    model(tokens(2, 24))
+    held = model.last_trace.held
+    assert torch.equal(held, (torch.arange(24) + 1).clamp(max=16).expand_as(held))
+
+
 def test_random_tokens_are_another_draw_in_each_layer_and_for_each_seed():
     kept = set()
     for layer_idx, seed in ((0, 0), (1, 0), (0, 1)):
-        policy = RandomTokensCachePolicy(keep=0.4, seed=seed)
+        policy = RandomTokensCachePolicy(keep=0.4, least=1, seed=seed)
         keep, _ = policy.decide(view_of(policy, None, None, layer_idx=layer_idx))
         assert keep[0, -1].sum() == share(0.4)(TOKENS)
         kept.add(tuple(keep[0, -1].tolist()))
@@ -181,7 +189,7 @@ def test_attention_shown_to_a_policy_is_the_models_own(family, backend):
 
 
 def test_a_family_whose_attention_cannot_be_seen_is_refused(monkeypatch):
-    model = adaptive(build("llama"), "tova:keep=0.5")
+    model = adaptive(build("llama"), "tova:keep=0.5,least=1")
     attend = model.model.model.layers[0].self_attn
     monkeypatch.setattr(type(attend), "forward", lambda self, hidden_states, **kwargs: (hidden_states, None))
     with pytest.raises(ModelError, match="cannot see them in this family"):
@@ -192,6 +200,7 @@ def test_a_family_whose_attention_cannot_be_seen_is_refused(monkeypatch):
     ("policy", "message"),
     [
         ("tova:keep=0", "keep is a share in"),
+        ("tova:least=0", "1 or more"),
         ("tova:keep=1.5", "whole number of tokens"),
         ("tova:keep=-3", "keep is a share in"),
         ("tova:keep=nan", "finite"),

@@ -19,9 +19,12 @@ class BudgetedCachePolicy(CachePolicy):
     Options:
         keep: how much each row of a layer may hold. Up to 1: a share of the tokens read so far. Above: a number of
             tokens. Several, one for each layer, separated by spaces.
+        least: the fewest tokens that a share stands for. Below it nothing is dropped: the first tokens of a sequence,
+            which models lean on, would have to go before there are others.
     """
 
     keep: tuple[float, ...] = (0.2,)
+    least: int = 16
 
     def __post_init__(self) -> None:
         given: Any = self.keep
@@ -31,6 +34,8 @@ class BudgetedCachePolicy(CachePolicy):
                 f"{self.name}: keep is a share in (0, 1] or a whole number of tokens above 1, or one for each layer; "
                 f"got {' '.join(f'{v:g}' for v in values) or 'nothing'}"
             )
+        if self.least < 1:
+            raise PolicyError(f"{self.name}: least is a number of tokens, 1 or more; got {self.least}")
         object.__setattr__(self, "keep", tuple(float(v) for v in values))
 
     def bind(self, setting: Setting) -> CachePolicy:
@@ -47,9 +52,9 @@ class BudgetedCachePolicy(CachePolicy):
         return self
 
     def allowed(self, layer_idx: int, query_position: Tensor) -> Tensor:
-        """Return how many tokens may be held after tokens at these positions, of the same shape; at least one."""
+        """Return how many tokens may be held after tokens at these positions, of the same shape."""
         keep = self.keep[layer_idx] if len(self.keep) > 1 else self.keep[0]
         if keep > 1:
             return torch.full_like(query_position, int(keep))
         # In hundredths of a token, lest a share like 0.3 of 10 tokens should round up to four of them.
-        return torch.ceil((query_position + 1).double() * keep - 0.01).clamp(min=1).long()
+        return torch.ceil((query_position + 1).double() * keep - 0.01).clamp(min=self.least).long()

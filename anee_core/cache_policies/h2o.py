@@ -18,7 +18,7 @@ class H2OCachePolicy(AttentionCachePolicy):
     The paper drops per head; here all heads of a layer hold the same tokens.
 
     Options:
-        keep: see `BudgetedCachePolicy`.
+        keep, least: see `BudgetedCachePolicy`.
         sinks: how many first tokens stay in any case.
         recent: how many newest tokens stay in any case; 0 for half of the budget, as in the paper.
     """

@@ -16,7 +16,7 @@ class KeyNormCachePolicy(ScoringCachePolicy):
     """Keep short keys, which tend to draw much attention: a token's score is minus its keys' mean L2 norm over heads.
 
     Options:
-        keep: see `BudgetedCachePolicy`.
+        keep, least: see `BudgetedCachePolicy`.
         sinks: how many first tokens stay in any case.
         recent: how many newest tokens stay in any case.
     """

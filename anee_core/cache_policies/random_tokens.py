@@ -18,7 +18,7 @@ class RandomTokensCachePolicy(ScoringCachePolicy):
     """Keep tokens at random, each layer others. The draw depends on layer, position and seed alone.
 
     Options:
-        keep: see `BudgetedCachePolicy`.
+        keep, least: see `BudgetedCachePolicy`.
         sinks: how many first tokens stay in any case.
         recent: how many newest tokens stay in any case.
         seed: of the draw.

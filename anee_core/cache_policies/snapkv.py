@@ -23,7 +23,7 @@ class SnapKVCachePolicy(AttentionCachePolicy):
     in. Votes are smoothed over ``pool`` neighbouring slots. All heads of a layer hold the same tokens.
 
     Options:
-        keep: see `BudgetedCachePolicy`; holds after each drop.
+        keep, least: see `BudgetedCachePolicy`; holds after each drop.
         sinks: how many first tokens stay in any case.
         recent: how many newest tokens stay in any case, if more than the window.
         every: number of tokens from one drop to the next.

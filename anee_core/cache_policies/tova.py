@@ -19,7 +19,7 @@ class TovaCachePolicy(AttentionCachePolicy):
     A token that skips the layer attends to nothing, so the one before it still decides.
 
     Options:
-        keep: see `BudgetedCachePolicy`.
+        keep, least: see `BudgetedCachePolicy`.
         sinks: how many first tokens stay in any case.
         recent: how many newest tokens stay in any case.
     """

@@ -18,7 +18,7 @@ class WindowCachePolicy(BudgetedCachePolicy):
     """Keep attention sinks and a recent window. Tokens keep the positions they were read at.
 
     Options:
-        keep: see `BudgetedCachePolicy`; sinks and window together. Without it ``recent`` counts.
+        keep, least: see `BudgetedCachePolicy`; sinks and window together. Without it ``recent`` counts.
         sinks: how many first tokens of the sequence to keep.
         recent: how many most recent tokens to keep, the current one included.
     """
