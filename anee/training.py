@@ -21,7 +21,7 @@ Accumulate = Annotated[int, typer.Option("--accumulate", help="Batches per step.
 Precision = Annotated[str, typer.Option("--precision", help="no, bf16 or fp16 (mixed).")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of the model: float32 or bfloat16.")]
 CalibrationSequences = Annotated[int, typer.Option("--calibration-sequences", help="Pieces for the fit.")]
-Start = Annotated[Path | None, typer.Option("--start", help="Folder with weights to start from.")]
+Start = Annotated[str | None, typer.Option("--start", metavar="<path>", help="Folder with weights to start from.")]
 ValidBlocks = Annotated[int, typer.Option("--valid-blocks", help="Blocks to validate on.")]
 ValidateEvery = Annotated[int, typer.Option("--validate-every", help="Steps between validations.")]
 SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")]
@@ -84,7 +84,7 @@ def asa(
         rank=rank,
         alpha=alpha,
         beta=beta,
-        start=None if start is None else str(start),
+        start=start,
         distil=distil,
         length=length,
         batch=batch,
@@ -147,7 +147,7 @@ def supervised(
         rate=rate,
         valid_blocks=valid_blocks,
         calibration_sequences=calibration_sequences,
-        start=None if start is None else str(start),
+        start=start,
     )
     run = RunOptions(
         folder,
@@ -203,7 +203,7 @@ def rl(
         batch=batch,
         valid_blocks=valid_blocks,
         calibration_sequences=calibration_sequences,
-        start=None if start is None else str(start),
+        start=start,
     )
     chosen = RlTraining(shared, ReinforceOptions(rollouts=rollouts), steps=reinforce_steps)
     run = RunOptions(

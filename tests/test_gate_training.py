@@ -6,8 +6,7 @@ from safetensors.torch import load_file
 from tiny import FEW, adaptive, build, gate_weights, tokens
 
 import anee
-from anee_core.controllers import GateController
-from anee_core.controllers.gate import GateWeights
+from anee_core.controllers import GateController, GateWeights
 from anee_core.errors import CheckpointError, InputError
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_run import GateTraining, train_gate

