@@ -34,6 +34,10 @@ class CheckpointError(AneeError):
     """A saved policy or calibration that is missing, corrupt or of another model."""
 
 
+class TrainingError(AneeError):
+    """A training run that cannot go on."""
+
+
 class PluginError(AneeError):
     """A plugin that is broken or clashes with another."""
 

@@ -7,7 +7,7 @@ from tiny import FEW, adaptive, build, gate_weights, tokens
 
 import anee
 from anee_core.controllers import GateController, GateWeights
-from anee_core.errors import CheckpointError, InputError
+from anee_core.errors import CheckpointError, InputError, TrainingError
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_run import GateTraining, train_gate
 from anee_core.training.loop import RunOptions
@@ -37,6 +37,56 @@ def test_what_is_trained_is_what_is_deployed(family, tmp_path):
     run, skip = deployed.engine.costs.token_shares(torch.arange(18))
     torch.testing.assert_close(spent, torch.where(ran, run[:, None], skip[:, None]).sum(0))
     assert 0.1 < ran.float().mean() < 0.95
+
+
+def test_tokens_are_compared_with_those_of_the_window_alone(tmp_path):
+    gate, shortcuts = gate_weights()
+    deployed = adaptive(build("llama"), "dense")
+    controller = GateController(window=4, first=2, prior=1.5)
+    parts = (deployed.adapter, deployed.parts, deployed.engine.costs)
+    trained = GatedModel(*parts, gate, shortcuts, controller, GateOptions()).eval()
+    unit = torch.randn(2, 40, gate.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    weight = trained.weight[1].detach().double().requires_grad_()
+    deviation = unit.double() @ weight + trained.bias[1].detach().double() - trained.mean[1].double()
+    spread = float(trained.spread[1])
+    distances = []
+    for t in range(2, 40):
+        window = deviation[:, max(2, t - 4) : t]
+        count = window.shape[1] + 1.5
+        mean = window.sum(1) / count
+        variance = (window.square().sum(1) + 1.5 * spread**2) / count - mean.square()
+        distances.append((deviation[:, t] - mean) / variance.sqrt())
+    torch.stack(distances, dim=1).sin().sum().backward()
+    score = trained.score(unit, 1)[:, 2:]
+    values = torch.stack(distances, dim=1).detach().float()
+    (score + (values - score).detach()).sin().sum().backward()
+    torch.testing.assert_close(trained.weight.grad[1], weight.grad.float(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "weights"])
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(llama_folder, text, tmp_path, monkeypatch, spoilt):
+    folder = tmp_path / "run"
+    train_gate(anee.load(llama_folder), [text], run_options(folder, steps=2), small())
+    good = load_file(folder / "checkpoint" / "trained.safetensors")
+    forward = GatedModel.forward
+
+    def spoil(self, input_ids):
+        loss, figures = forward(self, input_ids)
+        if spoilt == "weights":
+            with torch.no_grad():
+                self.mean.fill_(torch.nan)
+        return (loss * torch.nan if spoilt == "loss" else loss), figures
+
+    monkeypatch.setattr(GatedModel, "forward", spoil)
+    with pytest.raises(TrainingError, match="go on from it with a lower learning rate"):
+        train_gate(anee.load(llama_folder), [text], run_options(folder, save_every=1), small())
+    kept = load_file(folder / "checkpoint" / "trained.safetensors")
+    assert all(torch.equal(kept[name], good[name]) for name in good)
+    monkeypatch.undo()
+    train_gate(anee.load(llama_folder), [text], run_options(folder), small(rate=0.5))
+    with pytest.raises(TrainingError, match="start again with a lower"):
+        monkeypatch.setattr(GatedModel, "forward", spoil)
+        train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "new", save_every=1), small())
 
 
 def test_every_part_gets_a_gradient_and_the_model_none(tmp_path):

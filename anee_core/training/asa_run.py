@@ -119,8 +119,7 @@ def train_asa(
         groups.append({"params": own, "lr": options.backbone_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rate = trapezoid(run.steps, options.warmup, decay=max(run.steps // 5, 1))
-    settings = {name: value for name, value in asdict(options).items() if name != "valid_blocks"}
-    history = run_training(objective, [optimizer], rate, batches, run, accelerator, settings)
+    history = run_training(objective, [optimizer], rate, batches, run, accelerator, asdict(options))
     if accelerator.is_main_process:
         network = model.parts.model
         if adapted is not None:

@@ -192,8 +192,8 @@ class GatedModel(Objective):
             kept[:, :first] = torch.nan
             lower, among = compared(kept, deviation, self._controller.compares)
             rank = ranks(deviation, lower, among, torch.zeros_like(spread), spread, prior)
-        counted = deviation[:, first:].double()
-        sums = [nn.functional.pad(part.cumsum(1) - part, (first, 0)) for part in (counted, counted.square())]
+        counted, window = deviation[:, first:].double(), self._controller.compares
+        sums = [nn.functional.pad(_sum_before(part, window), (first, 0)) for part in (counted, counted.square())]
         weight = among + prior
         mean = sums[0] / weight
         variance = (sums[1] + prior * spread.double().square()) / weight - mean.square()
@@ -247,6 +247,12 @@ class GatedModel(Objective):
         gate = GateWeights(self.weight.detach(), self.bias.detach(), self.mean, self.spread, self.budgets, shares)
         shortcuts = ShortcutWeights(self.down.detach(), self.up.detach(), self.shortcut_bias.detach())
         return gate, shortcuts
+
+
+def _sum_before(values: Tensor, window: int) -> Tensor:
+    """Return the sum of the ``window`` values before each of ``values`` [B, T], [B, T]: of fewer where there are."""
+    before = values.cumsum(1) - values
+    return before - nn.functional.pad(before, (window, 0))[:, : values.shape[1]]
 
 
 def _normal(shares: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from anee_core.errors import CheckpointError, InputError
+from anee_core.errors import CheckpointError, InputError, TrainingError
 from anee_core.progress import progress_bar
 from anee_core.training.data import Batches
 from anee_core.training.schedules import Schedule
@@ -26,6 +27,8 @@ from anee_core.training.schedules import Schedule
 logger = logging.getLogger(__name__)
 
 _TRAINED, _SETTINGS, _STEP = "trained.safetensors", "run.json", "step.json"
+_CHANGEABLE = frozenset({"rate", "backbone_rate", "valid_blocks"})
+"""Settings that a run may go on with though they were others before."""
 
 
 class Objective(nn.Module, ABC):
@@ -113,10 +116,11 @@ def run_training(
         batches: of this process.
         options: how the run goes.
         accelerator: from `accelerator_of`.
-        settings: what else must be the same when the run is continued.
+        settings: what else must be the same when the run is continued, but for learning rates and validation.
 
     Raises:
         CheckpointError: the folder holds a run with other options, or one that cannot be read.
+        TrainingError: the loss or a weight is no longer finite.
     """
     run = _Run(objective, optimizers, options, accelerator, settings or {})
     step = run.resume()
@@ -155,7 +159,7 @@ class _Run:
         settings: Mapping[str, Any],
     ) -> None:
         # As it will be read back: tuples become lists.
-        self._identity = json.loads(json.dumps({**_identity(options, accelerator), **settings}))
+        self._identity = json.loads(json.dumps({**_identity(options, accelerator), **_lasting(settings)}))
         self.objective, self.options, self.accelerator = objective, options, accelerator
         self.history: list[dict[str, float]] = []
         for optimizer in optimizers:
@@ -187,7 +191,16 @@ class _Run:
             for name, value in {"loss": loss.detach(), **figures}.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / options.accumulate
         mean = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
-        return dict(zip(sums, mean.tolist(), strict=True))
+        averaged = dict(zip(sums, mean.tolist(), strict=True))
+        if not math.isfinite(averaged["loss"]):
+            raise self._diverged(step + 1, f"the loss is {averaged['loss']}")
+        return averaged
+
+    def _diverged(self, step: int, why: str) -> TrainingError:
+        folder = self.options.folder
+        kept = (folder / "checkpoint").is_dir()
+        again = f"the checkpoint in {folder} is from before: go on from it" if kept else "start again"
+        return TrainingError(f"training went wrong at step {step} ({why}); {again} with a lower learning rate")
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the objective's figures of held-out text, and note them."""
@@ -202,6 +215,9 @@ class _Run:
 
     def save(self, step: int) -> None:
         """Write a checkpoint beside the last one, then put it in its place."""
+        broken = next((name for name, tensor in self.saved.items() if not tensor.isfinite().all()), None)
+        if broken is not None:
+            raise self._diverged(step, f"{broken} is not finite")
         folder = self.options.folder
         draft, place = folder / "draft", folder / "checkpoint"
         accelerator = self.accelerator
@@ -270,6 +286,15 @@ def _identity(options: RunOptions, accelerator: Accelerator) -> dict[str, Any]:
     chosen = asdict(options)
     same = {name: chosen[name] for name in ("accumulate", "clip", "precision", "seed")}
     return {**same, "processes": accelerator.num_processes}
+
+
+def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings, nested ones too, that must stay as they are."""
+    return {
+        name: _lasting(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name not in _CHANGEABLE
+    }
 
 
 def _random_state() -> dict[str, Any]:
