@@ -84,8 +84,8 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(llama_folder, text, t
     assert all(torch.equal(kept[name], good[name]) for name in good)
     monkeypatch.undo()
     train_gate(anee.load(llama_folder), [text], run_options(folder), small(rate=0.5))
+    monkeypatch.setattr(GatedModel, "forward", spoil)
     with pytest.raises(TrainingError, match="start again with a lower"):
-        monkeypatch.setattr(GatedModel, "forward", spoil)
         train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "new", save_every=1), small())
 
 
