@@ -1,0 +1,83 @@
+// Sixteen numbers at once, whatever type they are stored in.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+struct bf16 { uint16_t bits; };
+struct int4 { uint8_t pair; };  // numbers i and i + 16 of 32
+
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t vec_bits __attribute__((vector_size(64), aligned(4)));
+typedef int32_t vec_int __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t vec_half __attribute__((vector_size(32), aligned(2)));
+typedef int8_t vec_byte __attribute__((vector_size(16), aligned(1)));
+constexpr int LANES = 16;
+
+static inline float widen(float x) { return x; }
+static inline float widen(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+static inline void store(float* at, float x) { *at = x; }
+static inline void store(bf16* at, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    at->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline vec load(const float* p) { return *(const vec*)p; }
+static inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(*(const vec_half*)p, vec_bits) << 16); }
+static inline vec load(const int8_t* p) {
+#ifdef __AVX512F__  // compilers make sixteen single conversions of the other
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+    return __builtin_convertvector(*(const vec_byte*)p, vec);
+#endif
+}
+static inline float widen(int8_t x) { return x; }
+// The 32 numbers whose pairs are at p.
+static inline void load(const int4* p, vec& low, vec& high) {
+#ifdef __AVX512F__
+    __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    low = (vec)_mm512_cvtepi32_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(15)));
+    high = (vec)_mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 4));
+#else
+    for (int i = 0; i < LANES; i++) low[i] = p[i].pair & 15, high[i] = p[i].pair >> 4;
+#endif
+}
+static inline float sum(vec v) {
+    typedef float eight __attribute__((vector_size(32)));
+    typedef float quarter __attribute__((vector_size(16)));
+    eight h[2];
+    std::memcpy(h, &v, sizeof v);
+    h[0] += h[1];
+    quarter q[2];
+    std::memcpy(q, &h[0], sizeof q);
+    q[0] += q[1];
+    return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
+}
+
+// exp, to about two units in the last place (range reduction to |r| <= ln2/2 and a polynomial).
+static inline vec exponential(vec x) {
+    x = x < -87.0f ? (vec{} - 87.0f) : x;
+    x = x > 88.0f ? (vec{} + 88.0f) : x;
+    vec t = x * 1.44269504f;
+    vec_int whole = __builtin_convertvector(t + (t < 0.0f ? (vec{} - 0.5f) : (vec{} + 0.5f)), vec_int);
+    vec n = __builtin_convertvector(whole, vec);
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = vec{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((whole + 127) << 23);
+}
