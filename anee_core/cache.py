@@ -282,6 +282,20 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 store.state[name] = rows.new_zeros(rows.shape[0], capacity, *rows.shape[2:])
             store.state[name].narrow(1, start, rows.shape[1]).copy_(rows.detach())
 
+    @torch.inference_mode(False)
+    def dropping(self, name: str, width: int, like: Tensor) -> list[tuple[Slots, Tensor]]:
+        """Return each layer's slots, and what is remembered of them under a name, [B, capacity, width] in the dtype of
+        ``like``, for a step that writes both: what it drops of the current block's forward, and of its tokens.
+        """
+        found = []
+        for layer_idx, store in enumerate(self.layers):
+            slots = self._own_slots(layer_idx)
+            slots.full, slots.evicting, slots.gaps = False, True, True
+            if name not in store.state:
+                store.state[name] = like.new_zeros(self.batch, slots.capacity, width)
+            found.append((slots, store.state[name]))
+        return found
+
     def state(self, layer_idx: int) -> dict[str, Tensor]:
         """Return what is remembered of one layer's slots, [B, S, ...]."""
         used = self.slots[layer_idx].used
@@ -293,15 +307,20 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
         ``state`` is what is remembered from now on, [B, S, ...]. Memory is freed by `commit`.
         """
-        slots = self.slots[layer_idx]
-        if any(other is slots for i, other in enumerate(self.slots) if i != layer_idx):
-            slots = self.slots[layer_idx] = slots.clone()
+        slots = self._own_slots(layer_idx)
         if not self._pending:
             # Outside a forward: not final before the next one, unlike what fell at the end of the last.
             self._horizon, self._final = self._last_final_drop(), self.seen - 1
         slots.evict(alive, self.seen + self._pending)
         if state:
             self._staged[layer_idx] = {name: known.detach() for name, known in state.items()}
+
+    def _own_slots(self, layer_idx: int) -> Slots:
+        """Return a layer's slots, which no other layer shares from now on."""
+        slots = self.slots[layer_idx]
+        if any(other is slots for i, other in enumerate(self.slots) if i != layer_idx):
+            slots = self.slots[layer_idx] = slots.clone()
+        return slots
 
     @torch.inference_mode(False)
     def commit(self) -> None:

@@ -15,7 +15,7 @@ from anee_core.dropping import Drop
 from anee_core.errors import BudgetError
 from anee_core.feedback import FeedbackLog
 from anee_core.interfaces import Calibration, Setting, Shortcut
-from anee_core.layer_step import LayerStep, ReferenceStep, Stack, devices_of
+from anee_core.layer_step import DropCall, LayerStep, ReferenceStep, Stack, devices_of
 from anee_core.layout import Parts
 from anee_core.ledger import Budget
 from anee_core.masks import MaskMaker
@@ -126,7 +126,9 @@ class Engine:
         held: list[Tensor] = []
         try:
             self.step.begin(hidden_states, cache)
-            output = None if keep_states else self._all_layers(hidden_states, calls, masks, cache, plan, meter)
+            output = None
+            if not keep_states:
+                output, held = self._all_layers(hidden_states, calls, masks, cache, plan, meter, block)
             for layer_idx in range(self.costs.num_layers if output is None else 0):
                 hidden_states = hidden_states.to(self._devices[layer_idx])
                 selection = plan.at(layer_idx, hidden_states, previous)
@@ -158,23 +160,40 @@ class Engine:
         cache: AdaptiveCache,
         plan: Plan,
         meter: Meter,
-    ) -> Tensor | None:
-        """Take a block [B, T, D] through all layers at once, if the step can and nobody has a say in between."""
-        slots, call = cache.slots[0], calls[0]
-        alike = all(s is slots for s in cache.slots) and all(c is call for c in calls)
-        if not self.policy.cache_policy.keeps_all or not alike or not self.step.takes_all:
-            return None
-        made = {window: masks.at(slots, window) for window in set(self._windows)}
+        block: Block,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Take a block [B, T, D] through all layers at once, if the step can and nobody has a say in between.
+
+        Return what comes out, or None if that cannot be; and, if tokens are dropped, what each layer then holds, one
+        [B, 1] for each.
+        """
+        slots, call, keeps_all = cache.slots[0], calls[0], self.policy.cache_policy.keeps_all
+        dropping = None if keeps_all else self._drop_call(block)
+        possible = all(s is slots for s in cache.slots) if keeps_all else dropping is not None
+        if not (possible and self.step.takes_all and all(c is call for c in calls)):
+            return None, []
+        made = {window: masks.at(slots, window) if keeps_all else None for window in set(self._windows)}
         gate = plan.gate()
         states = plan.ahead(hidden_states) if gate is None else plan.undecided()
         if states is None:
-            return None
-        stack = Stack(call, [made[window] for window in self._windows], states, gate, self.policy.shortcut)
+            return None, []
+        masked = [made[window] for window in self._windows]
+        stack = Stack(call, masked, states, gate, dropping, self.policy.shortcut)
         output = self.step.all_layers(hidden_states, stack, cache)
-        if output is not None:
-            plan.follow(states, gate)
-            meter.layers(states, slots.used)
-        return output
+        if output is None:
+            return None, []
+        plan.follow(states, gate)
+        meter.layers(states, [s.used for s in cache.slots])
+        return output, [] if dropping is None else list(dropping.held[:, :, None].long())
+
+    def _drop_call(self, block: Block) -> DropCall | None:
+        """Return what drops tokens inside the step, if that is an interaction and every row has one new token."""
+        interaction = self.policy.cache_policy.interaction
+        single = block.real is None and block.position_ids.shape[1] == 1
+        if interaction is None or not single or any(window is not None for window in self._windows):
+            return None
+        held = torch.empty(self.costs.num_layers, len(block.position_ids), dtype=torch.int32)
+        return DropCall(interaction, held)
 
     def _layer(
         self,

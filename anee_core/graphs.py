@@ -125,7 +125,8 @@ class GraphStep(StepAround):
         if graphs is None:
             return super().all_layers(hidden_states, stack, cache)
         first = stack.states[:, :1]
-        if stack.gate is not None or not bool(((stack.states == first) & (first >= TokenState.SKIPPED)).all()):
+        asks = stack.gate is not None or stack.dropping is not None
+        if asks or not bool(((stack.states == first) & (first >= TokenState.SKIPPED)).all()):
             return None
         graphs.states.copy_(hidden_states)
         for layer_idx, state in enumerate(first.flatten().tolist()):

@@ -149,6 +149,11 @@ class Configurable:
     """For what is trained: what the folder named by its option ``folder`` holds. If the option is empty, `anee.load`
     takes the folder that an installed plugin has for the model."""
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it was made with trained weights in memory, so that it needs no folder."""
+        return False
+
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """Return the options a policy string may set."""
@@ -290,6 +295,22 @@ Wants = frozenset[Literal["states", "keys", "attention"]]
 """Costly parts of a `CacheView`."""
 
 
+@dataclass(frozen=True)
+class LinearInteraction:
+    """The formula of a cache policy whose tokens keep a slot j while ``query x . key x_j / sqrt(r) + bias > 0``, where
+    x [D] is what a layer's attention gets of each; ``query`` and ``key`` are [L, r, D], ``bias`` is [L].
+
+    What is dropped is hidden from the token's own attention, and a token that skips the layer drops nothing. ``state``
+    is the name under which ``key x_j`` is remembered. A step that knows the formula can decide by itself, for one new
+    token in each row.
+    """
+
+    query: Tensor
+    key: Tensor
+    bias: Tensor
+    state: str
+
+
 class CachePolicy(Configurable, ABC):
     """Decides which cached tokens a layer keeps.
 
@@ -309,6 +330,11 @@ class CachePolicy(Configurable, ABC):
     def keeps_all(self) -> bool:
         """Whether nothing is ever dropped, so that the engine need not ask."""
         return False
+
+    @property
+    def interaction(self) -> LinearInteraction | None:
+        """The formula that `decide` follows, if it is that of a linear interaction, once bound."""
+        return None
 
     def bind(self, setting: Setting) -> CachePolicy:
         """Return a policy for one model; this one stays as it is and can serve others.

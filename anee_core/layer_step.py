@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache, CacheWriter
-from anee_core.interfaces import LinearGate, Shortcut
+from anee_core.interfaces import LinearGate, LinearInteraction, Shortcut
 from anee_core.layout import Parts
 
 Places = tuple[Tensor, Tensor]
@@ -51,19 +51,31 @@ class GateCall:
 
 
 @dataclass(frozen=True)
+class DropCall:
+    """A linear interaction that decides what each row's new token keeps of the cache.
+
+    The step writes into ``held`` [L, B] int32 how many slots each layer holds after it.
+    """
+
+    interaction: LinearInteraction
+    held: Tensor
+
+
+@dataclass(frozen=True)
 class Stack:
     """A forward through all layers, for a step that can take them at once.
 
     Every layer receives ``call``, and its own of the ``masks`` [B, 1, T, S], or None. ``states`` [L, B, T] uint8 on the
     host holds a `TokenState` for each token at each layer; if there is a ``gate``, the step writes what that decides.
-    ``shortcut`` is what skipped tokens get. ``inputs`` [L, B, T, D], if given, is for the step to write what each layer
-    receives.
+    ``dropping`` says what is dropped, if anything; there are no masks then. ``shortcut`` is what skipped tokens get.
+    ``inputs`` [L, B, T, D], if given, is for the step to write what each layer receives.
     """
 
     call: LayerCall
     masks: Sequence[Tensor | None]
     states: Tensor
     gate: GateCall | None
+    dropping: DropCall | None
     shortcut: Shortcut | None
     inputs: Tensor | None = None
 

@@ -22,15 +22,15 @@ class Meter:
     def __init__(self, costs: CostModel, cache_policy: CachePolicy, tokens: int, context: int) -> None:
         self._costs, self._cache_policy, self._tokens, self._context = costs, cache_policy, tokens, context
         self._layers: list[tuple[int, int, int]] = []
-        self._states: tuple[Tensor, int] | None = None
+        self._states: tuple[Tensor, list[int]] | None = None
         self._inside = self._head_calls = self._head_tokens = 0
 
     def layer(self, running: int, skipping: int, slots: int) -> None:
         """Count the next layer: how many tokens run and skip it, and the slots of a row that a running one looks at."""
         self._layers.append((running, skipping, slots))
 
-    def layers(self, states: Tensor, slots: int) -> None:
-        """Count all layers: the `TokenState` of each token at each, [L, B, T], and the slots of a row."""
+    def layers(self, states: Tensor, slots: list[int]) -> None:
+        """Count all layers: the `TokenState` of each token at each, [L, B, T], and the slots of a row in each."""
         self._states = states, slots
 
     def policy(self, flops: int) -> None:
@@ -45,9 +45,9 @@ class Meter:
         """Return what was executed, and what the dense model would have."""
         costs, tokens = self._costs, self._tokens
         if self._states is not None:
-            states, slots = self._states
+            states, held = self._states
             runs, skips = ((states == kind).sum((1, 2)).tolist() for kind in (TokenState.RUNS, TokenState.SKIPPED))
-            self._layers = list(zip(runs, skips, [slots] * len(runs), strict=True))
+            self._layers = list(zip(runs, skips, held, strict=True))
         spent = Spent(
             policy_flops=self._inside,
             head_flops=self._head_tokens * costs.head.flops,

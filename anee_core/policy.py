@@ -66,7 +66,7 @@ class Policy:
         """Return the names of the parts that need trained weights and name no folder with any."""
         parts = (self.controller, self.cache_policy, self.shortcut)
         trained = [part for part in parts if part is not None and part.checkpoint is not None]
-        return frozenset(part.name for part in trained if not part.options()["folder"])
+        return frozenset(part.name for part in trained if not part.options()["folder"] and not part.holds_weights)
 
     def enclosed(self) -> Policy:
         """Return the policy as a saved one holds it: with its trained parts' folders inside its own."""
@@ -76,7 +76,7 @@ class Policy:
         """Return the policy with its trained parts' folders moved: ``place`` gets a part's name and its folder."""
 
         def moved(part: Any) -> Any:
-            trained = part is not None and part.checkpoint is not None
+            trained = part is not None and part.checkpoint is not None and not part.holds_weights
             return replace(part, folder=str(place(part.name, part.folder))) if trained else part
 
         parts = {name: moved(getattr(self, name)) for name in ("controller", "cache_policy", "shortcut")}
@@ -86,7 +86,8 @@ class Policy:
         """Write the policy as JSON plus safetensors; what was trained for it is copied into folders beside.
 
         Raises:
-            CheckpointError: the folder cannot be written, or the profiler is not the standard one, which is not saved.
+            CheckpointError: the folder cannot be written, or the policy has what no file holds: a profiler other than
+                the standard one, or weights in memory.
         """
         if type(self.profiler) is not SignalProfiler:
             raise CheckpointError(
@@ -94,6 +95,10 @@ class Policy:
                 "layer and token policy only"
             )
         for part in (self.controller, self.cache_policy, self.shortcut):
+            if part is not None and part.holds_weights:
+                raise CheckpointError(
+                    f"{part.name} has weights in memory: save those to a folder, and name it in the policy"
+                )
             if part is not None and part.checkpoint is not None:
                 part.checkpoint.copy(part.options()["folder"], Path(folder) / part.name)
         inside = self.enclosed()

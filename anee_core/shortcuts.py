@@ -77,6 +77,11 @@ class LowRankShortcut(Shortcut):
     folder: str = ""
     _weights: ShortcutWeights | None = field(default=None, init=False, compare=False, repr=False)
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether its weights belong to no folder."""
+        return self._weights is not None and not self.folder
+
     @classmethod
     def of(cls, weights: ShortcutWeights) -> LowRankShortcut:
         """Return shortcuts with weights in memory, not yet bound."""

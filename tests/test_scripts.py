@@ -134,8 +134,11 @@ def test_kv_cache(llama_folder, tmp_path, run_script):
     sizes = ["--context", "64", "--steps", "2", "--repeats", "1", "--json", tmp_path / "out.json"]
     run_script("benchmarks/kv_cache.py", "--shape", llama_folder, "--batch", "1", "2", *sizes)
     records = json.loads((tmp_path / "out.json").read_text())["records"]
-    assert len(records) == 4
+    assert len(records) == 6
     assert all(r["kv_mib"] > 0 for r in records)
+    bounds = [r["at_most"] for r in records if r["at_most"] is not None]
+    assert [r["contender"] for r in records] == ["dense", "80% dropped", "no context"] * 2
+    assert len(bounds) == 2
 
 
 def test_picture_of_kept_tokens_shows_what_a_policy_keeps(llama_folder, text, tmp_path, run_script):

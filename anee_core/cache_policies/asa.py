@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
-from anee_core.interfaces import CachePolicy, CacheView, Setting, Wants
+from anee_core.interfaces import CachePolicy, CacheView, LinearInteraction, Setting, Wants
 from anee_core.trained import weights_for
 
 _FORMAT = CheckpointFormat(
@@ -89,6 +89,19 @@ class AsaCachePolicy(CachePolicy):
     folder: str = ""
     shift: float = 0.0
     _weights: AsaWeights | None = field(default=None, init=False, compare=False, repr=False)
+    _interaction: LinearInteraction | None = field(default=None, init=False, compare=False, repr=False)
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether its weights belong to no folder."""
+        return self._weights is not None and not self.folder
+
+    @classmethod
+    def of(cls, weights: AsaWeights, shift: float = 0.0) -> AsaCachePolicy:
+        """Return a policy with weights in memory, not yet bound."""
+        policy = cls(shift=shift)
+        object.__setattr__(policy, "_weights", weights)
+        return policy
 
     def bind(self, setting: Setting) -> CachePolicy:
         """Load the weights.
@@ -96,7 +109,7 @@ class AsaCachePolicy(CachePolicy):
         Raises:
             PolicyError: there are none for this model, or they are of another shape, or trained with other weights.
         """
-        weights = weights_for(self, AsaWeights.load, setting, "anee train asa")
+        weights = weights_for(self, AsaWeights.load, setting, "anee train asa", self._weights)
         if weights.backbone is not None and weights.backbone != setting.backbone:
             raise PolicyError(
                 f"asa: the weights in {self.folder} were trained together with their model; load that one "
@@ -106,7 +119,14 @@ class AsaCachePolicy(CachePolicy):
         query, key = (w.to(setting.device, setting.dtype) for w in (weights.query, weights.key))
         ready = replace(weights, query=query, key=key, beta=weights.beta.to(setting.device))
         object.__setattr__(bound, "_weights", ready)
+        bias = ready.beta.float() + self.shift
+        object.__setattr__(bound, "_interaction", LinearInteraction(query, key, bias, _KEY))
         return bound
+
+    @property
+    def interaction(self) -> LinearInteraction | None:
+        """What it computes, once bound; a policy derived from this one may compute something else."""
+        return self._interaction if type(self) is AsaCachePolicy else None
 
     @property
     def weights(self) -> AsaWeights:

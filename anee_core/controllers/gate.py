@@ -131,6 +131,11 @@ class GateController(Controller):
                 f"got {self.prior:g}, {self.window} and {self.first}"
             )
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether its weights belong to no folder."""
+        return self._weights is not None and not self.folder
+
     @classmethod
     def of(cls, weights: GateWeights, **options: Any) -> GateController:
         """Return a gate with weights in memory, not yet bound."""

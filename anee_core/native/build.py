@@ -21,8 +21,7 @@ from anee_core.cache_folder import cache_folder
 logger = logging.getLogger(__name__)
 
 _SOURCE, *_INCLUDED = (
-    Path(__file__).with_name(name)
-    for name in ("stack.cpp", "layer.cpp", "products.h", "paired.h", "vectors.h")
+    Path(__file__).with_name(name) for name in ("stack.cpp", "layer.cpp", "products.h", "paired.h", "vectors.h")
 )
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",

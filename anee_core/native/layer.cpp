@@ -42,8 +42,10 @@ struct Tokens {
     const int64_t* place;
     const int64_t* row;
     const int64_t* column;
+    const int32_t* kept;  // [B, kept_stride], the slots that a row's new token sees, kept_count [B] of them; null for all
+    const int32_t* kept_count;
     float* scratch;       // what NativeLayer.floats says for each token, then used + LANES for each thread
-    int64_t row_stride, head_stride, mask_stride, start;
+    int64_t row_stride, head_stride, mask_stride, kept_stride, start;
     int32_t count, used, threads;
 };
 
@@ -84,6 +86,60 @@ static void place_head(const Layer& layer, const NormWeights& norm, const Tokens
     rotate(layer, head, (const T*)tokens.cos + at, (const T*)tokens.sin + at);
 }
 
+// The slots that a token's attention looks at: those listed for its row, or all up to a number.
+struct Seen {
+    const int32_t* list;
+    int count;
+    int64_t operator[](int s) const { return list ? list[s] : s; }
+};
+
+static Seen seen_by(const Tokens& tokens, int m) {
+    int64_t row = tokens.row[m];
+    if (tokens.kept) return {tokens.kept + row * tokens.kept_stride, tokens.kept_count[row]};
+    return {nullptr, tokens.mask ? tokens.used : int(tokens.start + tokens.column[m]) + 1};
+}
+
+// The query's products with the keys it sees, times `scale`, plus the mask; returns the largest.
+template <class T>
+static float match(const T* keys, const T* mask, Seen seen, const float* query, int dim, float scale, float* scores) {
+    vec most = vec{} - INFINITY;
+    for (int s = 0; s < seen.count; s += LANES) {
+        const T* rows[LANES];
+        for (int k = 0; k < LANES; k++) rows[k] = keys + seen[std::min(s + k, seen.count - 1)] * dim;
+        vec sums[LANES] = {};
+        int i = 0;
+        for (; i + LANES <= dim; i += LANES) {
+            vec q = load(query + i);
+#pragma GCC unroll 16
+            for (int k = 0; k < LANES; k++) sums[k] += load(rows[k] + i) * q;
+        }
+        vec found = sums_of(sums);
+        for (; i < dim; i++)
+            for (int k = 0; k < LANES; k++) found[k] += widen(rows[k][i]) * query[i];
+        found *= scale;
+        int some = std::min(LANES, seen.count - s);
+        for (int k = 0; mask && k < some; k++) found[k] += widen(mask[s + k]);
+        for (int k = some; k < LANES; k++) found[k] = -INFINITY;
+        *(vec*)(scores + s) = found;
+        most = found > most ? found : most;
+    }
+    float top = most[0];
+    for (int k = 1; k < LANES; k++) top = std::max(top, most[k]);
+    return top;
+}
+
+// The sum of the seen values, weighted by `scores`, for 16 N of a head's numbers.
+template <int N, class T>
+static void mix(const T* values, Seen seen, const float* scores, int dim, float factor, float* out) {
+    vec sums[N] = {};
+    for (int s = 0; s < seen.count; s++) {
+        const T* value = values + seen[s] * dim;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) sums[n] += load(value + n * LANES) * scores[s];
+    }
+    for (int n = 0; n < N; n++) *(vec*)(out + n * LANES) = sums[n] * factor;
+}
+
 // Attention of one query head over the slots of one row; `scores` has room for all of them.
 template <class T>
 static void attend(const Layer& layer, const Tokens& tokens, int m, int head, const float* query, float* out,
@@ -92,38 +148,23 @@ static void attend(const Layer& layer, const Tokens& tokens, int m, int head, co
     int64_t base = tokens.row[m] * tokens.row_stride + kv_head * tokens.head_stride;
     const T *keys = (const T*)tokens.keys + base, *values = (const T*)tokens.values + base;
     const T* mask = tokens.mask ? (const T*)tokens.mask + tokens.place[m] * tokens.mask_stride : nullptr;
-    int slots = mask ? tokens.used : int(tokens.start + tokens.column[m]) + 1;
-    float most = -INFINITY;
-    for (int s = 0; s < slots; s++) {
-        const T* key = keys + int64_t(s) * dim;
-        vec sums = {};
-        int i = 0;
-        for (; i + LANES <= dim; i += LANES) sums += load(key + i) * load(query + i);
-        float score = sum(sums);
-        for (; i < dim; i++) score += widen(key[i]) * query[i];
-        score = score * layer.scale + (mask ? widen(mask[s]) : 0.0f);
-        scores[s] = score;
-        most = std::max(most, score);
-    }
-    for (int s = slots; s % LANES; s++) scores[s] = -INFINITY;
+    Seen seen = seen_by(tokens, m);
+    float most = match(keys, mask, seen, query, dim, layer.scale, scores);
     vec totals = {};
-    for (int s = 0; s < slots; s += LANES) {
+    for (int s = 0; s < seen.count; s += LANES) {
         vec weights = exponential(load(scores + s) - most);
-        for (int i = 0; s + LANES > slots && i < LANES; i++)
-            if (s + i >= slots) weights[i] = 0;
+        for (int k = seen.count - s; k < LANES; k++) weights[k] = 0;
         *(vec*)(scores + s) = weights;
         totals += weights;
     }
     float factor = 1.0f / sum(totals);
-    std::fill(out, out + dim, 0.0f);
-    for (int i = 0; i + LANES <= dim; i += LANES) {
-        vec sums = {};
-        for (int s = 0; s < slots; s++) sums += load(values + int64_t(s) * dim + i) * scores[s];
-        *(vec*)(out + i) = sums * factor;
-    }
-    for (int i = dim / LANES * LANES; i < dim; i++) {
+    int i = 0;
+    for (; i + 8 * LANES <= dim; i += 8 * LANES) mix<8>(values + i, seen, scores, dim, factor, out + i);
+    for (; i + 4 * LANES <= dim; i += 4 * LANES) mix<4>(values + i, seen, scores, dim, factor, out + i);
+    for (; i + LANES <= dim; i += LANES) mix<1>(values + i, seen, scores, dim, factor, out + i);
+    for (; i < dim; i++) {
         float total = 0;
-        for (int s = 0; s < slots; s++) total += widen(values[int64_t(s) * dim + i]) * scores[s];
+        for (int s = 0; s < seen.count; s++) total += widen(values[seen[s] * dim + i]) * scores[s];
         out[i] = total * factor;
     }
 }

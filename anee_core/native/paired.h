@@ -37,32 +37,14 @@ static Narrow narrow(R x, int tokens, int inputs) {
     return {room.data(), stride};
 }
 
-static inline __m512 pairs_added(__m512 total, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
-}
-
-// The sums of sixteen vectors, in order.
-static inline __m512 sums_of(const __m512 (&v)[16]) {
-    __m512 two[8], four[4], eight[2];
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; k++)
-        two[k] = _mm512_unpacklo_ps(v[2 * k], v[2 * k + 1]) + _mm512_unpackhi_ps(v[2 * k], v[2 * k + 1]);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; k++) {
-        __m512d a = (__m512d)two[2 * k], b = (__m512d)two[2 * k + 1];
-        four[k] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
-    }
-#pragma GCC unroll 2
-    for (int k = 0; k < 2; k++)
-        eight[k] = _mm512_shuffle_f32x4(four[2 * k], four[2 * k + 1], 0x88) +
-                   _mm512_shuffle_f32x4(four[2 * k], four[2 * k + 1], 0xdd);
-    return _mm512_shuffle_f32x4(eight[0], eight[1], 0x88) + _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd);
+static inline vec pairs_added(vec total, __m512i a, __m512i b) {
+    return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
 }
 
 // Four rows times four tokens: out[4 m + r].
 template <bool FIRST>
-static inline __m512 paired_dots(const bf16* const* rows, int64_t ahead, const bf16* const* x, int inputs) {
-    __m512 sums[16] = {};
+static inline vec paired_dots(const bf16* const* rows, int64_t ahead, const bf16* const* x, int inputs) {
+    vec sums[LANES] = {};
     for (int i = 0; i < inputs; i += PAIRED_LANES) {
         uint32_t some = inputs - i < PAIRED_LANES ? (1u << (inputs - i)) - 1 : ~0u;
         __m512i w[4];
@@ -87,11 +69,11 @@ static void paired_rows(const bf16* const* rows, int64_t ahead, Narrow x, int in
     for (int m = 0; m < tokens; m += 4) {
         int from = std::min(m, tokens - 4);  // the last four overlap those before
         const bf16* vectors[4] = {x[from], x[from + 1], x[from + 2], x[from + 3]};
-        __m512 out = m ? paired_dots<false>(rows, 0, vectors, inputs) : paired_dots<true>(rows, ahead, vectors, inputs);
-        _mm_storeu_ps(y[from] + first, _mm512_extractf32x4_ps(out, 0));
-        _mm_storeu_ps(y[from + 1] + first, _mm512_extractf32x4_ps(out, 1));
-        _mm_storeu_ps(y[from + 2] + first, _mm512_extractf32x4_ps(out, 2));
-        _mm_storeu_ps(y[from + 3] + first, _mm512_extractf32x4_ps(out, 3));
+        vec out = m ? paired_dots<false>(rows, 0, vectors, inputs) : paired_dots<true>(rows, ahead, vectors, inputs);
+        _mm_storeu_ps(y[from] + first, _mm512_extractf32x4_ps((__m512)out, 0));
+        _mm_storeu_ps(y[from + 1] + first, _mm512_extractf32x4_ps((__m512)out, 1));
+        _mm_storeu_ps(y[from + 2] + first, _mm512_extractf32x4_ps((__m512)out, 2));
+        _mm_storeu_ps(y[from + 3] + first, _mm512_extractf32x4_ps((__m512)out, 3));
     }
 }
 
@@ -103,7 +85,7 @@ static inline void paired_block(const bf16* weight, int64_t stride, const bf16* 
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
     uint64_t some = outputs < 64 ? (uint64_t(1) << outputs) - 1 : ~uint64_t(0);
-    __m512 sums[M][4] = {};
+    vec sums[M][4] = {};
     for (int i = 0; i < inputs; i += 2) {
         const bf16 *one = weight + i * stride, *two = i + 1 < inputs ? one + stride : one;
         __m512i w[4];
@@ -128,7 +110,7 @@ static inline void paired_block(const bf16* weight, int64_t stride, const bf16* 
 #pragma GCC unroll 6
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) _mm512_mask_storeu_ps(y[m] + LANES * k, __mmask16(some >> (LANES * k)), sums[m][k]);
+        for (int k = 0; k < 4; k++) _mm512_mask_storeu_ps(y[m] + LANES * k, __mmask16(some >> (LANES * k)), (__m512)sums[m][k]);
 }
 
 // Outputs `first` to `last` of x W for a weight [inputs, outputs].

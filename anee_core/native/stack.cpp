@@ -8,12 +8,30 @@
 
 enum State : uint8_t { PADDING = 0, SKIPPED = 1, RUNS = 2, DEFERRED = 3 };
 
-// Where one layer's keys and values are, [B, H, capacity, Dh], and its mask, if it has one.
+// Where one layer's keys and values are, [B, H, capacity, Dh], and its mask, if it has one. If tokens are dropped, also
+// its interaction keys [B, capacity, r], what tells the slots that are held, and which slots are the block's.
 struct Storage {
     void* keys;
     void* values;
     const void* mask;
-    int64_t row_stride, head_stride;
+    void* interactions;
+    int64_t* died;  // [B, capacity]: HELD, or else the slot holds nothing
+    int64_t row_stride, head_stride, interaction_stride, died_stride, start;
+    int32_t used;
+};
+
+constexpr int64_t HELD = INT64_MAX;
+
+// Interactions (see LinearInteraction), for one new token in each row: it keeps the slots with
+// (query x) . (key x_j) * scale + bias > 0.
+struct Interaction {
+    const Matrix* query;  // of each layer, [r, D]
+    const Matrix* key;
+    const float* bias;    // [L]
+    int32_t* held;        // [L, B]: how many slots each token leaves, written
+    int64_t now;          // put into `died` of what is dropped
+    float scale;
+    int32_t rank;
 };
 
 // A gate (see LinearGate), for one new token in each row.
@@ -42,6 +60,7 @@ struct Layers {
     const Matrix* down;  // of each layer's shortcut, null for none
     const Matrix* up;
     const Gate* gate;    // null: `states` says who runs
+    const Interaction* interaction;  // null: nothing is dropped
     uint8_t* states;     // [L, P]
     void* inputs;        // [L, P, D], what each layer gets; null if nobody wants to know
     int32_t count;
@@ -120,15 +139,70 @@ struct Some {
     }
 };
 
+// Lists, for each row, the slots that its new token keeps, in `kept` [B, most] and `count` [B]; drops the others. A token
+// that skips the layer drops nothing, but has its interaction key stored.
+template <class T>
+static void interact(const Interaction& all, int l, const Layer& layer, const Storage& storage, const Tokens& tokens,
+                     const uint8_t* states, int32_t* kept, int32_t* count, int64_t most) {
+    int rank = all.rank, width = layer.width;
+    float* scratch = tokens.scratch;
+    Rows normed = take(scratch, tokens.count, width);
+    Rows queries = take(scratch, tokens.count, rank), keys = take(scratch, tokens.count, rank);
+#pragma omp parallel num_threads(tokens.threads)
+    {
+        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        norm_all<T>(layer, layer.input_norm, tokens, normed, thread, threads);
+        product<T>(all.query[l], normed, tokens.count, queries, thread, threads);
+        product<T>(all.key[l], normed, tokens.count, keys, thread, threads);
+#pragma omp barrier
+        Range range = share(tokens.count, 1, thread, threads);
+        for (int m = range.first; m < range.last; m++) {
+            int64_t row = tokens.row[m], own = storage.start + tokens.column[m];
+            T* stored = (T*)storage.interactions + row * storage.interaction_stride;
+            int64_t* died = storage.died + row * storage.died_stride;
+            int32_t *list = kept + row * most, found = 0;
+            for (int i = 0; i < rank; i++) {
+                T rounded;
+                store(&rounded, queries[m][i]);
+                queries[m][i] = widen(rounded);
+                store(stored + own * rank + i, keys[m][i]);
+            }
+            for (int s = 0; s < storage.used; s++) {
+                if (died[s] != HELD) continue;
+                if (s != own && states[m] == RUNS) {
+                    const T* key = stored + int64_t(s) * rank;
+                    vec sums = {};
+                    int i = 0;
+                    for (; i + LANES <= rank; i += LANES) sums += load(key + i) * load(queries[m] + i);
+                    float score = sum(sums);
+                    for (; i < rank; i++) score += widen(key[i]) * queries[m][i];
+                    if (!(score * all.scale + all.bias[l] > 0)) {
+                        died[s] = all.now;
+                        continue;
+                    }
+                }
+                list[found++] = s;
+            }
+            count[row] = all.held[int64_t(l) * tokens.count + row] = found;
+        }
+    }
+}
+
 template <class T>
 static void stack(const Layers& all, Tokens tokens, T* states) {
     int count = tokens.count;
+    std::vector<int32_t> kept, kept_count;
+    if (all.interaction) {
+        kept.resize(int64_t(count) * tokens.used), kept_count.resize(count);
+        tokens.kept = kept.data(), tokens.kept_count = kept_count.data(), tokens.kept_stride = tokens.used;
+    }
     for (int l = 0; l < all.count; l++) {
         const Layer& layer = *all.layers[l];
         const Storage& storage = all.storage[l];
         tokens.keys = storage.keys, tokens.values = storage.values, tokens.mask = storage.mask;
         tokens.row_stride = storage.row_stride, tokens.head_stride = storage.head_stride;
         tokens.threads = all.threads[l];
+        if (all.interaction) tokens.start = storage.start;
         uint8_t* here = all.states + int64_t(l) * count;
         Some running, skipping, deferred;
         for (int m = 0; m < count; m++) {
@@ -140,6 +214,8 @@ static void stack(const Layers& all, Tokens tokens, T* states) {
         }
         if (all.inputs)
             std::memcpy((T*)all.inputs + int64_t(l) * count * layer.width, states, count * layer.width * sizeof(T));
+        if (all.interaction)
+            interact<T>(*all.interaction, l, layer, storage, tokens, here, kept.data(), kept_count.data(), tokens.used);
         // Skipped tokens first, so that later ones of the block see their keys and values.
         if (!skipping.place.empty()) {
             Tokens these = skipping.of(tokens);

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from anee_core.cache import AdaptiveCache
-from anee_core.interfaces import LinearGate
-from anee_core.layer_step import GateCall
+from anee_core.interfaces import LinearGate, LinearInteraction
+from anee_core.layer_step import DropCall, GateCall
 from anee_core.native.layers import NativeLayer
 from anee_core.native.pointers import KINDS
-from anee_core.native.structs import LANES, Gate, Layers, Matrix, Storage
+from anee_core.native.structs import LANES, Gate, Interaction, Layers, Matrix, Storage
 from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
 
 
@@ -37,6 +37,9 @@ class NativeStack:
         """The keys that the storage points to, if they still exist; the values were allocated with them."""
         self._gate = Gate()
         self._gate_of: LinearGate | None = None
+        self._interaction = Interaction()
+        self._interaction_of: LinearInteraction | None = None
+        self._query, self._key = (Matrix * count)(), (Matrix * count)()
         self._down, self._up = (Matrix * count)(), (Matrix * count)()
         self._shortcut: ShortcutWeights | None = None
         self.struct = Layers(
@@ -86,6 +89,28 @@ class NativeStack:
         gate.wanted, gate.always = call.wanted.data_ptr(), call.always.data_ptr()
         gate.limit = call.limit
         self.struct.gate = addressof(gate)
+
+    def drop_by(self, call: DropCall | None, cache: AdaptiveCache, like: Tensor) -> None:
+        """Let an interaction drop tokens of a cache, whose states are in the dtype of ``like``; or nobody."""
+        if call is None:
+            self.struct.interaction = None
+            return
+        known, struct = call.interaction, self._interaction
+        rank, width = known.query.shape[1:]
+        if self._interaction_of is not known:
+            self._interaction_of = known
+            for i, (query, key) in enumerate(zip(known.query, known.key, strict=True)):
+                self._query[i], self._key[i] = _matrix(query), _matrix(key)
+            struct.query, struct.key = addressof(self._query), addressof(self._key)
+            struct.bias, struct.scale, struct.rank = known.bias.data_ptr(), rank**-0.5, rank
+            self.floats = max(self.floats, width + 2 * rank + 3 * LANES)
+        for i, (slots, remembered) in enumerate(cache.dropping(known.state, rank, like)):
+            at = self._storage[i]
+            at.interactions, at.interaction_stride = remembered.data_ptr(), remembered.stride(0)
+            at.died, at.died_stride = slots.died.data_ptr(), slots.died.stride(0)
+            at.start, at.used = cache.span(i)
+        struct.held, struct.now = call.held.data_ptr(), cache.seen + 1
+        self.struct.interaction = addressof(struct)
 
     def take(self, shortcut: Any, dtype: torch.dtype) -> bool:
         """Give skipped tokens a shortcut, or none; return whether that is possible."""

@@ -76,11 +76,12 @@ class NativeStep:
         room = torch.empty_like(result)
         own.stack.store_in(cache, result)
         own.stack.decide_by(stack.gate)
+        own.stack.drop_by(stack.dropping, cache, result)
         own.stack.struct.states = stack.states.data_ptr()
         own.stack.struct.inputs = None if stack.inputs is None else stack.inputs.data_ptr()
         where = self._where(*result.shape[:2])
         masks = own.stack.look_through(stack.masks, result.dtype)
-        span, size = cache.span(0), own.stack.floats
+        span, size = (cache.span(0)[0], max(slots.used for slots in cache.slots)), own.stack.floats
         self._fill(result, stack.call, where, span, own.stack.threads, size, room)
         own.tokens.mask_stride = span[1]
         assert self._library is not None

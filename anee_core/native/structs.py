@@ -116,10 +116,13 @@ class Tokens(Structure):
         ("place", c_void_p),
         ("row", c_void_p),
         ("column", c_void_p),
+        ("kept", c_void_p),
+        ("kept_count", c_void_p),
         ("scratch", c_void_p),
         ("row_stride", c_int64),
         ("head_stride", c_int64),
         ("mask_stride", c_int64),
+        ("kept_stride", c_int64),
         ("start", c_int64),
         ("count", c_int32),
         ("used", c_int32),
@@ -128,14 +131,20 @@ class Tokens(Structure):
 
 
 class Storage(Structure):
-    """Where one layer's keys and values are, and its mask."""
+    """Where one layer's keys and values are, its mask, and what it takes to drop tokens."""
 
     _fields_: ClassVar = [
         ("keys", c_void_p),
         ("values", c_void_p),
         ("mask", c_void_p),
+        ("interactions", c_void_p),
+        ("died", c_void_p),
         ("row_stride", c_int64),
         ("head_stride", c_int64),
+        ("interaction_stride", c_int64),
+        ("died_stride", c_int64),
+        ("start", c_int64),
+        ("used", c_int32),
     ]
 
 
@@ -161,6 +170,20 @@ class Gate(Structure):
     ]
 
 
+class Interaction(Structure):
+    """What decides which slots a new token of each row keeps."""
+
+    _fields_: ClassVar = [
+        ("query", c_void_p),
+        ("key", c_void_p),
+        ("bias", c_void_p),
+        ("held", c_void_p),
+        ("now", c_int64),
+        ("scale", c_float),
+        ("rank", c_int32),
+    ]
+
+
 class Layers(Structure):
     """All layers, and who runs which."""
 
@@ -171,6 +194,7 @@ class Layers(Structure):
         ("down", c_void_p),
         ("up", c_void_p),
         ("gate", c_void_p),
+        ("interaction", c_void_p),
         ("states", c_void_p),
         ("inputs", c_void_p),
         ("count", c_int32),

@@ -64,6 +64,32 @@ static inline float sum(vec v) {
     return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
 }
 
+// The sums of sixteen vectors, in order.
+static inline vec sums_of(const vec (&v)[LANES]) {
+#ifdef __AVX512F__
+    __m512 two[8], four[4], eight[2];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
+        __m512 a = (__m512)v[2 * k], b = (__m512)v[2 * k + 1];
+        two[k] = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        __m512d a = (__m512d)two[2 * k], b = (__m512d)two[2 * k + 1];
+        four[k] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+    }
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++)
+        eight[k] = _mm512_shuffle_f32x4(four[2 * k], four[2 * k + 1], 0x88) +
+                   _mm512_shuffle_f32x4(four[2 * k], four[2 * k + 1], 0xdd);
+    return (vec)(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88) + _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+#else
+    vec sums;
+    for (int k = 0; k < LANES; k++) sums[k] = sum(v[k]);
+    return sums;
+#endif
+}
+
 // exp, to about two units in the last place (range reduction to |r| <= ln2/2 and a polynomial).
 static inline vec exponential(vec x) {
     x = x < -87.0f ? (vec{} - 87.0f) : x;
