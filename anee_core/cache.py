@@ -302,18 +302,25 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         return {name: known.narrow(1, 0, used) for name, known in self.layers[layer_idx].state.items()}
 
     @torch.inference_mode(False)
-    def evict(self, layer_idx: int, alive: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
-        """Drop slots of one layer: ``alive`` [B, T, S] says what is held after each of the T newest tokens.
+    def evict(self, layer_idx: int | None, alive: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
+        """Drop slots of one layer, or if None is given of all, which are `alike` then: ``alive`` [B, T, S] says what is
+        held after each of the T newest tokens.
 
-        ``state`` is what is remembered from now on, [B, S, ...]. Memory is freed by `commit`.
+        ``state`` is what is remembered of one layer from now on, [B, S, ...]. Memory is freed by `commit`.
         """
-        slots = self._own_slots(layer_idx)
+        slots = self.slots[0] if layer_idx is None else self._own_slots(layer_idx)
         if not self._pending:
             # Outside a forward: not final before the next one, unlike what fell at the end of the last.
             self._horizon, self._final = self._last_final_drop(), self.seen - 1
         slots.evict(alive, self.seen + self._pending)
         if state:
+            assert layer_idx is not None
             self._staged[layer_idx] = {name: known.detach() for name, known in state.items()}
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers hold the same tokens in the same slots."""
+        return all(slots is self.slots[0] for slots in self.slots)
 
     def _own_slots(self, layer_idx: int) -> Slots:
         """Return a layer's slots, which no other layer shares from now on."""
@@ -371,22 +378,24 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def _free(self) -> None:
         """Compact the layers that have dropped enough for it to be worth while."""
-        due = [i for i, slots in enumerate(self.slots) if slots.evicting and slots.used >= slots.check_at]
+        due = [slots for slots in self._distinct() if slots.evicting and slots.used >= slots.check_at]
         if not due:
             return
-        # The one host read of a forward that frees: for each such layer, its fullest and emptiest row and last drop.
+        # The one host read of a forward that frees: for each of them, its fullest and emptiest row and last drop.
         figures = []
-        for slots in (self.slots[i] for i in due):
+        for slots in due:
             held = slots.held()
             figures.append(torch.stack((held.max(), held.min(), slots.last_drop(self.seen))))
-        for layer_idx, (most, least, dropped) in zip(due, torch.stack(figures).tolist(), strict=True):
-            slots = self.slots[layer_idx]
+        for slots, (most, least, dropped) in zip(due, torch.stack(figures).tolist(), strict=True):
             slots.check_at = int(most / _LOAD_FACTOR) + _SLACK
             if most < _LOAD_FACTOR * slots.used:
                 self._horizon = max(self._horizon, dropped)
-                self.settle(layer_idx)
+                sharing = [i for i, other in enumerate(self.slots) if other is slots]
+                for layer_idx in sharing:
+                    self.settle(layer_idx)
                 source = slots.compact(max(most, 1), slots.check_at, full=most == least > 0)
-                self.layers[layer_idx].take(source, slots.capacity)
+                for layer_idx in sharing:
+                    self.layers[layer_idx].take(source, slots.capacity)
 
     # Between forwards.
 

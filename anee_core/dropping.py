@@ -25,7 +25,7 @@ class Drop:
 
     Args:
         policy: what decides.
-        layer_idx: which layer.
+        layer_idx: which layer; None for all, under a policy that treats them alike.
         states: [B, T, D] what its attention gets, normed; None for a policy that does not want it.
         block: the new tokens.
         selection: which of them run the layer.
@@ -36,20 +36,21 @@ class Drop:
     def __init__(
         self,
         policy: CachePolicy,
-        layer_idx: int,
+        layer_idx: int | None,
         states: Tensor | None,
         block: Block,
         selection: Selection,
         cache: AdaptiveCache,
         window: int | None,
     ) -> None:
-        self._policy, self._layer_idx, self._cache, self._selection = policy, layer_idx, cache, selection
-        self._slots, self._window = cache.slots[layer_idx], window
+        self._policy, self._cache, self._selection = policy, cache, selection
+        self._all, self._layer_idx = layer_idx is None, layer_idx or 0
+        self._slots, self._window = cache.slots[self._layer_idx], window
         device = self._slots.died.device if states is None else states.device
         self._positions = block.position_ids.to(device)
         real = torch.ones_like(self._positions, dtype=torch.bool) if block.real is None else block.real.to(device)
         view = CacheView(
-            layer_idx=layer_idx,
+            layer_idx=self._layer_idx,
             position_ids=self._slots.positions().to(device),
             valid=self._slots.valid().to(device),
             query_position=self._positions,
@@ -60,7 +61,7 @@ class Drop:
         )
         if "keys" not in policy.wants:
             self._remember(view)
-        self._view = replace(view, state=cache.state(layer_idx))
+        self._view = replace(view, state=cache.state(self._layer_idx))
         self._tap: AttentionTap | None = None
         self._alive: Tensor | None = None
         self._changed: dict[str, Tensor] = {}
@@ -106,7 +107,9 @@ class Drop:
             self._decide(self._with_keys())
         assert self._alive is not None
         held = (self._alive & self._view.valid[:, None] & ~self._later).sum(2)
-        self._cache.evict(self._layer_idx, self._alive.to(self._slots.died.device), self._changed)
+        self._cache.evict(
+            None if self._all else self._layer_idx, self._alive.to(self._slots.died.device), self._changed
+        )
         return held.to(self._slots.died.device)
 
     def _answer(self, look: Callable[[], Tensor], dtype: torch.dtype) -> Tensor | None:

@@ -20,7 +20,7 @@ from anee_core.layout import Parts
 from anee_core.ledger import Budget
 from anee_core.masks import MaskMaker
 from anee_core.meter import Meter
-from anee_core.plan import Block, Plan, Selection
+from anee_core.plan import ALL, Block, Plan, Selection
 from anee_core.policy import Policy
 from anee_core.profiler import distribution_signals
 from anee_core.score_log import ScoreLog
@@ -126,21 +126,24 @@ class Engine:
         held: list[Tensor] = []
         try:
             self.step.begin(hidden_states, cache)
+            shared = self._dropping_alike(block, cache)
             output = None
             if not keep_states:
-                output, held = self._all_layers(hidden_states, calls, masks, cache, plan, meter, block)
+                output, held = self._all_layers(hidden_states, calls, masks, cache, plan, meter, block, shared)
             for layer_idx in range(self.costs.num_layers if output is None else 0):
                 hidden_states = hidden_states.to(self._devices[layer_idx])
                 selection = plan.at(layer_idx, hidden_states, previous)
                 previous = hidden_states
-                drop = self._dropping(layer_idx, hidden_states, block, selection, cache)
+                drop = shared or self._dropping(layer_idx, hidden_states, block, selection, cache)
                 hidden_states = self._layer(layer_idx, hidden_states, calls[layer_idx], masks, cache, selection, drop)
                 meter.layer(*selection.counts(tokens), cache.slots[layer_idx].used)
-                if drop is not None:
+                if drop is not None and drop is not shared:
                     held.append(drop.finish())
                     meter.policy(drop.flops)
                 if keep_states:
                     states.append(hidden_states)
+            if shared is not None:
+                held = [shared.finish()] * self.costs.num_layers
             hidden_states = hidden_states if output is None else output
             hidden_states = parts.final_norm(hidden_states.to(self._devices[-1]))
             holds = torch.stack(held) if held else cache.held_by_token()
@@ -161,18 +164,24 @@ class Engine:
         plan: Plan,
         meter: Meter,
         block: Block,
+        shared: Drop | None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Take a block [B, T, D] through all layers at once, if the step can and nobody has a say in between.
 
         Return what comes out, or None if that cannot be; and, if tokens are dropped, what each layer then holds, one
         [B, 1] for each.
         """
-        slots, call, keeps_all = cache.slots[0], calls[0], self.policy.cache_policy.keeps_all
-        dropping = None if keeps_all else self._drop_call(block)
-        possible = all(s is slots for s in cache.slots) if keeps_all else dropping is not None
+        slots, call = cache.slots[0], calls[0]
+        by_itself = shared is not None or self.policy.cache_policy.keeps_all
+        dropping = None if by_itself else self._drop_call(block)
+        possible = cache.alike if by_itself else dropping is not None
         if not (possible and self.step.takes_all and all(c is call for c in calls)):
             return None, []
-        made = {window: masks.at(slots, window) if keeps_all else None for window in set(self._windows)}
+        seen = None if shared is None else shared.visible()
+        made: dict[int | None, Tensor | None] = {}
+        for window in set(self._windows):
+            known = masks.at(slots, window) if seen is None else masks.mask(slots, window, seen)
+            made[window] = known if by_itself else None
         gate = plan.gate()
         states = plan.ahead(hidden_states) if gate is None else plan.undecided()
         if states is None:
@@ -228,6 +237,11 @@ class Engine:
             return output
         rows, columns = selection.run
         return result.index_put((rows.expand_as(columns), columns), output)
+
+    def _dropping_alike(self, block: Block, cache: AdaptiveCache) -> Drop | None:
+        """Return what all layers drop, if the policy treats them alike and they hold the same tokens."""
+        policy = self.policy.cache_policy
+        return Drop(policy, None, None, block, ALL, cache, None) if policy.alike and cache.alike else None
 
     def _dropping(
         self, layer_idx: int, hidden_states: Tensor, block: Block, selection: Selection, cache: AdaptiveCache

@@ -332,6 +332,13 @@ class CachePolicy(Configurable, ABC):
         return False
 
     @property
+    def alike(self) -> bool:
+        """Whether all layers keep the same tokens, by their positions alone; nothing is remembered then, and one
+        decision serves all layers.
+        """
+        return False
+
+    @property
     def interaction(self) -> LinearInteraction | None:
         """The formula that `decide` follows, if it is that of a linear interaction, once bound."""
         return None

@@ -62,7 +62,7 @@ class Selection:
         return (tokens, 0) if self.kind == "all" else (0, tokens)
 
 
-_ALL, _NONE = Selection("all"), Selection("none")
+ALL, _NONE = Selection("all"), Selection("none")
 
 
 class Plan:
@@ -87,7 +87,7 @@ class Plan:
         self._policy, self._budget, self._num_layers, self._block = policy, budget, num_layers, block
         self._feedback = feedback
         self._ledger = None if all_run else Ledger(budget, block.position_ids)
-        self._selections = [_ALL] * num_layers if all_run else []
+        self._selections = [ALL] * num_layers if all_run else []
         # What was decided: for some layers, then for some more.
         self._states: list[Tensor] = []
         self._all_run = all_run
@@ -185,7 +185,7 @@ def _select(states: Tensor, device: torch.device) -> list[Selection]:
     selections = []
     for i, (some_run, some_skip) in enumerate(zip(running, skipping, strict=True)):
         if not some_skip:
-            selections.append(_ALL)
+            selections.append(ALL)
         elif not some_run:
             selections.append(_NONE)
         else:

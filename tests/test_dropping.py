@@ -6,8 +6,11 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, ragged, stepwise, tokens
 
+from anee_core.cache_policies import WindowCachePolicy
 from anee_core.errors import CacheError
 from anee_core.interfaces import CachePolicy
+from anee_core.native.step import NativeStep
+from anee_core.policy import Policy
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}
 SCORING = [
@@ -138,3 +141,41 @@ def test_tokens_leave_a_layer_only_once():
         out = model(ids)
         torch.testing.assert_close(out.logits, stepwise(model, ids), **CLOSE)
     assert out.past_key_values.kept().tolist() == [[1]] * 6
+
+
+class EachLayer(WindowCachePolicy):
+    """The same, decided for each layer by itself."""
+
+    alike = False
+
+
+@pytest.mark.parametrize("options", [{"sinks": 1, "recent": 5}, {"sinks": 2, "keep": (0.4,), "least": 3}])
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("layers", ["dense", "random:p=0.5,protect=0 0"])
+def test_layers_that_keep_the_same_are_decided_for_at_once(family, options, layers, monkeypatch):
+    taken = []
+    whole = NativeStep.all_layers
+
+    def noting(self, hidden_states, stack, cache):
+        taken.append(whole(self, hidden_states, stack, cache))
+        return taken[-1]
+
+    monkeypatch.setattr(NativeStep, "all_layers", noting)
+    network, new, found = build(family), tokens(2, 30, seed=4), []
+    for cache_policy in (WindowCachePolicy(**options), EachLayer(**options)):
+        policy = adaptive(network, layers).policy
+        model = adaptive(network, Policy(policy.controller, cache_policy), prefill_chunk=7)
+        logits, cache = [], model.new_cache()
+        with torch.no_grad(), model.recording(cache) as trace:
+            logits.append(model(*ragged([21, 13], "left"), past_key_values=cache).logits[:, -1:])
+            logits += [model(new[:, t : t + 1], past_key_values=cache).logits for t in range(24)]
+            cache.activate_past_recording()
+            logits.append(model(new[:, 24:29], past_key_values=cache).logits)
+            cache.rollback(3)
+            cache.reorder_cache(torch.tensor([1, 1]))
+            logits.append(model(new[:, 27:], past_key_values=cache).logits)
+        assert cache.alike == cache_policy.alike
+        found.append((torch.cat(logits, dim=1), trace.held, cache.kept(), trace.kv_bytes_by_step))
+    torch.testing.assert_close(*found, **CLOSE)
+    assert len(taken) >= 24
+    assert all(output is not None for output in taken)

@@ -35,6 +35,11 @@ class WindowCachePolicy(BudgetedCachePolicy):
         if self.sinks < 0 or self.recent < 1:
             raise PolicyError(f"window: sinks >= 0 and recent >= 1 are needed; got {self.sinks} and {self.recent}")
 
+    @property
+    def alike(self) -> bool:
+        """Whether there is one budget for all layers."""
+        return len(self.keep) < 2
+
     def bind(self, setting: Setting) -> CachePolicy:
         """Check the budgets against the model."""
         return super().bind(setting) if self.keep else self
