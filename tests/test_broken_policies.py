@@ -166,6 +166,29 @@ class LosesItsNotes(CachePolicy):
 
 
 @dataclass(frozen=True)
+class SaysAlike(CachePolicy):
+    """Keeps all in the first layer only."""
+
+    name = "broken"
+    alike = True
+
+    def retain(self, view):
+        return view.valid[:, None] & (view.layer_idx == 0)
+
+
+@dataclass(frozen=True)
+class LooksAlike(CachePolicy):
+    """Says that positions alone decide, and wants keys."""
+
+    name = "broken"
+    alike = True
+    wants = frozenset({"keys"})
+
+    def retain(self, view):
+        return view.valid[:, None]
+
+
+@dataclass(frozen=True)
 class Unwritable(Controller):
     """Has an option that no string can set."""
 
@@ -225,6 +248,8 @@ BROKEN_POLICIES = [
     ("answers", keeping(erase, "keys")()),
     ("answers", keeping(lambda view: view.valid)()),
     ("answers", LosesItsNotes()),
+    ("answers", SaysAlike()),
+    ("answers", LooksAlike()),
     ("parallel equals stepwise", keeping(looks_ahead)()),
     ("parallel equals stepwise", skipping(sees_far_ahead)()),
     ("parallel equals stepwise", skipping(lambda layers, context: layers[:6] == 2)()),

@@ -73,7 +73,10 @@ def answers(subject: PolicySubject) -> None:
             embedded = replace(context, input_ids=None)  # embeddings were given in their place
             _check_actions(policy.controller.decide(signals, embedded), layers - layer_idx, tokens)
     for tokens in (4, 1):
-        _check_kept(policy.cache_policy, _view(policy.cache_policy, tokens, held=9, generator=generator))
+        view = _view(policy.cache_policy, tokens, held=9, generator=generator)
+        _check_kept(policy.cache_policy, view)
+        if policy.cache_policy.alike:
+            _check_alike(policy.cache_policy, view)
 
 
 def _observation(layer_idx: int, layers: int, positions: Tensor, generator: torch.Generator) -> Observation:
@@ -136,6 +139,14 @@ def _check_kept(policy: CachePolicy, view: CacheView) -> None:
         False,
         answers.look,
     )
+
+
+def _check_alike(policy: CachePolicy, view: CacheView) -> None:
+    """Hold a policy that says so to keeping the same tokens in all layers, whatever they are."""
+    alike = "alike = False for a policy that"
+    expect(not policy.wants and not view.state, f"{alike} looks at tokens or remembers them", True, answers.look)
+    first, other = (policy.retain(replace(view, layer_idx=i, ran=view.ran & ran)) for i, ran in ((0, True), (2, False)))
+    expect(torch.equal(first, other), f"{alike} keeps other tokens in other layers", True, answers.look)
 
 
 def _check_actions(actions: Any, left: int, tokens: int) -> None:

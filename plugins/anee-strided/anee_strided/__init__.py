@@ -23,6 +23,7 @@ class StridedCachePolicy(CachePolicy):
     """
 
     name: ClassVar[str] = "strided"
+    alike = True  # in all layers, by positions alone: one decision serves them
 
     every: int = 4
     recent: int = 64
