@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import platform
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_COLUMNS = ("contender", "ms/token", "spread", "speedup", "layers run", "of bandwidth", "prompt ms", "prompt speedup")
+_COLUMNS = (
+    "contender", "ms/token", "spread", "speedup", "layers run", "against ideal", "of bandwidth", "prompt ms",
+    "prompt speedup",
+)  # fmt: skip
+_PARTS = ("ms per token after the prompt", "layers", "head", "policy, cache, Python")
 
 
 def bench(
@@ -45,6 +48,7 @@ def bench(
         "benchmarks/out/bench.json"
     ),
     plot: Annotated[Path | None, typer.Option("--plot", help="Save a picture here.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here too.")] = None,
 ) -> None:
     """Time ANEE against transformers, side by side: ms per token, and reading the prompt."""
     import torch  # heavy: imported where used
@@ -52,7 +56,7 @@ def bench(
 
     from anee_core.bench import BenchOptions, draw, measure
     from anee_core.progress import progress_bar
-    from anee_core.records import Records
+    from anee_core.records import Records, processor
 
     shares = tuple(skipped) if skipped is not None else (0.25, 0.5, 0.58)
     setting: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "skipped": shares, "policies": policy or []}
@@ -63,7 +67,7 @@ def bench(
         "transformers": transformers.__version__,
     }
     records = Records(out, setting)
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    machine = f"{processor()}, {torch.get_num_threads()} threads"
     chosen = (models or ["smollm2"], dtype or ["bfloat16"], batch or [1], context or [128])
     for model, kind, rows, length in itertools.product(*chosen):
         title = f"{model}, {kind}, batch {rows}, context {length}"
@@ -81,23 +85,44 @@ def bench(
         records.add(title, {"title": title, "machine": machine, **found})
     console = Console(width=120)
     for found in records.all():
-        table = Table(*_COLUMNS, title=f"{found['title']} (memory is read at {found['read_gb_per_s']:.1f} GB/s)")
-        for r in found["records"]:
-            table.add_row(
-                r["contender"],
-                f"{r['ms_per_token']:.1f}",
-                f"{r['spread']:.0%}",
-                f"{r['speedup']:.2f}x",
-                f"{r['layers_run']:.0%}",
-                f"{r['share_of_bandwidth']:.0%}",
-                f"{r['prompt_ms']:.0f}",
-                f"{r['prompt_speedup']:.2f}x",
-            )
-        console.print(table)
-        parts = Table("ms per token after one token", "layers", "head", "policy, cache, Python")
-        for r in found["records"]:
-            if r["parts"]:
-                parts.add_row(r["contender"], *(f"{r['parts'][name]:.1f}" for name in ("layers", "head", "rest")))
-        console.print(parts)
+        for title, columns, lines in _tables(found):
+            table = Table(*columns, title=title)
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+    if markdown is not None:
+        markdown.write_text("\n".join(_written(*table) for found in records.all() for table in _tables(found)))
     if plot is not None:
         draw(records.all(), plot)
+
+
+def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
+    """Return title, columns and rows of the tables that show one size of a model."""
+    rows = [
+        [
+            r["contender"],
+            f"{r['ms_per_token']:.1f}",
+            f"{r['spread']:.0%}",
+            f"{r['speedup']:.2f}x",
+            f"{r['layers_run']:.0%}",
+            f"{r['ms_per_token'] / r['ideal_ms']:.2f}x" if r["parts"] else "",
+            f"{r['share_of_bandwidth']:.0%}",
+            f"{r['prompt_ms']:.0f}",
+            f"{r['prompt_speedup']:.2f}x",
+        ]
+        for r in found["records"]
+    ]
+    parts = [
+        [r["contender"], *(f"{r['parts'][name]:.1f}" for name in ("layers", "head", "rest"))]
+        for r in found["records"]
+        if r["parts"]
+    ]
+    title = f"{found['title']} (memory is read at {found['read_gb_per_s']:.1f} GB/s)"
+    return [(title, _COLUMNS, rows), ("", _PARTS, parts)]
+
+
+def _written(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    heading = f"## {title}\n\n" if title else ""
+    lines = [f"| {' | '.join(row)} |" for row in (columns, ("---",) * len(columns), *rows)]
+    return heading + "\n".join(lines) + "\n"

@@ -47,14 +47,16 @@ def evaluate(
         device=device,
     )  # fmt: skip
     scores = ("task", "metric", "score", "standard error", "examples")
-    table = Table(*scores, "budget spent", "context kept", "MFLOPs/token", "weight MB/token")
-    for name, task in found["tasks"].items():
+    table = Table(*scores, "budget spent", "context kept", "MFLOPs/token", "weight MB/token", "K/V MB")
+    for task_name, task in found["tasks"].items():
         spent = task["spent"]
         took = (f"{spent['budget spent']:.3f}", f"{spent['context kept']:.3f}")
-        work = (f"{spent['FLOPs'] / 1e6:.1f}", f"{spent['weight bytes'] / 1e6:.2f}")
+        work = tuple(
+            f"{spent[name] / 1e6:.{digits}f}" for name, digits in (("FLOPs", 1), ("weight bytes", 2), ("KV bytes", 2))
+        )
         for metric, score in task["scores"].items():
             error = f"{task['errors'][metric]:.4f}" if metric in task["errors"] else ""
-            table.add_row(name, metric, f"{score:.4f}", error, str(task["examples"]), *took, *work)
+            table.add_row(task_name, metric, f"{score:.4f}", error, str(task["examples"]), *took, *work)
     Console().print(table)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

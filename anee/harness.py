@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,10 +10,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from anee_core.errors import InputError
+from anee_core.errors import InputError, suggestion
 from anee_core.model import AdaptiveModel
 
 Mode = Literal["parallel", "decode"]
+_FIGURES = ("budget spent", "context kept", "FLOPs", "weight bytes", "KV bytes")
 
 
 @register_model("anee")
@@ -23,6 +25,8 @@ class AneeLM(HFLM):  # type: ignore[misc]
         pretrained: whatever `anee.load` takes, or an `AdaptiveModel`.
         policy: a policy string.
         budget: share of the dense decoder-layer FLOPs that may be spent.
+        hard: whether no token may exceed the budget.
+        weights: quantisation of the layers' weights, as for `anee.load`.
         mode: ``"parallel"`` scores a text in one forward, ``"decode"`` token by token with a cache, slowly, for audits.
             The promise "parallel equals stepwise" makes them the same.
         dtype: of the model, as for `anee.load`.
@@ -30,7 +34,7 @@ class AneeLM(HFLM):  # type: ignore[misc]
         options: lm-eval's for its "hf" model: ``batch_size``, ``max_length``, ``add_bos_token`` ...
 
     Raises:
-        InputError: an unknown mode.
+        InputError: an unknown mode or option, or a policy beside a model that has one already.
         AneeError: the model cannot be loaded under the policy.
     """
 
@@ -39,6 +43,8 @@ class AneeLM(HFLM):  # type: ignore[misc]
         pretrained: str | AdaptiveModel,
         policy: str | None = None,
         budget: float | None = None,
+        hard: bool = False,
+        weights: str | None = None,
         mode: Mode = "parallel",
         dtype: str | None = None,
         device: str | None = None,
@@ -48,10 +54,25 @@ class AneeLM(HFLM):  # type: ignore[misc]
 
         if mode not in get_args(Mode):
             raise InputError(f"mode is {' or '.join(get_args(Mode))}; got '{mode}'")
+        known = set(inspect.signature(HFLM.__init__).parameters) - {"self", "pretrained", "tokenizer", "backend"}
+        # lm-eval takes any others for the model's, and a ready model drops them.
+        if unknown := set(options) - known:
+            raise InputError(f"no option '{min(unknown)}'; {suggestion(min(unknown), known)}")
+        wanted = {
+            "policy": policy,
+            "budget": budget,
+            "hard": hard,
+            "weights": weights,
+            "dtype": dtype,
+            "device": device,
+        }
         if not isinstance(pretrained, AdaptiveModel):
-            wanted = None if dtype == "auto" else dtype
-            pretrained = load(
-                pretrained, policy, None if budget is None else float(budget), dtype=wanted, device=device
+            wanted["budget"] = None if budget is None else float(budget)
+            wanted["dtype"] = None if dtype == "auto" else dtype
+            pretrained = load(pretrained, **wanted)  # type: ignore[arg-type]
+        elif given := [name for name, value in wanted.items() if value]:
+            raise InputError(
+                f"{given[0]} is for a model that is to be loaded; this one is, under '{pretrained.policy}'"
             )
         if pretrained.tokenizer is None:
             raise InputError("lm-eval reads text: the model needs a tokenizer")
@@ -62,11 +83,13 @@ class AneeLM(HFLM):  # type: ignore[misc]
     def start_counting(self) -> None:
         """Let `spent` begin anew."""
         self._tokens = 0
-        self._sums: dict[str, float] = dict.fromkeys(("budget spent", "context kept", "FLOPs", "weight bytes"), 0.0)
+        self._sums: dict[str, float] = dict.fromkeys(_FIGURES, 0.0)
 
     def spent(self) -> dict[str, float]:
         """Return, on average over all tokens since counting began: share of the dense decoder-layer FLOPs spent, share
-        of the context that layers held, FLOPs, and bytes of weights read.
+        of the context that layers held, FLOPs, bytes of weights read, and bytes that keys and values took at the end of
+        the token's batch. Weights are read once for all tokens of a forward: they tell what decoding reads in the mode
+        "decode" alone.
         """
         return {name: total / max(self._tokens, 1) for name, total in self._sums.items()}
 
@@ -97,3 +120,4 @@ class AneeLM(HFLM):  # type: ignore[misc]
         self._sums["context kept"] += tokens * (1 - trace.context_dropped)
         self._sums["FLOPs"] += trace.flops["spent"]
         self._sums["weight bytes"] += trace.weight_bytes["spent"]
+        self._sums["KV bytes"] += tokens * trace.kv_bytes

@@ -118,9 +118,13 @@ def fingerprint(model: AdaptiveModel) -> str:
     digest = hashlib.sha256()
     config = model.config
     digest.update(f"{config.model_type} {len(model.parts.layers)} {model.dtype}".encode())
-    for name, parameter in model.parts.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        for tensor in _stored(parameter.detach()):
+    network = model.parts.model
+    # Quantised weights are buffers.
+    saved = network.state_dict()
+    buffers = ((name, buffer) for name, buffer in network.named_buffers() if name in saved)
+    for name, weight in (*network.named_parameters(), *buffers):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        for tensor in _stored(weight.detach()):
             few = tensor.flatten()[:: max(tensor.numel() // 4, 1)][:4]
             digest.update(json.dumps(few.double().tolist()).encode())
     return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from anee_core.trace import Trace
 if TYPE_CHECKING:
     from anee_core.model import AdaptiveModel
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Generation:
@@ -35,7 +38,8 @@ class Generation:
 
     ``sequences`` [B, T + N] holds prompts and new tokens, padded behind a row's end; ``new_tokens`` each row's new
     tokens without padding; ``texts`` and ``completions`` each row as text, with and without its prompt. Times are in
-    seconds; the first new token belongs to the prompt's.
+    seconds; the first new token belongs to the prompt's. Where transformers' ``generate`` did the work, all of it
+    counts as ``decode_seconds``.
     """
 
     sequences: Tensor
@@ -84,6 +88,16 @@ class DecodeOptions:
     seed: int | None = None
 
 
+_BEYOND = frozenset(
+    {
+        "bad_words_ids", "begin_suppress_tokens", "constraints", "diversity_penalty", "encoder_repetition_penalty",
+        "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_bos_token_id",
+        "forced_eos_token_id", "guidance_scale", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size",
+        "num_beams", "num_return_sequences", "penalty_alpha", "sequence_bias", "suppress_tokens", "top_h", "typical_p",
+        "watermarking_config",
+    }
+)  # fmt: skip
+"""Settings that change what is generated and that `decode` does not know."""
 _DEFAULTS = {
     "max_new_tokens": 20, "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
 }  # fmt: skip
@@ -105,6 +119,8 @@ def decode(model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor | Non
         InputError: an option is unknown or out of range, or the prompts cannot be run.
     """
     chosen = _choose(model, options)
+    if beyond := _settings_beyond(model):
+        logger.warning("the generation config's %s is not followed here; generate() does", ", ".join(sorted(beyond)))
     _check_length(model, input_ids.shape[-1], chosen.max_new_tokens)
     device = model.device
     input_ids = input_ids.to(device)
@@ -239,22 +255,46 @@ def generate_text(model: AdaptiveModel, prompts: str | Sequence[str], **options:
     known = lean | set(GenerationConfig().to_dict()) | set(inspect.signature(GenerationMixin.generate).parameters)
     if unknown := set(options) - known:
         raise InputError(f"no option '{min(unknown)}'; {suggestion(min(unknown), lean)}, and those of transformers")
-    if set(options) <= lean:
+    beyond = _settings_beyond(model)
+    if set(options) <= lean and not beyond:
         result = decode(model, input_ids, attention_mask if len(texts) > 1 else None, **options)
     else:
-        options.setdefault("pad_token_id", _pad_id(model))
-        started = time.perf_counter()
-        sequences = model.generate(input_ids, attention_mask=attention_mask, tokenizer=model.tokenizer, **options)
-        sequences = getattr(sequences, "sequences", sequences)
-        assert model.last_trace is not None
-        new = sequences[:, input_ids.shape[1] :].tolist()
-        result = Generation(sequences, new, model.last_trace, decode_seconds=time.perf_counter() - started)
+        result = _through_transformers(model, input_ids, attention_mask, options)
     rows_per_prompt = len(result.new_tokens) // len(texts)
     result.completions = [model.tokenizer.decode(row, skip_special_tokens=True) for row in result.new_tokens]
     result.texts = [texts[i // rows_per_prompt] + new for i, new in enumerate(result.completions)]
     labels = [model.tokenizer.convert_ids_to_tokens(row.tolist()) for row in result.sequences]
     result.trace.tokens = [[_label(model.tokenizer, token) for token in row] for row in labels]
     return result
+
+
+def _settings_beyond(model: AdaptiveModel) -> frozenset[str]:
+    """Return what the model's generation config sets and `decode` does not know."""
+    return _BEYOND & set(model.generation_config.to_diff_dict())
+
+
+def _through_transformers(
+    model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]
+) -> Generation:
+    """Generate as transformers does."""
+    if options.pop("seed", None) is not None:
+        raise InputError("seed is an option of the lean loop, and others are not; call transformers.set_seed instead")
+    options.setdefault("pad_token_id", _pad_id(model))
+    started = time.perf_counter()
+    sequences = model.generate(input_ids, attention_mask=attention_mask, tokenizer=model.tokenizer, **options)
+    seconds = time.perf_counter() - started
+    sequences = getattr(sequences, "sequences", sequences)
+    assert model.last_trace is not None
+    eos = options.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = set(eos if isinstance(eos, list) else [eos])
+    new = [_until(row, ends) for row in sequences[:, input_ids.shape[1] :].tolist()]
+    return Generation(sequences, new, model.last_trace, decode_seconds=seconds)
+
+
+def _until(row: list[int], ends: set[Any]) -> list[int]:
+    """Return new tokens up to the first that ends the sequence, with it: padding follows."""
+    last = next((i for i, token in enumerate(row) if token in ends), len(row))
+    return row[: last + 1]
 
 
 def _encode(model: AdaptiveModel, texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -307,6 +307,17 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         """Save the wrapped model, as transformers does. A policy is saved by ``model.policy.save(folder)``."""
         cast(Any, self.model).save_pretrained(folder, **kwargs)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: model and policy go to the hub each by itself.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "a policy goes to the hub by `anee publish MODEL --policy POLICY --to OWNER/NAME --push`, "
+            "the model's own weights by model.model.push_to_hub(...)"
+        )
+
 
 def causal_lm(model: nn.Module) -> nn.Module:
     """Return the transformers model inside ``model``: itself, or what PEFT wraps."""

@@ -94,13 +94,29 @@ def quantise(adapter: ModelAdapter, model: nn.Module, weights: str) -> None:
     parts: Parts = adapter.parts(model)
     if parts.layout.experts is not None:
         raise ModelError(f"weights='{weights}' does not know mixtures of experts; leave it out")
+    made = []
     for layer in parts.layers:
         if next(layer.parameters()).device.type != "cpu":
             raise ModelError(f"weights='{weights}' is for the CPU; on a GPU, load the model quantised by torchao")
-        for path, module in list(layer.named_modules()):
-            if sliceable(module):
-                above, _, name = path.rpartition(".")
-                setattr(layer.get_submodule(above), name, _quantised(module, QUANTISED[weights]))
+        for path, module in layer.named_modules():
+            if not _is_matrix(module):
+                continue
+            if not sliceable(module):
+                raise ModelError(
+                    f"weights='{weights}' takes plain linear maps, and '{path}' is a {type(module).__name__} that is "
+                    "quantised, wrapped or hooked already; leave it out"
+                )
+            made.append((layer, path, _quantised(module, QUANTISED[weights])))
+    # Once all are made, so that an error leaves the model as it was.
+    for layer, path, module in made:
+        above, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(above), name, module)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix of its own."""
+    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    return weight is not None and weight.dim() == 2
 
 
 def _quantised(module: nn.Module, kind: type[Int8Linear | Int4Linear]) -> nn.Module:

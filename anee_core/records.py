@@ -40,7 +40,7 @@ class Records:
     def add(self, key: str, record: dict[str, Any]) -> None:
         """Keep a record."""
         self._records[key] = record
-        facts = {"machine": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts = {"machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         # Written beside and renamed, so that an interruption never leaves half a file.
         draft = self._file.with_suffix(".tmp")
         draft.write_text(json.dumps({"setting": self.setting, **facts, "records": self._records}, indent=2) + "\n")
@@ -49,3 +49,14 @@ class Records:
     def all(self) -> list[dict[str, Any]]:
         """Return the records in the order in which they were added."""
         return list(self._records.values())
+
+
+def processor() -> str:
+    """Return the processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    bf16 = any("avx512_bf16" in line for line in lines)
+    return f"{named}{' with AVX512-BF16' if bf16 else ''}"

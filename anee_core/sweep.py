@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,10 +76,11 @@ def run_sweep(
             model = load(name, dtype=options.dtype)
             for text, path in texts.items():
                 blocks = text_blocks(model, path, options.length, options.blocks)
+                read = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:8]
                 dense = dense_logits(model, blocks)
                 for policy, budget in cells:
                     bar.update(task, advance=1, description=f"{name}, {text}: {policy} at {budget:g}")
-                    key = f"{name} {text} {policy} {budget}"
+                    key = f"{name} {text} ({read}) {policy} {budget}"
                     if key in records:
                         continue
                     spelled = policy.replace(HOLE, f"{budget:g}")

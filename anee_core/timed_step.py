@@ -17,6 +17,10 @@ class TimedStep(StepAround):
 
     def __init__(self, step: LayerStep) -> None:
         super().__init__(step)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
         self.seconds = {"layers": 0.0, "head": 0.0}
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:

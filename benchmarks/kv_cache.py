@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -34,6 +33,7 @@ from anee_core.cache_policies import AsaCachePolicy, AsaWeights
 from anee_core.interfaces import CacheView
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy
+from anee_core.records import processor
 
 SHAPES = {"gpt2-small": (12, 768, 12), "gpt2-medium": (24, 1024, 16)}
 
@@ -161,7 +161,7 @@ def main() -> None:
         for batch in chosen.batch:
             records += measure(shape, batch, chosen)
             chosen.json.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"machine": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            facts = {"machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
             settings = {"context": chosen.context, "dtype": chosen.dtype, "steps": chosen.steps}
             chosen.json.write_text(json.dumps({**facts, **settings, "records": records}, indent=2) + "\n")
     table = Table("shape", "batch", "contender", "tokens/s", "ms/step", "spread", "against dense", "at most", "K/V MiB")

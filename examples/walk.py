@@ -19,7 +19,7 @@ parser.add_argument("--model", default="smollm2")
 parser.add_argument("--policy", default="heuristic")
 parser.add_argument("--budget", type=float, default=None)
 parser.add_argument("--out", type=Path, default=Path("walk.html"))
-arguments = parser.parse_args()
+arguments, _ = parser.parse_known_args()  # a notebook's kernel has arguments of its own
 
 # %% Generate: the trace is what really ran
 model = anee.load(arguments.model, arguments.policy, arguments.budget)

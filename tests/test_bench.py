@@ -26,6 +26,8 @@ def test_bench_from_the_command_line(llama_folder, tmp_path, run_anee):
         out,
         "--plot",
         plot,
+        "--markdown",
+        tmp_path / "bench.md",
     ]
     result = run_anee(*arguments, "--batch", "2")
     assert result.code == 0, result.err
@@ -41,6 +43,12 @@ def test_bench_from_the_command_line(llama_folder, tmp_path, run_anee):
     assert len(same) == 1  # the same decisions, at once and deferred
     assert rows["ANEE dense, decode()"]["ideal_ms"] == rows["ANEE dense, decode()"]["ms_per_token"]
     assert plot.stat().st_size > 1000
+    written = (tmp_path / "bench.md").read_text()
+    assert "| ANEE static:skip=1 |" in written
+    assert written.startswith(f"## {record['title']}")
+    ours = [row for row in record["records"] if row["parts"]]
+    assert len(ours) == 8
+    assert all(row["parts"][name] > 0 for row in ours for name in ("layers", "head", "rest"))
     # A second size is added; the first is not measured again.
     assert run_anee(*arguments, "--batch", "2", "--batch", "1").code == 0
     both = json.loads(out.read_text())["records"]
@@ -54,6 +62,16 @@ def test_stopwatch_tells_prompt_from_tokens():
     watch.marks = [0.0, 2.0, 3.0, 3.5, 4.0]
     assert watch.prompt_seconds == 2
     assert watch.token_seconds == 0.5
+
+
+def test_transformers_is_compiled_where_it_is_asked_for(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", lambda: GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
+    options = {"context": 4, "tokens": 3, "repeats": 1, "skipped": ()}
+    found = bench.measure(BenchOptions("tiny", "float32", compiled=True, **options))
+    assert [r["contender"] for r in found["records"]][:2] == ["transformers generate", "transformers compiled"]
+    assert compiled
 
 
 def test_shapes_have_seeded_random_weights(monkeypatch):

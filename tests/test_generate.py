@@ -12,6 +12,7 @@ from transformers import (
     pipeline,
 )
 
+import anee
 from anee_core.conformance.subject import without_layers
 from anee_core.errors import InputError
 
@@ -273,3 +274,27 @@ def test_what_a_generation_returns_can_be_changed_and_trained_on():
     result.sequences[0, 0] = 5
     assert not any(t.is_inference() for t in (result.sequences, result.trace.ran))
     model(result.sequences, labels=result.sequences).loss.backward()
+
+
+def test_settings_that_the_lean_loop_does_not_know_go_through_transformers(llama_folder, caplog):
+    model = anee.load(llama_folder)
+    plain = model.generate("the night was", max_new_tokens=12).new_tokens[0]
+    model.generation_config.min_new_tokens = 12
+    model.generation_config.eos_token_id = plain[3]
+    ended = model.generate("the night was", max_new_tokens=12)
+    assert len(ended.new_tokens[0]) == 12
+    assert not caplog.records
+    assert model.decode(tokens(1, 4), max_new_tokens=2).new_tokens
+    assert "min_new_tokens is not followed here" in caplog.text
+    with pytest.raises(InputError, match="set_seed"):
+        model.generate("the night was", max_new_tokens=3, num_beams=2, seed=0)
+
+
+def test_new_tokens_of_beams_come_without_padding(llama_folder):
+    model = anee.load(llama_folder)
+    prompts = ["the night was", "she went to the door and"]
+    free = model.generate(prompts, max_new_tokens=8, num_beams=2)
+    end = free.new_tokens[0][2]
+    ended = model.generate(prompts, max_new_tokens=8, num_beams=2, eos_token_id=end)
+    assert all(end not in row[:-1] for row in ended.new_tokens)
+    assert len({len(row) for row in ended.new_tokens}) == 2

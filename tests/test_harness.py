@@ -62,6 +62,7 @@ def test_scores_are_those_of_the_definitions(llama_folder, folder, batch):
     assert 0 < found["last"]["spent"]["budget spent"] < 1
     assert 0 < found["last"]["spent"]["context kept"] < 1
     assert found["last"]["spent"]["FLOPs"] > 0
+    assert found["last"]["spent"]["KV bytes"] > 0
 
 
 def test_an_audit_that_decodes_gives_the_same(llama_folder, folder):
@@ -140,6 +141,11 @@ def test_lm_evals_own_command_line(llama_folder, folder, tmp_path):
 def test_bad_input_says_what_to_do(llama_folder, folder):
     with pytest.raises(InputError, match="mode is parallel or decode"):
         AneeLM(anee.load(llama_folder), mode="quick")
+    with pytest.raises(InputError, match="no option 'prefil'"):
+        AneeLM(str(llama_folder), prefil="dense")
+    with pytest.raises(InputError, match="policy is for a model that is to be loaded; this one is, under 'dense'"):
+        AneeLM(anee.load(llama_folder), policy=POLICY)
+    assert AneeLM(str(llama_folder), "heuristic:protect=1 1", 0.8, hard=True, batch_size=2).model.engine.budget.hard
     with pytest.raises(InputError, match="needs a tokenizer"):
         AneeLM(anee.load(build("llama")))
     (folder / "odd.jsonl").write_text('{"question": 1}\n')

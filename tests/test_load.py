@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import anee
 from anee.wrapper import ANEEWrapper
-from anee_core.calibration import CalibrationOptions
-from anee_core.errors import InputError, ModelError
+from anee_core.calibration import CalibrationOptions, fingerprint
+from anee_core.errors import AneeError, InputError, ModelError
 
 IDS = torch.randint(2, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 QUICK = CalibrationOptions(sequences=1, length=8, progress=False)
@@ -304,6 +304,29 @@ def test_quantised_model_calibrates_and_is_told_from_others(quantised):
     other = type(quantised)(quantised.config).eval()
     torchao.quantize_(other, torchao.Int8WeightOnlyConfig())
     assert load(other).fingerprint != found.fingerprint
+
+
+def test_weights_of_different_precision_are_told_apart(tiny_llama):
+    networks = {weights: copy.deepcopy(tiny_llama) for weights in (None, "int8", "int4")}
+    prints = {weights: fingerprint(anee.load(network, weights=weights)) for weights, network in networks.items()}
+    assert len(set(prints.values())) == 3
+
+
+def test_what_is_not_plain_is_not_quantised_and_stays_as_it_was(tiny_llama):
+    small = copy.deepcopy(tiny_llama)
+    anee.load(small, weights="int8")
+    with pytest.raises(ModelError, match="is quantised, wrapped or hooked already"):
+        anee.load(small, weights="int4")
+    odd = copy.deepcopy(tiny_llama)
+    odd.model.layers[-1].mlp.down_proj = nn.Linear(33, odd.config.hidden_size)  # int4 takes multiples of 32
+    with pytest.raises(AneeError):
+        anee.load(odd, weights="int4")
+    assert all(type(module) is nn.Linear for name, module in odd.named_modules() if name.endswith("_proj"))
+
+
+def test_the_hub_gets_model_and_policy_each_by_itself(tiny_llama):
+    with pytest.raises(InputError, match="anee publish"):
+        anee.load(tiny_llama, "static:skip=1").push_to_hub("somebody/name")
 
 
 # The first system's front door.

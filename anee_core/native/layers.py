@@ -34,7 +34,7 @@ class NativeLayer:
         layer, config, layout = parts.layers[layer_idx], parts.config, parts.layout
         kind = type(layer)
         if kind.__name__ not in recipe.layers or not kind.__module__.startswith("transformers."):
-            raise UnfitError(f"a {kind.__name__} is another layer than the family's usual one")
+            raise UnfitError(f"there is no recipe for a {kind.__name__}")
         self._layer, self._modules = layer, tuple(layer.modules())
         if any(hooked(module) for module in self._modules):
             raise UnfitError(f"a module in its {kind.__name__} is hooked")
