@@ -131,6 +131,37 @@ def test_keys_and_values_may_come_later(policy, learned, taken):
     torch.testing.assert_close(*found, atol=2e-5, rtol=1e-4)
 
 
+LATER = [
+    "static:exit=3",
+    "random:p=0.4,exit=0.2,protect=0 0",
+    "static:skip=1 2 4+window:sinks=1,recent=4",
+    "static:skip=1 2 4+tova:keep=5",
+    "random:p=0.6,protect=0 0+knorm:keep=0.4,least=1",
+]
+
+
+@pytest.mark.parametrize("policy", LATER)
+def test_keys_and_values_may_come_later_with_exit_padding_dropping_and_beams(policy):
+    network = build("llama")
+    slow, fast = adaptive(network, policy, fast=False), adaptive(network, policy)
+    fast.engine = Engine(fast.adapter, fast.parts, fast.policy, step=DeferredStep(NativeStep(fast.adapter, fast.parts)))
+    ids, mask = ragged((9, 5), "left")
+    new, logits, most = tokens(2, 40, seed=7), [], 0
+    with torch.no_grad():
+        for model in (fast, slow):
+            cache = model.new_cache()
+            steps = [model(ids, mask, past_key_values=cache).logits[:, -1:]]
+            for t in range(40):
+                steps.append(model(new[:, t : t + 1], past_key_values=cache).logits)
+                most = max(most, sum(map(len, cache._owed.values())))
+            logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(*logits, atol=5e-5, rtol=1e-3)
+    # Who looks at keys has to have them at once.
+    assert (most > 0) == ("tova" not in policy and "knorm" not in policy)
+    options = {"num_beams": 3, "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(*(model.generate(tokens(2, 6), **options) for model in (fast, slow)))
+
+
 def test_beams_are_followed(learned):
     network = build("llama")
     ids, options = tokens(2, 6), {"num_beams": 3, "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
