@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -192,7 +192,9 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         for slots in self._distinct():
             needed = slots.used + count
             if needed > slots.capacity:
-                slots.grow(max(2 * slots.capacity, needed, _FIRST_CAPACITY))
+                # Doubling would undo what dropping saves: what is dropped will make room again.
+                room = slots.capacity * 5 // 4 if slots.gaps else 2 * slots.capacity
+                slots.grow(max(room, needed, _FIRST_CAPACITY))
                 self._grown = True  # until the storage follows, which may fail
         if self._grown:
             self.capacity = max(s.capacity for s in self.slots)
@@ -212,6 +214,10 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         if store.keys is None:
             nothing = like.new_empty(1, heads, 0, width)
             store.lazy_initialization(nothing, nothing)
+        keys, values = store.keys, store.values
+        wanted = heads, width, like.dtype
+        if (keys.shape[1], keys.shape[3], keys.dtype) != wanted or values.dtype != like.dtype:
+            raise _misfit("keys and values", (*wanted[:2],), like.dtype)
         return store.keys, store.values
 
     def span(self, layer_idx: int) -> tuple[int, int]:
@@ -280,6 +286,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             if name not in store.state:
                 capacity = self.slots[layer_idx].capacity
                 store.state[name] = rows.new_zeros(rows.shape[0], capacity, *rows.shape[2:])
+            if store.state[name].shape[2:] != rows.shape[2:] or store.state[name].dtype != rows.dtype:
+                raise _misfit(f"'{name}'", rows.shape[2:], rows.dtype)
             store.state[name].narrow(1, start, rows.shape[1]).copy_(rows.detach())
 
     @torch.inference_mode(False)
@@ -293,6 +301,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             slots.full, slots.evicting, slots.gaps = False, True, True
             if name not in store.state:
                 store.state[name] = like.new_zeros(self.batch, slots.capacity, width)
+            if store.state[name].shape[2:] != (width,) or store.state[name].dtype != like.dtype:
+                raise _misfit(f"'{name}'", (width,), like.dtype)
             found.append((slots, store.state[name]))
         return found
 
@@ -390,12 +400,22 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             slots.check_at = int(most / _LOAD_FACTOR) + _SLACK
             if most < _LOAD_FACTOR * slots.used:
                 self._horizon = max(self._horizon, dropped)
-                sharing = [i for i, other in enumerate(self.slots) if other is slots]
-                for layer_idx in sharing:
-                    self.settle(layer_idx)
-                source = slots.compact(max(most, 1), slots.check_at, full=most == least > 0)
-                for layer_idx in sharing:
-                    self.layers[layer_idx].take(source, slots.capacity)
+                self._compact(slots, most, least)
+
+    def _compact(self, slots: Slots, most: int, least: int) -> None:
+        """Move what is held to the front, in all layers that have these slots, whose fullest and emptiest row hold
+        ``most`` and ``least``.
+        """
+        sharing = [i for i, other in enumerate(self.slots) if other is slots]
+        for layer_idx in sharing:
+            self.settle(layer_idx)
+        try:
+            source = slots.compact(max(most, 1), slots.check_at, full=most == least > 0)
+            for layer_idx in sharing:
+                self.layers[layer_idx].take(source, slots.capacity)
+        except BaseException:
+            self.reset()  # some layers have moved, and others not
+            raise
 
     # Between forwards.
 
@@ -548,6 +568,14 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             layer.keys = layer.values = None
             layer.state = {}
             layer.is_initialized = False
+
+
+def _misfit(what: str, shape: Sequence[int], dtype: torch.dtype) -> CacheError:
+    """Return the error for what of a new token does not fit that of the tokens held."""
+    return CacheError(
+        f"the cache holds other {what} than {list(shape)} in {dtype} of each token, which it gets now: start a new "
+        "cache for another model, dtype or policy"
+    )
 
 
 def _rows(state: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

@@ -178,10 +178,9 @@ class Engine:
         if not (possible and self.step.takes_all and all(c is call for c in calls)):
             return None, []
         seen = None if shared is None else shared.visible()
-        made: dict[int | None, Tensor | None] = {}
-        for window in set(self._windows):
-            known = masks.at(slots, window) if seen is None else masks.mask(slots, window, seen)
-            made[window] = known if by_itself else None
+        made: dict[int | None, Tensor | None] = dict.fromkeys(self._windows)
+        for window in made if by_itself else ():
+            made[window] = masks.at(slots, window) if seen is None else masks.mask(slots, window, seen)
         gate = plan.gate()
         states = plan.ahead(hidden_states) if gate is None else plan.undecided()
         if states is None:
@@ -241,7 +240,8 @@ class Engine:
     def _dropping_alike(self, block: Block, cache: AdaptiveCache) -> Drop | None:
         """Return what all layers drop, if the policy treats them alike and they hold the same tokens."""
         policy = self.policy.cache_policy
-        return Drop(policy, None, None, block, ALL, cache, None) if policy.alike and cache.alike else None
+        possible = policy.alike and not policy.wants and cache.alike
+        return Drop(policy, None, None, block, ALL, cache, None) if possible else None
 
     def _dropping(
         self, layer_idx: int, hidden_states: Tensor, block: Block, selection: Selection, cache: AdaptiveCache

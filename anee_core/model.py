@@ -219,6 +219,11 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
                 f"a filled {type(past_key_values).__name__} cannot be used: "
                 "start from model.new_cache() and feed the tokens"
             )
+        if len(cache.layers) != self.engine.costs.num_layers:
+            raise InputError(
+                f"the cache is for {len(cache.layers)} layers and the model has {self.engine.costs.num_layers}: "
+                "start from model.new_cache()"
+            )
         limit = self.adapter.position_limit(self.parts)
         return read_block(self.parts, input_ids, attention_mask, position_ids, inputs_embeds, cache, limit), cache
 

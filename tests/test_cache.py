@@ -611,6 +611,32 @@ def test_running_out_of_memory_while_growing_leaves_no_trace(fails_at, monkeypat
     assert_same(before, snapshot(cache))
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_running_out_of_memory_while_compacting_leaves_an_empty_cache(alike, monkeypatch):
+    cache = AdaptiveCache(LAYERS)
+    feed(cache, 60)
+    open_block(cache, 1)
+    keep = torch.zeros(cache.batch, 1, 61, dtype=torch.bool)
+    for layer_idx in [None] if alike else range(LAYERS):
+        cache.evict(layer_idx, keep)
+    assert cache.alike == alike
+    allocate, calls = LayerStore._allocate, itertools.count()
+
+    def scarce(self, like, capacity):
+        if next(calls) == 3:  # keys and values of one layer have moved
+            raise torch.OutOfMemoryError
+        return allocate(self, like, capacity)
+
+    monkeypatch.setattr(LayerStore, "_allocate", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.commit()
+    assert cache.seen == 0
+    assert cache.nbytes() == 0
+    monkeypatch.undo()
+    feed(cache, 3)
+    assert cache.kept().tolist() == [[3] * cache.batch] * LAYERS
+
+
 @pytest.mark.parametrize("policy", ["dense", "window:sinks=1,recent=3"])
 def test_a_model_goes_on_as_if_a_failed_forward_had_not_been(tiny_llama, policy):
     model = anee.load(tiny_llama, policy)

@@ -11,6 +11,8 @@ from anee_core.errors import CheckpointError, InputError, TrainingError
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_run import GateTraining, train_gate
 from anee_core.training.loop import RunOptions
+from anee_core.training.reinforce import Reinforce, ReinforceOptions
+from anee_core.training.rl_run import RlTraining, train_rl
 
 
 def gated(network, folder, **options):
@@ -209,3 +211,28 @@ def test_rl_keeps_the_better_stage_and_reports_both(llama_folder, text, tmp_path
     assert sum(same) == 1
     policy = f"rl:folder={tmp_path / 'run'}"
     assert run_anee("generate", str(llama_folder), "the cat", "-p", policy, "-b", "0.95", "-n", "3").code == 0
+
+
+def test_reinforce_goes_on_as_if_it_had_not_stopped(llama_folder, text, tmp_path, monkeypatch):
+    def train(name):
+        chosen = RlTraining(small(), ReinforceOptions(rollouts=2), steps=4)
+        run = run_options(tmp_path / name, steps=2, save_every=1, validate_every=0)
+        train_rl(anee.load(llama_folder), [text], run, chosen)
+
+    train("whole")
+    forward, calls = Reinforce.forward, []
+
+    def failing(self, input_ids):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, input_ids)
+
+    monkeypatch.setattr(Reinforce, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train("parts")
+    train("parts")
+    assert len(calls) == 5
+    for file in ("gate.safetensors", "shortcuts.safetensors"):
+        found, wanted = (load_file(tmp_path / name / "reinforce" / file) for name in ("parts", "whole"))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)

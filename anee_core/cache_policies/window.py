@@ -37,8 +37,8 @@ class WindowCachePolicy(BudgetedCachePolicy):
 
     @property
     def alike(self) -> bool:
-        """Whether there is one budget for all layers."""
-        return len(self.keep) < 2
+        """Whether there is one budget for all layers; a policy derived from this one may look at more."""
+        return len(self.keep) < 2 and type(self) is WindowCachePolicy
 
     def bind(self, setting: Setting) -> CachePolicy:
         """Check the budgets against the model."""

@@ -197,8 +197,8 @@ class GateController(Controller):
 
     @property
     def linear(self) -> LinearGate | None:
-        """What it computes, once bound."""
-        return self._linear
+        """What it computes, once bound; a controller derived from this one may compute something else."""
+        return self._linear if type(self) is GateController else None
 
     @property
     def compares(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import addressof, c_int32, c_void_p
 from typing import Any
 
@@ -90,13 +90,17 @@ class NativeStack:
         gate.limit = call.limit
         self.struct.gate = addressof(gate)
 
-    def drop_by(self, call: DropCall | None, cache: AdaptiveCache, like: Tensor) -> None:
-        """Let an interaction drop tokens of a cache, whose states are in the dtype of ``like``; or nobody."""
+    def drop_by(self, call: DropCall | None, cache: AdaptiveCache, like: Tensor) -> bool:
+        """Let an interaction drop tokens of a cache, whose states are in the dtype of ``like``, or nobody; return
+        whether that is possible.
+        """
         if call is None:
             self.struct.interaction = None
-            return
+            return True
         known, struct = call.interaction, self._interaction
         rank, width = known.query.shape[1:]
+        if not _plain((known.query, known.key), like.dtype) or not _plain((known.bias,), torch.float32):
+            return False
         if self._interaction_of is not known:
             self._interaction_of = known
             for i, (query, key) in enumerate(zip(known.query, known.key, strict=True)):
@@ -111,6 +115,7 @@ class NativeStack:
             at.start, at.used = cache.span(i)
         struct.held, struct.now = call.held.data_ptr(), cache.seen + 1
         self.struct.interaction = addressof(struct)
+        return True
 
     def take(self, shortcut: Any, dtype: torch.dtype) -> bool:
         """Give skipped tokens a shortcut, or none; return whether that is possible."""
@@ -120,16 +125,21 @@ class NativeStack:
         if type(shortcut) is not LowRankShortcut:
             return False
         weights = shortcut.weights
+        parts = (weights.down, weights.up, weights.bias)
+        if not _plain(parts, dtype):
+            return False
         if self._shortcut is not weights:
-            parts = (weights.down, weights.up, weights.bias)
-            if any(part.dtype != dtype or not part.is_contiguous() for part in parts):
-                return False
             self._shortcut = weights
             for i, (down, up, bias) in enumerate(zip(*parts, strict=True)):
                 self._down[i], self._up[i] = _matrix(down), _matrix(up, bias)
             self.floats = max(self.floats, 2 * weights.down.shape[2] + weights.down.shape[1] + 3 * LANES)
         self.struct.down, self.struct.up = addressof(self._down), addressof(self._up)
         return True
+
+
+def _plain(parts: Iterable[Tensor], dtype: torch.dtype) -> bool:
+    """Whether tensors can be read by pointer, as numbers of a type."""
+    return all(part.dtype == dtype and part.is_contiguous() and part.device.type == "cpu" for part in parts)
 
 
 def _matrix(weight: Tensor, bias: Tensor | None = None) -> Matrix:

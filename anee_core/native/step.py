@@ -70,13 +70,13 @@ class NativeStep:
         own = self._own
         if own.stack is None or own.stack.made_for != (own.layers, own.threads):
             own.stack = NativeStack(own.layers, own.threads)
-        if not own.stack.take(stack.shortcut, hidden_states.dtype):
+        possible = own.stack.take(stack.shortcut, hidden_states.dtype)
+        if not possible or not own.stack.drop_by(stack.dropping, cache, hidden_states):
             return None
         result = hidden_states.clone(memory_format=torch.contiguous_format)
         room = torch.empty_like(result)
         own.stack.store_in(cache, result)
         own.stack.decide_by(stack.gate)
-        own.stack.drop_by(stack.dropping, cache, result)
         own.stack.struct.states = stack.states.data_ptr()
         own.stack.struct.inputs = None if stack.inputs is None else stack.inputs.data_ptr()
         where = self._where(*result.shape[:2])

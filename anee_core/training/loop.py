@@ -44,6 +44,10 @@ class Objective(nn.Module, ABC):
     def after(self, figures: dict[str, float]) -> None:
         """See the figures of a step, after it."""
 
+    def adapted(self) -> dict[str, Tensor]:
+        """Return what changes in training without a gradient, by name; it is kept with what is trained."""
+        return dict(self.named_buffers(recurse=False))
+
     def validate(self) -> dict[str, float]:
         """Return figures of held-out text."""
         return {}
@@ -169,9 +173,8 @@ class _Run:
             list(accelerator.prepare(*optimizers)) if len(optimizers) > 1 else [accelerator.prepare(*optimizers)]
         )
         self.module = accelerator.prepare_model(objective)
-        # Buffers are few: what an objective adapts by itself.
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        self.saved = {**self.trained, **dict(objective.named_buffers(recurse=False))}
+        self.saved = {**self.trained, **objective.adapted()}
 
     def step(self, batches: Batches, step: int) -> dict[str, float]:
         """Take one optimiser step and return its figures, averaged over its batches."""

@@ -66,6 +66,10 @@ class Reinforce(Objective):
         """Let the weight of the entropy fall."""
         self._entropy = self.options.entropy * max(1 - step / self.options.steps, 0.0)
 
+    def adapted(self) -> dict[str, Tensor]:
+        """Return its own prices, and the statistics of the gate's scores."""
+        return {**super().adapted(), **{f"gated.{name}": known for name, known in self.gated.adapted().items()}}
+
     def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of token ids [B, T], whose gradient is the estimate."""
         gated, options = self.gated, self.options
