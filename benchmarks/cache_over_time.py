@@ -32,7 +32,7 @@ def watch(model: AdaptiveModel, prompt: Tensor, tokens: int) -> dict:
         mib.append((read, int(layers.sum()) / 2**20))
     return {
         "mib": mib,
-        "peak_mib": max(m for _, m in mib),
+        "most_mib": max(m for _, m in mib),
         "slots": trace.kept[:, 0].tolist(),
         "context_dropped": trace.context_dropped,
     }
@@ -70,12 +70,12 @@ def main() -> None:
     for policy in track(chosen.policy, console=Console(stderr=True)):
         adaptive = anee.load(model.model, policy, tokenizer=model.tokenizer, prefill_chunk=chosen.chunk)
         found[policy] = watch(adaptive, prompt, chosen.tokens)
-    table = Table("policy", "context dropped", "peak MiB", "MiB at the end", "slots at the end, least to most")
+    table = Table("policy", "context dropped", "most MiB after a piece", "MiB at the end", "slots at the end, least to most")
     for name, figures in found.items():
         slots = sorted(figures["slots"])
         end = figures["mib"][-1][1]
-        dropped, peak = f"{figures['context_dropped']:.1%}", f"{figures['peak_mib']:.1f}"
-        table.add_row(name, dropped, peak, f"{end:.1f}", f"{slots[0]} to {slots[-1]}")
+        dropped, most = f"{figures['context_dropped']:.1%}", f"{figures['most_mib']:.1f}"
+        table.add_row(name, dropped, most, f"{end:.1f}", f"{slots[0]} to {slots[-1]}")
     Console().print(table)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: getattr(chosen, key) for key in ("model", "length", "tokens", "chunk", "dtype")}

@@ -179,7 +179,7 @@ def test_cache_over_time_shows_what_was_freed(llama_folder, text, tmp_path, run_
     dense, window = json.loads((tmp_path / "out.json").read_text())["policies"].values()
     assert dense["slots"] == [98] * 4
     assert window["slots"] == [5] * 4
-    assert window["peak_mib"] < dense["peak_mib"] / 3
+    assert window["most_mib"] < dense["most_mib"] / 3
     assert (tmp_path / "out.png").exists()
 
 
