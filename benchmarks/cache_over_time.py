@@ -70,7 +70,9 @@ def main() -> None:
     for policy in track(chosen.policy, console=Console(stderr=True)):
         adaptive = anee.load(model.model, policy, tokenizer=model.tokenizer, prefill_chunk=chosen.chunk)
         found[policy] = watch(adaptive, prompt, chosen.tokens)
-    table = Table("policy", "context dropped", "most MiB after a piece", "MiB at the end", "slots at the end, least to most")
+    table = Table(
+        "policy", "context dropped", "most MiB after a piece", "MiB at the end", "slots at the end, least to most"
+    )
     for name, figures in found.items():
         slots = sorted(figures["slots"])
         end = figures["mib"][-1][1]

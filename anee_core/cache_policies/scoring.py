@@ -65,15 +65,26 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         """Return which slots stay after new token ``t``, [B, S]."""
         position, query = view.position_ids, view.query_position[:, t : t + 1]
         allowed = self.allowed(view.layer_idx, query)
+        due = self.due(view, t)
+        # One token more than allowed is what decoding comes to; on a device, looking would take longer than sorting.
+        known = held.device.type == "cpu"
+        excess = int(((held.sum(1, keepdim=True) - allowed) * due).max()) if known else held.shape[1]
+        if excess <= 0:
+            return held
         order = self.rank_by(view, scores, held).double()
         # Before any score: the newest token, then the sinks from the first on, then the recent ones from the last on.
         place = 1e-9 * position.double()
         order = torch.where(position > query - self.newest(allowed), _FIRST * (1 + place), order)
         order = torch.where(position < self.sinks, _FIRST * (3 - place), order)
         order = torch.where(position == query, 4 * _FIRST, order)
+        if excess == 1:
+            over = (held.sum(1, keepdim=True) > allowed) & due
+            # Of equals the last one goes, as in a stable sort.
+            worst = held.shape[1] - 1 - torch.where(held, order, torch.inf).flip(1).argmin(1, keepdim=True)
+            return held & ~(over & (torch.arange(held.shape[1], device=held.device) == worst))
         best = torch.argsort(torch.where(held, order, -torch.inf), dim=1, descending=True, stable=True)
         rank = torch.empty_like(best).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
-        return held & ((rank < allowed) | ~self.due(view, t))
+        return held & ((rank < allowed) | ~due)
 
     def decide(self, view: CacheView) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Take the new tokens one after another."""
