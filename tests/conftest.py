@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from anee.cli import main
+from anee_core.native.step import NativeStep
 
 torch.set_num_threads(1)  # layers this small only get slower on several
 
@@ -34,6 +35,27 @@ def anee_cache(tmp_path_factory, monkeypatch):
     (folder / "native").symlink_to(compiled)
     monkeypatch.setenv("ANEE_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def note_stacks(monkeypatch):
+    """Return what starts a list that grows with each block given to the native step for all layers at once: the number
+    of its tokens, or None if it was refused; only of those that a function of the `Stack` picks.
+    """
+
+    def start(noted=lambda stack: True):
+        found, whole = [], NativeStep.all_layers
+
+        def noting(self, hidden_states, stack, cache):
+            output = whole(self, hidden_states, stack, cache)
+            if noted(stack):
+                found.append(None if output is None else hidden_states.shape[1])
+            return output
+
+        monkeypatch.setattr(NativeStep, "all_layers", noting)
+        return found
+
+    return start
 
 
 @pytest.fixture(scope="session")

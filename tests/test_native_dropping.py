@@ -28,19 +28,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def taken(monkeypatch):
+def taken(note_stacks):
     """Return a list that grows with each block whose tokens are dropped in one call."""
-    found = []
-    whole = NativeStep.all_layers
-
-    def noting(self, hidden_states, stack, cache):
-        output = whole(self, hidden_states, stack, cache)
-        if output is not None and stack.dropping is not None:
-            found.append(hidden_states.shape[1])
-        return output
-
-    monkeypatch.setattr(NativeStep, "all_layers", noting)
-    return found
+    return note_stacks(lambda stack: stack.dropping is not None)
 
 
 def both(family, layers, folder, dtype=torch.float32):

@@ -28,18 +28,9 @@ def learned(tmp_path_factory):
 
 
 @pytest.fixture
-def taken(monkeypatch):
+def taken(note_stacks):
     """Return a list that grows with each block that goes through all layers at once."""
-    found = []
-    whole = NativeStep.all_layers
-
-    def noting(self, hidden_states, stack, cache):
-        output = whole(self, hidden_states, stack, cache)
-        found.append(None if output is None else hidden_states.shape[1])
-        return output
-
-    monkeypatch.setattr(NativeStep, "all_layers", noting)
-    return found
+    return note_stacks()
 
 
 def decoded(model, ids, mask=None, new=9, **options):
