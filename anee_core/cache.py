@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,11 +37,25 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
 
     def __init__(self, cache: AdaptiveCache, layer_idx: int) -> None:
         super().__init__()
-        self._cache = cache
+        self.belong_to(cache)
         self._layer_idx = layer_idx
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.state: dict[str, Tensor] = {}
+
+    def belong_to(self, cache: AdaptiveCache) -> None:
+        """Be a layer of a cache. It is not kept alive by that: gigabytes would wait for a garbage collection."""
+        self._of = weakref.ref(cache)
+
+    @property
+    def _cache(self) -> AdaptiveCache:
+        cache = self._of()
+        assert cache is not None
+        return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; its cache tells it where it belongs."""
+        return {name: value for name, value in self.__dict__.items() if name != "_of"}
 
     @torch.inference_mode(False)
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -522,6 +538,16 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return what a copy needs: nothing is owed, and no model hangs on it."""
         self.settle_all()
         return {**self.__dict__, "pay": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, with layers of its own."""
+        self.__dict__.update(state)
+        for layer in self.layers:
+            layer.belong_to(self)
+
+    def __copy__(self) -> AdaptiveCache:
+        """Return a deep copy: a layer belongs to one cache."""
+        return copy.deepcopy(self)
 
     # The names by which transformers calls these.
 

@@ -1,7 +1,9 @@
 """The cache against its reference twin, and its promises about memory, dtypes, rollback and transformers."""
 
+import copy
 import gc
 import itertools
+import pickle
 import weakref
 
 import pytest
@@ -1003,3 +1005,32 @@ def test_the_twin_is_told_apart_by_a_single_missing_token():
     torch.testing.assert_close(twin.attend(0, 0, query, 2), twin.held(0, 0)[0].value)
     assert not torch.allclose(both, twin.attend(0, 0, query, 2))
     assert twin.attend(0, 0, query, 1) is None
+
+
+def test_memory_goes_with_the_last_reference(tiny_llama):
+    gc.collect()
+    gc.disable()
+    try:
+        model = anee.load(tiny_llama, "window:sinks=1,recent=3")
+        with torch.no_grad():
+            cache = model(torch.randint(3, 97, (1, 9))).past_key_values
+            model(torch.randint(3, 97, (1, 1)), past_key_values=cache)
+        keys = weakref.ref(cache.layers[0].keys)
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_goes_its_own_way(copied):
+    cache = AdaptiveCache(LAYERS)
+    feed(cache, 5)
+    before, other = snapshot(cache), copied(cache)
+    feed(other, 3, seed=1)
+    assert_same(before, snapshot(cache))
+    assert other.layers[0].get_seq_length() == 8
+    assert cache.layers[0].get_seq_length() == 5
+    del cache
+    feed(other, 90, seed=2)
+    assert other.kept().tolist() == [[98, 98]] * LAYERS
