@@ -12,7 +12,6 @@
 
 #include "vectors.h"
 
-constexpr int PAIRED_FROM = 4;  // tokens; fewer are bound by reading weights
 constexpr int PAIRED_LANES = 2 * LANES;
 
 // Vectors of `count` tokens in bf16, each filled up with zeros to whole registers.
@@ -41,39 +40,39 @@ static inline vec pairs_added(vec total, __m512i a, __m512i b) {
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
 }
 
-// Four rows times four tokens: out[4 m + r].
-template <bool FIRST>
+// R rows times M tokens, sixteen products in all: out[R m + r].
+template <int R, int M, bool FIRST>
 static inline vec paired_dots(const bf16* const* rows, int64_t ahead, const bf16* const* x, int inputs) {
+    static_assert(R * M == LANES, "as many sums as a vector holds");
     vec sums[LANES] = {};
     for (int i = 0; i < inputs; i += PAIRED_LANES) {
         uint32_t some = inputs - i < PAIRED_LANES ? (1u << (inputs - i)) - 1 : ~0u;
-        __m512i w[4];
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) {
+        __m512i w[R];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
             w[r] = _mm512_maskz_loadu_epi16(some, rows[r] + i);
             if (FIRST) __builtin_prefetch(rows[r] + ahead + i);
         }
 #pragma GCC unroll 4
-        for (int m = 0; m < 4; m++) {
+        for (int m = 0; m < M; m++) {
             __m512i v = _mm512_loadu_si512(x[m] + i);
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) sums[4 * m + r] = pairs_added(sums[4 * m + r], w[r], v);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) sums[R * m + r] = pairs_added(sums[R * m + r], w[r], v);
         }
     }
     return sums_of(sums);
 }
 
-// Four outputs of a map for at least four tokens, into y[m] + first.
-template <class R>
-static void paired_rows(const bf16* const* rows, int64_t ahead, Narrow x, int inputs, int tokens, R y, int first) {
-    for (int m = 0; m < tokens; m += 4) {
-        int from = std::min(m, tokens - 4);  // the last four overlap those before
-        const bf16* vectors[4] = {x[from], x[from + 1], x[from + 2], x[from + 3]};
-        vec out = m ? paired_dots<false>(rows, 0, vectors, inputs) : paired_dots<true>(rows, ahead, vectors, inputs);
-        _mm_storeu_ps(y[from] + first, _mm512_extractf32x4_ps((__m512)out, 0));
-        _mm_storeu_ps(y[from + 1] + first, _mm512_extractf32x4_ps((__m512)out, 1));
-        _mm_storeu_ps(y[from + 2] + first, _mm512_extractf32x4_ps((__m512)out, 2));
-        _mm_storeu_ps(y[from + 3] + first, _mm512_extractf32x4_ps((__m512)out, 3));
+// R outputs of a map for at least M tokens, into y[m] + first.
+template <int R, int M, class Y>
+static void paired_rows(const bf16* const* rows, int64_t ahead, Narrow x, int inputs, int tokens, Y y, int first) {
+    for (int m = 0; m < tokens; m += M) {
+        int from = std::min(m, tokens - M);  // the last ones overlap those before
+        const bf16* vectors[M];
+        for (int k = 0; k < M; k++) vectors[k] = x[from + k];
+        vec out = m ? paired_dots<R, M, false>(rows, 0, vectors, inputs)
+                    : paired_dots<R, M, true>(rows, ahead, vectors, inputs);
+        for (int k = 0; k < M; k++) std::memcpy(y[from + k] + first, (const float*)&out + R * k, R * sizeof(float));
     }
 }
 

@@ -215,11 +215,18 @@ static void pairs_in(const Matrix& matrix, Range range, Rows x, int tokens, Rows
     Narrow vectors = narrow(x, tokens, matrix.inputs);
     if (matrix.transposed)
         return paired_columns(weight, matrix.stride, range.first, range.last, vectors, matrix.inputs, tokens, y);
-    for (; range.first + 4 <= range.last; range.first += 4) {
-        const bf16* rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = weight + matrix.row(range.first + r) * matrix.stride;
-        paired_rows(rows, 4 * matrix.stride, vectors, matrix.inputs, tokens, y, range.first);
-    }
+    auto run = [&](auto some, auto together) {
+        constexpr int R = decltype(some)::value, M = decltype(together)::value;
+        for (; tokens >= M && range.first + R <= range.last; range.first += R) {
+            const bf16* rows[R];
+            for (int r = 0; r < R; r++) rows[r] = weight + matrix.row(range.first + r) * matrix.stride;
+            int64_t ahead = std::max<int64_t>(R * matrix.stride, AHEAD / sizeof(bf16));
+            paired_rows<R, M>(rows, ahead, vectors, matrix.inputs, tokens, y, range.first);
+        }
+    };
+    run(std::integral_constant<int, 4>{}, std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});
     products_in<bf16>(matrix, range, x, tokens, y);
 }
 #endif
@@ -227,10 +234,11 @@ static void pairs_in(const Matrix& matrix, Range range, Rows x, int tokens, Rows
 // The thread's share of x W^T + b. Returns that share.
 template <class W, class T>
 static Range product_of(const Matrix& matrix, Rows x, int tokens, Rows y, int thread, int threads) {
-    Range range = share(matrix.outputs, matrix.transposed ? 4 * LANES : 12, thread, threads);
+    Range range = share(matrix.outputs, matrix.transposed ? 4 * LANES : 16, thread, threads);
 #ifdef __AVX512BF16__
+    // A single token's product with columns is read row after row, which memory likes better.
     if constexpr (std::is_same<W, bf16>::value) {
-        if (tokens >= PAIRED_FROM)
+        if (tokens >= 4 || !matrix.transposed)
             pairs_in(matrix, range, x, tokens, y);
         else
             products_in<W>(matrix, range, x, tokens, y);
