@@ -68,7 +68,8 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         due = self.due(view, t)
         # One token more than allowed is what decoding comes to; on a device, looking would take longer than sorting.
         known = held.device.type == "cpu"
-        excess = int(((held.sum(1, keepdim=True) - allowed) * due).max()) if known else held.shape[1]
+        over = (held.sum(1, keepdim=True) - allowed) * due
+        excess = int(over.max()) if known else held.shape[1]
         if excess <= 0:
             return held
         order = self.rank_by(view, scores, held).double()
@@ -78,10 +79,9 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         order = torch.where(position < self.sinks, _FIRST * (3 - place), order)
         order = torch.where(position == query, 4 * _FIRST, order)
         if excess == 1:
-            over = (held.sum(1, keepdim=True) > allowed) & due
             # Of equals the last one goes, as in a stable sort.
             worst = held.shape[1] - 1 - torch.where(held, order, torch.inf).flip(1).argmin(1, keepdim=True)
-            return held & ~(over & (torch.arange(held.shape[1], device=held.device) == worst))
+            return held & ~((over > 0) & (torch.arange(held.shape[1], device=held.device) == worst))
         best = torch.argsort(torch.where(held, order, -torch.inf), dim=1, descending=True, stable=True)
         rank = torch.empty_like(best).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
         return held & ((rank < allowed) | ~due)

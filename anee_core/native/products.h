@@ -236,7 +236,7 @@ template <class W, class T>
 static Range product_of(const Matrix& matrix, Rows x, int tokens, Rows y, int thread, int threads) {
     Range range = share(matrix.outputs, matrix.transposed ? 4 * LANES : 16, thread, threads);
 #ifdef __AVX512BF16__
-    // A single token's product with columns is read row after row, which memory likes better.
+    // For fewer tokens, columns are read row after row, which memory likes better.
     if constexpr (std::is_same<W, bf16>::value) {
         if (tokens >= 4 || !matrix.transposed)
             pairs_in(matrix, range, x, tokens, y);
