@@ -131,8 +131,8 @@ def supervised(
 ) -> None:
     """Train a gate and shortcuts against the dense model; use them with --policy gate:FOLDER+shortcuts:FOLDER.
 
-    Starts from a closed-form fit (anee calibrate), which it makes first, or from --start. A run that was interrupted
-    goes on when the same command is given again.
+    Starts from a closed-form fit (anee calibrate), which it makes first, or from --start; with --steps 0 only the
+    budgets are solved for, on --valid. A run that was interrupted goes on when the same command is given again.
     """
     from anee_core.load import load
     from anee_core.training.gate import GateOptions
@@ -173,6 +173,8 @@ def rl(
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of the supervised stage.")] = 300,
     reinforce_steps: Annotated[int, typer.Option("--reinforce-steps", help="Steps of REINFORCE after it.")] = 100,
     rollouts: Annotated[int, typer.Option("--rollouts", help="Drawn for each text.")] = 4,
+    samples: Annotated[int, typer.Option("--samples", help="Texts of its own that the second stage reads too.")] = 32,
+    hard: Annotated[float, typer.Option("--hard", help="Share of the texts under a hard budget in REINFORCE.")] = 0.5,
     length: Length = 256,
     batch: Batch = 4,
     precision: Precision = "no",
@@ -205,7 +207,8 @@ def rl(
         calibration_sequences=calibration_sequences,
         start=start,
     )
-    chosen = RlTraining(shared, ReinforceOptions(rollouts=rollouts), steps=reinforce_steps)
+    reinforce = ReinforceOptions(rollouts=rollouts, hard=hard)
+    chosen = RlTraining(shared, reinforce, steps=reinforce_steps, samples=samples)
     run = RunOptions(
         folder, steps, precision=precision, seed=seed, validate_every=validate_every, save_every=save_every
     )

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def own_samples(
     model: AdaptiveModel, engine: Engine, sequences: int, length: int, seed: int, advance: Callable[[], None]
 ) -> Tensor:
-    """Let the dense model write [sequences, length] tokens, each from its own first token.
+    """Let a model write [sequences, length] tokens, each from its own first token.
 
-    ``engine`` runs it densely; ``advance`` is called for every position.
+    ``engine`` runs it, densely or under a policy; ``advance`` is called for every position.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     vocabulary = int(model.config.vocab_size)

@@ -9,10 +9,11 @@ import anee
 from anee_core.controllers import GateController, GateWeights
 from anee_core.errors import CheckpointError, InputError, TrainingError
 from anee_core.training.gate import GatedModel, GateOptions
-from anee_core.training.gate_run import GateTraining, train_gate
+from anee_core.training.gate_run import GateTraining, spending, train_gate, write
 from anee_core.training.loop import RunOptions
 from anee_core.training.reinforce import Reinforce, ReinforceOptions
 from anee_core.training.rl_run import RlTraining, train_rl
+from anee_core.training.shares import from_trained
 
 
 def gated(network, folder, **options):
@@ -131,8 +132,8 @@ def test_wrong_options_are_refused(wrong, message):
 
 
 def small(**changes):
-    options = {"rank": 4, "length": 24, "batch": 2, "warmup": 2, "valid_blocks": 4, "calibration_sequences": 8}
-    return GateTraining(GateOptions(least=0.9, knots=3), **{**options, **changes})
+    options = {"gate": GateOptions(least=0.9, knots=3), "rank": 4, "length": 24, "batch": 2, "warmup": 2}
+    return GateTraining(**{**options, "valid_blocks": 4, "calibration_sequences": 8, **changes})
 
 
 def run_options(folder, **changes):
@@ -188,6 +189,19 @@ def test_a_run_goes_on_from_another(llama_folder, text, tmp_path):
     torch.testing.assert_close(after.weight, before.weight / before.spread[:, None])
     with pytest.raises(InputError, match="choose their rank"):
         train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "third"), small(start=first, rank=5))
+
+
+def test_budgets_are_met_on_held_out_text(tmp_path):
+    objective, _ = gated(build("llama"), tmp_path, least=0.6, knots=4)
+    objective.held_out = tokens(8, 64)
+    options = small(protect=(1, 1))
+    static = from_trained(objective.fitted()[0], objective.costs, frozenset({0, 5}))
+    static.save(tmp_path)
+    missed = spending(objective, tmp_path, options) - objective.budgets.numpy()
+    write(objective, options, run_options(tmp_path), {})
+    left = spending(objective, tmp_path, options) - objective.budgets.numpy()
+    assert abs(missed).max() > 0.01
+    assert abs(left).max() < 0.004
 
 
 def test_command_line(llama_folder, text, tmp_path, run_anee):

@@ -20,6 +20,7 @@ POLICIES = (
     "random:p=0.3,exit=0.2,protect=0 0",
     "window:sinks=1,recent=4",
     "random:p=0.5,protect=0 0+window:sinks=1,recent=4",
+    "random:p=0.5,protect=0 0+shortcuts",
 )
 
 
@@ -74,7 +75,9 @@ def _follow_hooks(subject: Subject, positions: Tensor) -> None:
 
 @check("skip", look="ModelAdapter.project_kv and run: neither may rely on the layer before")
 def skip(subject: Subject) -> None:
-    """Skipping layers for all tokens is the transformers model without them, in a sequence and in generation."""
+    """Skipping layers for all tokens is the transformers model without them, in a sequence and in generation; with
+    shortcuts, their estimates come in the layers' place.
+    """
     model, ids = subject.model(), subject.tokens()
     every = subject.layers
     path = subject.adapter.parts(model).layout.layers
@@ -93,6 +96,27 @@ def skip(subject: Subject) -> None:
     theirs, ours = without_layers(half, path, {1}), subject.adaptive("static:skip=1", model=half)
     with torch.no_grad():
         expect_same(ours(ids).logits, theirs(ids).logits, "logits without layer 1 in bf16", skip.look)
+    _expect_shortcut(subject)
+
+
+def _expect_shortcut(subject: Subject) -> None:
+    """Raise unless a skipped layer adds its shortcut's estimate, and stores what it would without one."""
+    ids, weights = subject.tokens(), subject.shortcuts
+    layer_idx = subject.layers // 2
+    with torch.no_grad():
+        plain, adding = (
+            subject.adaptive(f"static:skip={layer_idx}{end}")(ids, output_hidden_states=True)
+            for end in ("", "+shortcuts")
+        )
+        before, after = adding.hidden_states[layer_idx : layer_idx + 2]
+        unit = before / before.square().mean(-1, keepdim=True).sqrt()
+        estimate = unit @ weights.down[layer_idx].T @ weights.up[layer_idx].T + weights.bias[layer_idx]
+    expect_same(after, before + estimate, f"hidden states behind the shortcut of layer {layer_idx}", skip.look, CLOSE)
+    both = zip(
+        ("keys", "values"), adding.past_key_values.held(layer_idx), plain.past_key_values.held(layer_idx), strict=True
+    )
+    for name, mine, other in both:
+        expect_same(mine, other, f"{name} of layer {layer_idx}, with a shortcut", skip.look, CLOSE)
 
 
 @check("exit", look="ModelAdapter.project_kv: one key and value for each token")
@@ -140,7 +164,7 @@ def parallel(subject: Subject) -> None:
 @check("rows", look="ModelAdapter.begin, embed and project_kv: a row may depend on no other")
 def rows(subject: Subject) -> None:
     """Each row of a ragged batch, padded on either side, gets what it gets alone."""
-    for policy in ("dense", *POLICIES[-3:]):
+    for policy in ("dense", *POLICIES[-4:]):
         expect_rows_alone(subject, subject.adaptive(policy), f"under '{policy}'", rows.look)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from anee_core.interfaces import Calibration
 from anee_core.model import AdaptiveModel
 from anee_core.plugins import Plugins
 from anee_core.policy import Policy, make_policy
+from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
 
 _GAIN = 0.45
 """Standard deviation of weights times the square root of their width: every layer matters, none explodes."""
@@ -93,12 +94,24 @@ class Subject:
         model: Any = None,
         fast: bool = False,
     ) -> AdaptiveModel:
-        """Return a model under a policy, with a made-up calibration."""
+        """Return a model under a policy, with a made-up calibration, and made-up shortcuts where it names no folder."""
         model = self.model() if model is None else model
         adaptive = AdaptiveModel(model, self.adapter, fast=fast)
         layers = len(adaptive.parts.layers)
         calibration = Calibration(torch.linspace(1, 0, layers), torch.linspace(0, 1, 101), "made up", "made up")
-        return adaptive.set_policy(make_policy(policy, self.plugins), budget, hard, calibration)
+        made = make_policy(policy, self.plugins)
+        if isinstance(made.shortcut, LowRankShortcut) and not made.shortcut.folder:
+            made = replace(made, shortcut=LowRankShortcut.of(self.shortcuts))
+        return adaptive.set_policy(made, budget, hard, calibration)
+
+    @property
+    def shortcuts(self) -> ShortcutWeights:
+        """Shortcuts of rank 4 that change a hidden state about as much as a layer does."""
+        generator = torch.Generator().manual_seed(4)
+        layers, width, rank = self.layers, int(self.config.hidden_size), 4
+        down = torch.randn(layers, rank, width, generator=generator) / width
+        up, bias = (torch.randn(layers, width, n, generator=generator) * 0.3 for n in (rank, 1))
+        return ShortcutWeights(down, up, bias[..., 0])
 
     @property
     def backends(self) -> tuple[str, ...]:

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.engine import Engine
 from anee_core.errors import InputError
+from anee_core.evaluation import text_quality
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy
 from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
@@ -28,6 +30,8 @@ from anee_core.training.shares import from_trained
 logger = logging.getLogger(__name__)
 
 _RATES = {"down": 2e-4, "up": 2e-4, "shortcut_bias": 2e-4, "weight": 1e-3, "bias": 1e-2, "thresholds": 1e-2}
+_CORRECTIONS = 2
+"""How often the shares are moved by what was spent beside the budget: the first time is nearly enough."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,8 @@ def optimizer_of(objective: GatedModel, factor: float) -> torch.optim.Optimizer:
 
 
 def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: dict[str, Any]) -> None:
-    """Save what was trained in the run's folder, with shares of tokens that meet every budget; shortcuts in bf16, which
-    halves the folder.
+    """Save what was trained in the run's folder, with shares of tokens that meet every budget on the held-out blocks;
+    shortcuts in bf16, which halves the folder.
     """
     gate, shortcuts = objective.fitted()
     facts = {"steps": run.steps, **facts}
@@ -166,5 +170,30 @@ def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: 
     replace(shortcuts, facts=facts, **small).save(run.folder)
     cpu = replace(gate, facts=facts, **{n: getattr(gate, n).cpu() for n in ("mean", "spread", "budgets", "shares")})
     costs, controller = objective.costs, options.controller()
-    from_trained(cpu, costs, controller.protected(costs.num_layers)).save(run.folder)
+    protected = controller.protected(costs.num_layers)
+    from_trained(cpu, costs, protected).save(run.folder)
+    if objective.held_out is not None:
+        budgets = objective.budgets.cpu().numpy()
+        places, beyond = np.append(budgets, 1.0), np.zeros(len(budgets) + 1)
+        for _ in range(_CORRECTIONS):
+            beyond[:-1] += spending(objective, run.folder, options) - budgets
+            from_trained(cpu, costs, protected, lambda b: float(np.interp(b, places, beyond))).save(run.folder)
     logger.info("wrote %s", run.folder)
+
+
+def spending(objective: GatedModel, folder: Path, options: GateTraining) -> np.ndarray:
+    """Return what a folder's gate and shortcuts spend on the held-out blocks, as deployed, under the budgets [Q] that
+    were trained for.
+    """
+    assert objective.held_out is not None
+    policy, budgets = deployed(folder, options), objective.budgets.tolist()
+    model = AdaptiveModel(objective.parts.model, objective.adapter)
+    found = [text_quality(model.set_policy(policy, budget), objective.held_out).spent for budget in budgets]
+    logger.info("spent: %s", ", ".join(f"{s:.3f} of {b:.3f}" for s, b in zip(found, budgets, strict=True)))
+    return np.array(found)
+
+
+def deployed(folder: Path, options: GateTraining) -> Policy:
+    """Return the policy that a run's folder holds, with the tokens and layers protected that were in training."""
+    controller = GateController(str(folder), protect=options.protect, first=options.first)
+    return Policy(controller, shortcut=LowRankShortcut(str(folder)))

@@ -59,7 +59,7 @@ class RunOptions:
 
     Args:
         folder: where checkpoints and logs go; a run found there is continued.
-        steps: optimiser steps.
+        steps: optimiser steps; with 0 what the run starts from is written as it would be after training.
         accumulate: batches per step.
         clip: largest gradient norm; 0 for no clipping.
         precision: "no", "bf16" or "fp16".
@@ -80,8 +80,8 @@ class RunOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.accumulate < 1 or self.save_every < 1:
-            raise InputError("steps, accumulate and save_every are at least 1")
+        if self.steps < 0 or self.accumulate < 1 or self.save_every < 1:
+            raise InputError("steps are at least 0, accumulate and save_every at least 1")
         if self.precision not in ("no", "bf16", "fp16"):
             raise InputError(f"precision is 'no', 'bf16' or 'fp16'; got '{self.precision}'")
 

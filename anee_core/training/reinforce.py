@@ -30,6 +30,7 @@ class ReinforceOptions:
         temperature: of the decisions, in standard deviations of the scores: the lower, the fewer are left to chance.
         near_dense: divergence, in nats, under which spending less than the budget is rewarded.
         entropy: weight of the decisions' entropy at the start; it falls to zero over the run.
+        hard: share of the texts under a hard budget, which no token exceeds.
         steps: of the run.
     """
 
@@ -37,6 +38,7 @@ class ReinforceOptions:
     temperature: float = 0.1
     near_dense: float = 0.1
     entropy: float = 1e-3
+    hard: float = 0.5
     steps: int = 100
 
     def __post_init__(self) -> None:
@@ -44,6 +46,8 @@ class ReinforceOptions:
             raise InputError(f"rollouts are at least 2, steps at least 1; got {self.rollouts} and {self.steps}")
         if self.temperature <= 0 or self.entropy < 0 or self.near_dense < 0:
             raise InputError("temperature is above 0, entropy and near_dense at least 0")
+        if not 0 <= self.hard <= 1:
+            raise InputError(f"hard is a share of the texts, in [0, 1]; got {self.hard:g}")
 
 
 class Reinforce(Objective):
@@ -76,7 +80,8 @@ class Reinforce(Objective):
         budgets = gated.draw_budgets(input_ids)
         with torch.no_grad():
             wanted = gated.dense(input_ids)
-        rollouts = [self.rollout(input_ids, budgets) for _ in range(options.rollouts)]
+        hard = torch.rand(input_ids.shape[0], device=input_ids.device) < options.hard
+        rollouts = [self.rollout(input_ids, budgets, hard) for _ in range(options.rollouts)]
         price = (gated.near(budgets) @ self.price)[:, None]
         rewards, apart = [], []
         for logits, spent, _, _ in rollouts:
@@ -93,18 +98,20 @@ class Reinforce(Objective):
         loss = -(log_chance * advantage).mean() - self._entropy * entropy
         spent = torch.stack([tokens for _, tokens, _, _ in rollouts])
         over = spent.mean((0, 2)) - budgets
-        gated.move_price(self.price, budgets, over)
+        if not hard.all():  # those that are hard say nothing about the price
+            gated.move_price(self.price, budgets[~hard], over[~hard])
         figures = {
             "reward": reward.mean(), "quality": torch.stack(apart).mean(), "spent": spent.mean(),
             "over": over.mean(), "entropy": entropy.detach(),
         }  # fmt: skip
         return loss, figures
 
-    def rollout(self, input_ids: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw decisions for token ids [B, T] under ``budgets`` [B].
+    def rollout(self, input_ids: Tensor, budgets: Tensor, hard: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw decisions for token ids [B, T] under ``budgets`` [B], of which some are ``hard`` [B].
 
         Return logits [B, T, V]; what each token spends of a dense one's FLOPs, the logarithm of the chance of its
-        decisions, and their entropy, summed over layers, all [B, T]. Only the last two carry gradients.
+        decisions, and their entropy, summed over layers, all [B, T]. Only the last two carry gradients. Under a hard
+        budget a layer that cannot be paid for is skipped as `Ledger.settle` would, and nobody decided that.
         """
         gated = self.gated
         with torch.no_grad():
@@ -116,6 +123,9 @@ class Reinforce(Objective):
         spent = torch.zeros(input_ids.shape, device=input_ids.device)
         log_chance, entropy = torch.zeros_like(spent), torch.zeros_like(spent)
         late = positions >= gated.first
+        skippable = torch.tensor(gated.free, device=input_ids.device)[:, None]
+        wanted = torch.where(skippable, skip_shares, run_shares).sum(0) + torch.zeros_like(spent)
+        limits = torch.where(hard, budgets + 1e-6, torch.inf)[:, None]
         for layer_idx, free in enumerate(gated.free):
             with torch.no_grad():
                 output = sequences.layer(layer_idx, hidden_states)
@@ -126,8 +136,13 @@ class Reinforce(Objective):
             margin = gated.score(unit.float(), layer_idx) - thresholds[..., layer_idx]
             logit = margin / self.options.temperature
             keep = (torch.rand_like(logit) < logit.sigmoid()) | ~late
-            log_chance = log_chance + late * functional.logsigmoid(torch.where(keep, logit, -logit))
-            entropy = entropy + late * (functional.softplus(logit) - logit * logit.sigmoid())
+            extra = run_shares[layer_idx] - skip_shares[layer_idx]
+            affordable = wanted + extra <= limits
+            wanted = wanted + keep * extra
+            decided = late & affordable
+            log_chance = log_chance + decided * functional.logsigmoid(torch.where(keep, logit, -logit))
+            entropy = entropy + decided * (functional.softplus(logit) - logit * logit.sigmoid())
+            keep = keep & affordable
             with torch.no_grad():
                 instead = hidden_states + gated.estimate(layer_idx, unit)
                 hidden_states = torch.where(keep[..., None], output, instead)

@@ -7,16 +7,20 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anee_core.controllers.gate import GateController
+from anee_core.controllers.gate import GateWeights
+from anee_core.errors import InputError
 from anee_core.evaluation import dense_logits, text_quality
 from anee_core.model import AdaptiveModel
-from anee_core.policy import Policy
-from anee_core.shortcuts import LowRankShortcut
+from anee_core.progress import progress_bar
+from anee_core.samples import own_samples
 from anee_core.training.data import Batches, read_text
-from anee_core.training.gate_run import GateTraining, gated_model, optimizer_of, train_gate, write
+from anee_core.training.gate_run import GateTraining, deployed, gated_model, optimizer_of, train_gate, write
 from anee_core.training.loop import RunOptions, accelerator_of, run_training
 from anee_core.training.reinforce import Reinforce, ReinforceOptions
 from anee_core.training.schedules import trapezoid
@@ -24,6 +28,7 @@ from anee_core.training.schedules import trapezoid
 logger = logging.getLogger(__name__)
 
 _FILES = ("gate.json", "gate.safetensors", "shortcuts.json", "shortcuts.safetensors")
+_SAMPLES = "samples.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,18 @@ class RlTraining:
         reinforce: the second.
         steps: of the second; the first has those of the run.
         rate: factor on the learning rates of the second.
+        samples: texts that the model writes under the policy of the first stage, for the second to read as well.
     """
 
     supervised: GateTraining = field(default_factory=GateTraining)
     reinforce: ReinforceOptions = field(default_factory=ReinforceOptions)
     steps: int = 100
     rate: float = 0.3
+    samples: int = 32
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.samples < 0 or self.rate <= 0:
+            raise InputError("steps of REINFORCE are at least 1, samples at least 0, and rate is above 0")
 
 
 def train_rl(
@@ -74,6 +85,7 @@ def train_rl(
     with accelerator.main_process_first():
         cache = first.folder / "tokens"
         blocks, held_out = read_text(model, text, valid, cache, shared.length, shared.valid_blocks)
+        blocks = with_samples(model, blocks, first.folder, second, options)
     gated = gated_model(model, first.folder, shared, held_out)
     objective = Reinforce(gated, replace(options.reinforce, steps=options.steps)).to(accelerator.device)
     optimizer = optimizer_of(gated, options.rate)
@@ -92,14 +104,39 @@ def train_rl(
     return found
 
 
+def with_samples(model: AdaptiveModel, blocks: Any, stage: Path, run: RunOptions, options: RlTraining) -> Any:
+    """Return blocks of text with others that the model writes under a stage's policy, at budgets all over its range:
+    that is the text that it will see where it is deployed.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    shared = options.supervised
+    length, kept = shared.length, run.folder / _SAMPLES
+    if not kept.exists() and options.samples:
+        least = max(shared.gate.least, float(GateWeights.load(stage).budgets[0]))
+        budgets = torch.linspace(least, 0.95, min(options.samples, 4)).tolist()
+        counts = [len(part) for part in torch.arange(options.samples).chunk(len(budgets))]
+        probe, policy, drawn = AdaptiveModel(model.model, model.adapter), deployed(stage, shared), []
+        with torch.inference_mode(), progress_bar(run.progress) as bar:
+            task = bar.add_task("the model's own samples", total=length * len(counts))
+            for i, (budget, count) in enumerate(zip(budgets, counts, strict=False)):
+                engine = probe.set_policy(policy, budget).engine
+                drawn.append(own_samples(probe, engine, count, length, run.seed + i, lambda: bar.advance(task)))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        save_file({"tokens": torch.cat(drawn).cpu()}, kept)
+    if not options.samples:
+        return blocks
+    written = Dataset.from_dict({"input_ids": load_file(kept)["tokens"].tolist()}, features=blocks.features)
+    return concatenate_datasets([blocks, written.with_format("torch")])
+
+
 def compared(
     model: AdaptiveModel, folder: Path, options: GateTraining, blocks: Tensor, budgets: list[float]
 ) -> dict[float, float]:
     """Return the divergence of a gate and its shortcuts from the dense model, in nats per token, at each budget, as
     deployed on token ids [N, T].
     """
-    controller = GateController(str(folder), protect=options.protect, first=options.first)
-    policy = Policy(controller, shortcut=LowRankShortcut(str(folder)))
+    policy = deployed(folder, options)
     probe, dense = AdaptiveModel(model.model, model.adapter), dense_logits(model, blocks)
     return {
         round(budget, 3): text_quality(probe.set_policy(policy, budget), blocks, dense=dense).divergence

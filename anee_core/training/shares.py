@@ -30,14 +30,23 @@ def from_one_score(gate: GateWeights, costs: CostModel, protected: frozenset[int
     return _solved(gate, costs, protected, lambda budget: shares, (low, high))
 
 
-def from_trained(gate: GateWeights, costs: CostModel, protected: frozenset[int]) -> GateWeights:
-    """Return a gate with the shares that it has, those of each budget moved together until that is spent."""
+def from_trained(
+    gate: GateWeights,
+    costs: CostModel,
+    protected: frozenset[int],
+    beyond: Callable[[float], float] = lambda budget: 0.0,
+) -> GateWeights:
+    """Return a gate with the shares that it has, those of each budget moved together until that is spent.
+
+    On text a layer is not skipped by quite its share of the tokens, since scores drift along a sequence. What is spent
+    ``beyond`` a budget because of that is held back.
+    """
 
     def moved(budget: float) -> Callable[[float], Tensor]:
         logits = gate.at(torch.tensor(budget)).clamp(1e-6, 1 - 1e-6).logit()
         return lambda by: (logits + by).sigmoid()
 
-    return _solved(gate, costs, protected, moved, (-30.0, 30.0))
+    return _solved(gate, costs, protected, moved, (-30.0, 30.0), beyond)
 
 
 def spent(shares: Tensor, costs: CostModel) -> float:
@@ -52,6 +61,7 @@ def _solved(
     protected: frozenset[int],
     shares_for: Callable[[float], Callable[[float], Tensor]],
     between: tuple[float, float],
+    beyond: Callable[[float], float] = lambda budget: 0.0,
 ) -> GateWeights:
     """Return a gate with shares for the budgets within reach, for the least possible one, and for 1.
 
@@ -62,10 +72,10 @@ def _solved(
     reached = [budget for budget in BUDGETS if budget > least + _CLOSE]
     rows = [free]
     for budget in reached:
-        shares, (low, high) = shares_for(budget), between
+        shares, (low, high), aim = shares_for(budget), between, budget - beyond(budget)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            over = spent(shares(middle) * free, costs) > budget
+            over = spent(shares(middle) * free, costs) > aim
             low, high = (middle, high) if over else (low, middle)
         rows.append(shares(high) * free)
     rows.append(torch.zeros_like(free))
