@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -81,6 +81,12 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
             if known.shape[1] < slots.capacity:
                 extra = known.new_zeros(known.shape[0], slots.capacity - known.shape[1], *known.shape[2:])
                 self.state[name] = torch.cat((known, extra), dim=1)
+
+    def nbytes(self) -> int:
+        """Return the bytes allocated for keys, values and what a policy remembers of them."""
+        # Each is an allocation of its own, never a part of another.
+        parts = self.state.values() if self.keys is None else (self.keys, self.values, *self.state.values())
+        return sum(t.nbytes for t in cast("Iterable[Tensor]", parts))
 
     def held(self, used: int) -> tuple[Tensor, Tensor]:
         """Return views of the used slots' keys and values, [B, H, used, Dh]."""
@@ -172,6 +178,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.pay: Callable[[int, Tensor, LayerCall, AdaptiveCache, Tensor], None] | None = None
         """Writes keys and values that are owed: layer, hidden states [B, P, D], call, cache, slots [P]."""
         self._owed: dict[int, list[tuple[int, Tensor, LayerCall]]] = {}
+        self._sets: list[Slots] = []
+        """Each of the slots once, if that is known."""
         self._starts: list[int] = []
         self._grown = False
         self._pending = 0
@@ -199,7 +207,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             self.batch = batch
             self.capacity = max(self.capacity, count)
             shared = Slots(batch, position_ids.device, self.capacity)
-            self.slots = [shared] * len(self.layers)
+            self.slots, self._sets = [shared] * len(self.layers), [shared]
         if batch != self.batch:
             raise CacheError(
                 f"the cache holds {self.batch} rows and got {batch}: start a new cache, or reorder this one"
@@ -346,13 +354,14 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     @property
     def alike(self) -> bool:
         """Whether all layers hold the same tokens in the same slots."""
-        return all(slots is self.slots[0] for slots in self.slots)
+        return len(self._distinct()) <= 1
 
     def _own_slots(self, layer_idx: int) -> Slots:
         """Return a layer's slots, which no other layer shares from now on."""
         slots = self.slots[layer_idx]
         if any(other is slots for i, other in enumerate(self.slots) if i != layer_idx):
             slots = self.slots[layer_idx] = slots.clone()
+            self._sets = []
         return slots
 
     @torch.inference_mode(False)
@@ -392,15 +401,15 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     def _detach(self) -> None:
         """Let go of the autograd graph of the forward that wrote last."""
         for layer in self.layers:
-            # Each by itself: where only the values are trained, the first layer's keys carry no gradient.
-            for name in ("keys", "values"):
-                stored = getattr(layer, name)
-                if stored is not None and stored.requires_grad:
-                    setattr(layer, name, stored.detach())
+            # Either alone may carry a gradient: where only the values are trained, the first layer's keys do not.
+            if layer.keys is not None and (layer.keys.requires_grad or layer.values.requires_grad):
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
     def _distinct(self) -> list[Slots]:
         """Return each set of slots once, however many layers share it."""
-        return list({id(slots): slots for slots in self.slots}.values())
+        if not self._sets:
+            self._sets = list({id(slots): slots for slots in self.slots}.values())
+        return self._sets
 
     def _free(self) -> None:
         """Compact the layers that have dropped enough for it to be worth while."""
@@ -502,10 +511,10 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return the bytes that each layer has allocated for keys, values and what its policy remembers of them, the
         hidden states of tokens whose keys and values it is owed included.
         """
-        stores = [(layer.keys, layer.values, *layer.state.values()) for layer in self.layers]
-        owed = [sum(states.nbytes for _, states, _ in self._owed.get(i, ())) for i in range(len(stores))]
-        held = [sum(t.untyped_storage().nbytes() for t in parts if t is not None) for parts in stores]
-        return [a + b for a, b in zip(held, owed, strict=True)]
+        held = [layer.nbytes() for layer in self.layers]
+        for layer_idx, owed in self._owed.items():
+            held[layer_idx] += sum(states.nbytes for _, states, _ in owed)
+        return held
 
     def nbytes(self) -> int:
         """Return the bytes allocated for keys, values and what a policy remembers of them."""
@@ -588,7 +597,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     def reset(self) -> None:
         """Forget everything and free the storage."""
         self.seen = self.batch = self.capacity = self._pending = self._horizon = self._final = 0
-        self.slots, self.feedback, self.scores = [], None, None
+        self.slots, self._sets, self.feedback, self.scores = [], [], None, None
         self._staged, self._snapshots, self._owed = {}, {}, {}
         for layer in self.layers:
             layer.keys = layer.values = None

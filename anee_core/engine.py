@@ -97,6 +97,8 @@ class Engine:
         self.policy = Policy(controller, cache_policy, policy.profiler, setting.calibration, limit, hard, shortcut)
         self._reference = ReferenceStep(adapter, parts)
         self.step = step or self._reference
+        self._headed = parts
+        """The parts, with the head that was used last."""
         self._devices = devices_of(parts)
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
         self._implicit_causal = parts.config._attn_implementation == "sdpa"
@@ -145,7 +147,7 @@ class Engine:
             if shared is not None:
                 held = [shared.finish()] * self.costs.num_layers
             hidden_states = hidden_states if output is None else output
-            hidden_states = parts.final_norm(hidden_states.to(self._devices[-1]))
+            hidden_states = self.step.norm(hidden_states.to(self._devices[-1]))
             holds = torch.stack(held) if held else cache.held_by_token()
             cache.commit()
         except BaseException:
@@ -259,7 +261,9 @@ class Engine:
         batch, tokens = hidden_states.shape[:2]
         trace.steps[-1].meter.head(batch * tokens)
         head = self.step.head(hidden_states)
-        return self.adapter.logits(replace(self.parts, head=head), hidden_states)
+        if self._headed.head is not head:
+            self._headed = replace(self.parts, head=head)
+        return self.adapter.logits(self._headed, hidden_states)
 
     def feed_back(self, block: Block, cache: AdaptiveCache, output: Output, logits: Tensor) -> None:
         """Record the outcome of a block for the policy's next decision.

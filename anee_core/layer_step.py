@@ -132,6 +132,10 @@ class LayerStep(Protocol):
         """Write the keys and values of tokens [B, P, D] that skipped the layer before, into slots [P]."""
         ...
 
+    def norm(self, hidden_states: Tensor) -> Tensor:
+        """Apply the final norm to what the layers gave, [B, T, D]."""
+        ...
+
     def head(self, hidden_states: Tensor) -> Any:
         """Return what to apply to normed hidden states [B, T, D] as the model's head."""
         ...
@@ -194,6 +198,11 @@ class ReferenceStep:
         keys, values = self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
         cache.write_slots(layer_idx, keys, values, slots)
 
+    def norm(self, hidden_states: Tensor) -> Tensor:
+        """Apply the norm itself."""
+        normed: Tensor = self._parts.final_norm(hidden_states)
+        return normed
+
     def head(self, hidden_states: Tensor) -> Any:
         """Return the head itself."""
         return self._parts.head
@@ -234,6 +243,10 @@ class StepAround:
     def settle(self, *args: Any, **kwargs: Any) -> None:
         """Let the step write keys and values of tokens that skipped the layer before."""
         self._step.settle(*args, **kwargs)
+
+    def norm(self, hidden_states: Tensor) -> Tensor:
+        """Apply the step's norm."""
+        return self._step.norm(hidden_states)
 
     def head(self, hidden_states: Tensor) -> Any:
         """Return the step's head."""

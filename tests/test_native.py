@@ -139,6 +139,19 @@ def test_what_is_hung_on_a_model_is_run(network):
     wrapped.merge_and_unload()
 
 
+@pytest.mark.parametrize("path", ["model.norm", "lm_head"])
+def test_what_follows_the_layers_may_change_too(network, path):
+    network = copy.deepcopy(network)
+    fast, slow, ids = adaptive(network), adaptive(network, fast=False), tokens()
+    before, module = logits_of(fast, ids), network.get_submodule(path)
+    hook = module.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(logits_of(fast, ids), logits_of(slow, ids), atol=1e-5, rtol=1e-4)
+    hook.remove()
+    module.weight = nn.Parameter(module.weight.detach() * 1.5)
+    torch.testing.assert_close(logits_of(fast, ids), logits_of(slow, ids), atol=1e-5, rtol=1e-4)
+    assert (logits_of(fast, ids) - before).abs().max() > 0.1
+
+
 def test_transformers_own_hooks_do_not_matter(network):
     ids = tokens()
     with torch.no_grad():

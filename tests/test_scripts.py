@@ -104,6 +104,22 @@ def test_layer_skipping_holds_policies_against_the_literature(word_tokenizer, te
     assert (tmp_path / "out.png").exists()
 
 
+def test_task_scores_lie_beside_the_dense_model(llama_folder, tmp_path, run_script):
+    tasks, line = tmp_path / "tasks", {"context": "the night is long and the", "continuation": "night"}
+    tasks.mkdir()
+    (tasks / "last_word.jsonl").write_text("".join(json.dumps(line) + "\n" for _ in range(4)))
+    line = {"query": "the night is", "choices": ["long", "the"], "gold": 0}
+    (tasks / "choice.jsonl").write_text("".join(json.dumps(line) + "\n" for _ in range(4)))
+    arguments = [llama_folder, "--run", "static:skip=1 2", "--tasks", "last_word,choice", "--tasks-dir", tasks]
+    shown = run_script("benchmarks/task_scores.py", *arguments, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert [record["examples"] for record in found.values()] == [4] * 4
+    assert found["dense choice"]["spent"] == 1
+    assert found["static:skip=1 2 choice"]["spent"] < 0.8
+    assert "| policy | spent | last_word (4) | choice (4) |" in shown
+    assert "| static:skip=1 2 |" in (tmp_path / "out.md").read_text()
+
+
 def test_block_influence_and_confidence_are_those_of_the_model(tiny_llama, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from baselines import block_influence, early_exits, without_least_influential

@@ -63,6 +63,8 @@ def library() -> ctypes.CDLL:
     loaded.anee_stack.argtypes, loaded.anee_stack.restype = [pointer, pointer], None
     loaded.anee_linear.argtypes = [pointer, pointer, pointer, count, count, pointer, count]
     loaded.anee_linear.restype = None
+    loaded.anee_norm.argtypes = [pointer, pointer, pointer, count, count, count, pointer]
+    loaded.anee_norm.restype = None
     return loaded
 
 

@@ -301,6 +301,14 @@ static void linear(const Matrix& matrix, const T* x, T* y, int tokens, float* sc
     }
 }
 
+template <class T>
+static void norm_states(const NormWeights& norm, const T* x, T* y, int tokens, int width, float* scratch) {
+    for (int m = 0; m < tokens; m++) {
+        normalise<T>(norm, x + int64_t(m) * width, scratch, width);
+        for (int i = 0; i < width; i++) store(y + int64_t(m) * width + i, scratch[i]);
+    }
+}
+
 extern "C" {
 
 // Run the layer for the tokens: their keys and values go into the cache, their new states into `result`.
@@ -311,6 +319,13 @@ void anee_run(const Layer* layer, const Tokens* tokens) {
 // Write the tokens' keys and values alone.
 void anee_project(const Layer* layer, const Tokens* tokens) {
     layer->kind == BFLOAT16 ? project<bf16>(*layer, *tokens) : project<float>(*layer, *tokens);
+}
+
+// y [M, width] = norm(x [M, width]), in a model of `kind`; scratch has `width` floats.
+void anee_norm(const NormWeights* norm, const void* x, void* y, int32_t tokens, int32_t width, int32_t kind,
+               float* scratch) {
+    kind == BFLOAT16 ? norm_states(*norm, (const bf16*)x, (bf16*)y, tokens, width, scratch)
+                     : norm_states(*norm, (const float*)x, (float*)y, tokens, width, scratch);
 }
 
 // y [M, outputs] = x [M, inputs] W^T + b, in a model of `kind`; scratch has M * (inputs + outputs + 32) floats.

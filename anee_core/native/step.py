@@ -8,18 +8,19 @@ from ctypes import CDLL, addressof
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache
 from anee_core.layer_step import Places, ReferenceStep, Stack
 from anee_core.layout import Parts
 from anee_core.native.build import NoLibraryError, library
+from anee_core.native.head import NativeHead, NativeNorm
 from anee_core.native.layers import NativeLayer
-from anee_core.native.pointers import Pointers, UnfitError
+from anee_core.native.pointers import UnfitError
 from anee_core.native.stack import NativeStack
 from anee_core.native.structs import LANES, Tokens
-from anee_core.watched import hooked, undisturbed
+from anee_core.watched import undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class NativeStep:
         self._library: CDLL | None = None
         self._layers: list[NativeLayer] | None = None
         """None before the model was looked at; none if it does not fit."""
-        self._head: _Head | None = None
+        self._norm: NativeNorm | None = None
+        self._head: NativeHead | None = None
         self._own = _Workspace()
         self.slow_because: str | None = "no block of few tokens has been run"
         """Why layers run by their own modules, if they do."""
@@ -125,12 +127,20 @@ class NativeStep:
         there = _Where(here.place, here.row, slots.repeat(batch), here.shape)
         return self._call("anee_project", layer_idx, hidden_states, call, cache, there, start=0)
 
+    def norm(self, hidden_states: Tensor) -> Tensor:
+        """Apply the final norm to what the layers gave, [B, T, D]."""
+        norm = self._norm if self._few(hidden_states) and self._norm is not None and self._norm.current else None
+        result: Tensor = (norm or self._parts.final_norm)(hidden_states)
+        return result
+
     def head(self, hidden_states: Tensor) -> Any:
         """Return what to apply to normed hidden states [B, T, D] as the model's head."""
-        usable = hidden_states.shape[0] * hidden_states.shape[1] <= MAX_TOKENS and _possible(hidden_states)
-        if not usable or self._head is None or not self._head.current:
-            return self._parts.head
-        return self._head
+        usable = self._few(hidden_states) and self._head is not None and self._head.current
+        return self._head if usable else self._parts.head
+
+    def _few(self, hidden_states: Tensor) -> bool:
+        """Whether states [B, T, D] are few enough, and plain enough, for the library."""
+        return hidden_states.shape[0] * hidden_states.shape[1] <= MAX_TOKENS and _possible(hidden_states)
 
     def _current(self) -> bool:
         return bool(self._layers) and all(layer.current for layer in self._layers or ())
@@ -147,10 +157,11 @@ class NativeStep:
                 raise UnfitError("it is in training mode")
             layers = [NativeLayer(self._adapter, parts, i, recipe) for i in range(len(parts.layers))]
             self._library = library()
-            self._head = _Head(self._library, parts, layers[0].pointers.dtype)
+            dtype = layers[0].pointers.dtype
+            self._norm, self._head = NativeNorm.of(self._library, parts, dtype), NativeHead(self._library, parts, dtype)
             self._layers = layers
         except (UnfitError, NoLibraryError) as error:
-            self._layers, self._head, self.slow_because = [], None, str(error)
+            self._layers, self._norm, self._head, self.slow_because = [], None, None, str(error)
             if self.slow_because != before:
                 logger.info("%s runs by its own modules: %s", type(parts.model).__name__, self.slow_because)
 
@@ -262,32 +273,6 @@ class _Where:
         rows, columns = places
         rows = rows.expand_as(columns)
         return cls((rows * length + columns).contiguous(), rows.contiguous(), columns.contiguous(), columns.shape)
-
-
-class _Head:
-    """The language-model head as a function of normed hidden states."""
-
-    def __init__(self, native: CDLL, parts: Parts, dtype: torch.dtype) -> None:
-        head: nn.Module = parts.head
-        self.pointers = Pointers(dtype)
-        self._module, self._library, self._matrix = head, native, self.pointers.matrix(head)
-
-    @property
-    def current(self) -> bool:
-        """Whether this still is what the module does."""
-        return not hooked(self._module) and self.pointers.current
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        """Return logits [B, T, V] of [B, T, D]."""
-        states, matrix = hidden_states.contiguous(), self._matrix
-        tokens = states.shape[0] * states.shape[1]
-        logits = states.new_empty(*states.shape[:2], matrix.outputs)
-        scratch = torch.empty(tokens * (matrix.inputs + matrix.outputs + 2 * LANES))
-        self._library.anee_linear(
-            addressof(matrix), states.data_ptr(), logits.data_ptr(), tokens, self.pointers.kind, scratch.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return logits
 
 
 def _possible(hidden_states: Tensor) -> bool:
