@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from anee_core.adapter import LayerCall, ModelAdapter
-from anee_core.cache import AdaptiveCache, CacheWriter
+from anee_core.cache import AdaptiveCache
 from anee_core.interfaces import LinearGate, LinearInteraction, Shortcut
+from anee_core.layer_store import CacheWriter
 from anee_core.layout import Parts
 
 Places = tuple[Tensor, Tensor]

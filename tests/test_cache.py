@@ -15,9 +15,10 @@ from reference_cache import ReferenceCache
 from torch.nn.functional import scaled_dot_product_attention
 
 import anee
-from anee_core.cache import AdaptiveCache, CacheWriter, LayerStore
+from anee_core.cache import AdaptiveCache
 from anee_core.errors import CacheError
 from anee_core.feedback import UNKNOWN, FeedbackLog
+from anee_core.layer_store import CacheWriter, LayerStore
 from anee_core.masks import MaskMaker, additive, visible
 from anee_core.slots import Slots
 
