@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from anee_core.controllers import GateController, GateWeights
 from anee_core.errors import AdapterError, InputError, ModelError
 from anee_core.interfaces import Layout, ModelAdapter
 from anee_core.model import AdaptiveModel
+from anee_core.policy import Policy
 
 
 class HostReads(TorchDispatchMode):
@@ -61,6 +63,32 @@ def test_host_reads_of_a_token_do_not_grow_with_depth(policy, budget, monkeypatc
             model(tokens(1, 1), past_key_values=cache)
             with monkeypatch.context() as patch, HostReads(patch) as reads:
                 model.engine.run(_block(model, cache), cache, _trace())
+        counts.append(reads.count)
+    assert counts[0] == counts[1] <= 4
+
+
+def gate_of(layers):
+    weight = torch.randn(layers, 16, generator=torch.Generator().manual_seed(0)) / 4
+    shares = torch.tensor([[0.7], [0.0]]).expand(2, layers)
+    flat = torch.zeros(layers)
+    return Policy(GateController.of(GateWeights(weight, flat, flat, flat + 1, torch.tensor([0.3, 1.0]), shares)))
+
+
+def test_host_reads_of_a_gated_token_do_not_grow_with_depth(monkeypatch):
+    counts = []
+    for layers in (4, 12):
+        model = adaptive(deep(layers), fast=True).set_policy(gate_of(layers), 0.8)
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(tokens(1, 3), past_key_values=cache)
+            model(tokens(1, 1), past_key_values=cache)
+            block = _block(model, cache)
+            with monkeypatch.context() as patch:
+                reads = HostReads(patch)  # not entered: in sight of a dispatch mode layers run by their modules
+                for name in ("item", "nonzero", "__bool__", "__int__", "__float__"):
+                    reads._watch(patch, name)
+                model.engine.run(block, cache, _trace())
+        assert model.slow_because is None
         counts.append(reads.count)
     assert counts[0] == counts[1] <= 4
 
