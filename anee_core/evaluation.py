@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from anee_core.divergence import divergences
+from anee_core.divergence import divergences, losses
 from anee_core.errors import InputError
 from anee_core.model import AdaptiveModel
 
@@ -118,8 +117,7 @@ def dense_perplexity(dense: Sequence[Tensor], blocks: Tensor, first: int = 1, ba
 
 
 def _loss(logits: Tensor, rows: Tensor, first: int) -> float:
-    targets = rows[:, first:].to(logits.device).flatten()
-    return float(functional.cross_entropy(logits.flatten(0, 1), targets))
+    return float(losses(logits, rows[:, first:].to(logits.device)).mean())
 
 
 def _logits(model: AdaptiveModel, rows: Tensor, first: int) -> Tensor:

@@ -8,11 +8,12 @@ from tiny import FEW, adaptive, build, gate_weights, tokens
 import anee
 from anee_core.controllers import GateController, GateWeights
 from anee_core.errors import CheckpointError, InputError, TrainingError
+from anee_core.training.data import read_text
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_run import GateTraining, spending, train_gate, write
 from anee_core.training.loop import RunOptions
 from anee_core.training.reinforce import Reinforce, ReinforceOptions
-from anee_core.training.rl_run import RlTraining, train_rl
+from anee_core.training.rl_run import RlTraining, train_rl, with_samples
 from anee_core.training.shares import from_trained
 
 
@@ -219,12 +220,29 @@ def test_rl_keeps_the_better_stage_and_reports_both(llama_folder, text, tmp_path
     assert done.code == 0, done.err
     assert "KL to dense, supervised" in done.err
     assert "KL to dense, reinforce" in done.err
+    assert load_file(tmp_path / "run" / "reinforce" / "samples.safetensors")["tokens"].shape == (32, 24)
     stages = [load_file(tmp_path / "run" / name / "gate.safetensors") for name in ("supervised", "reinforce")]
     kept = load_file(tmp_path / "run" / "gate.safetensors")
     same = [all(torch.equal(kept[n], stage[n]) for n in kept) for stage in stages]
     assert sum(same) == 1
     policy = f"rl:folder={tmp_path / 'run'}"
     assert run_anee("generate", str(llama_folder), "the cat", "-p", policy, "-b", "0.95", "-n", "3").code == 0
+
+
+def test_the_second_stage_reads_what_the_model_writes_too(llama_folder, text, tmp_path):
+    model, options = anee.load(llama_folder), RlTraining(small(gate=GateOptions(least=0.8)), samples=6)
+    train_gate(model, [text], run_options(tmp_path / "first", steps=0), options.supervised)
+    blocks, _ = read_text(model, [text], None, tmp_path / "tokens", 24, 4)
+    run = run_options(tmp_path / "second")
+    for _ in range(2):  # drawn once, and kept for a run that goes on
+        more = with_samples(model, blocks, tmp_path / "first", run, options)
+        written = load_file(tmp_path / "second" / "samples.safetensors")["tokens"]
+        assert written.shape == (6, 24)
+        assert torch.equal(more[len(blocks) :]["input_ids"], written)
+    assert len({tuple(row) for row in written.tolist()}) == 6
+    assert str(model.policy) == "dense"
+    with pytest.raises(InputError, match="samples at least 0"):
+        RlTraining(samples=-1)
 
 
 def test_reinforce_goes_on_as_if_it_had_not_stopped(llama_folder, text, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from anee_core.errors import InputError
 from anee_core.evaluation import text_quality
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy
+from anee_core.progress import progress_bar
 from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
 from anee_core.training.closed_form import FitOptions
 from anee_core.training.data import Batches, read_text
@@ -176,19 +177,24 @@ def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: 
         budgets = objective.budgets.cpu().numpy()
         places, beyond = np.append(budgets, 1.0), np.zeros(len(budgets) + 1)
         for _ in range(_CORRECTIONS):
-            beyond[:-1] += spending(objective, run.folder, options) - budgets
+            beyond[:-1] += spending(objective, run.folder, options, run.progress) - budgets
             from_trained(cpu, costs, protected, lambda b: float(np.interp(b, places, beyond))).save(run.folder)
     logger.info("wrote %s", run.folder)
 
 
-def spending(objective: GatedModel, folder: Path, options: GateTraining) -> np.ndarray:
+def spending(objective: GatedModel, folder: Path, options: GateTraining, progress: bool = False) -> np.ndarray:
     """Return what a folder's gate and shortcuts spend on the held-out blocks, as deployed, under the budgets [Q] that
     were trained for.
     """
     assert objective.held_out is not None
     policy, budgets = deployed(folder, options), objective.budgets.tolist()
     model = AdaptiveModel(objective.parts.model, objective.adapter)
-    found = [text_quality(model.set_policy(policy, budget), objective.held_out).spent for budget in budgets]
+    blocks, found = objective.held_out, []
+    with progress_bar(progress) as bar:
+        task = bar.add_task("what budgets spend", total=len(budgets) * len(blocks))
+        for budget in budgets:
+            quality = text_quality(model.set_policy(policy, budget), blocks, advance=lambda: bar.advance(task))
+            found.append(quality.spent)
     logger.info("spent: %s", ", ".join(f"{s:.3f} of {b:.3f}" for s, b in zip(found, budgets, strict=True)))
     return np.array(found)
 
