@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -74,9 +73,11 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
 
     def nbytes(self) -> int:
         """Return the bytes allocated for keys, values and what a policy remembers of them."""
-        # Each is an allocation of its own, never a part of another.
-        parts = self.state.values() if self.keys is None else (self.keys, self.values, *self.state.values())
-        return sum(t.nbytes for t in cast("Iterable[Tensor]", parts))
+        # Each is an allocation of its own, never a part of another. Asked for each layer after every token.
+        found = 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+        for known in self.state.values():
+            found += known.nbytes
+        return found
 
     def held(self, used: int) -> tuple[Tensor, Tensor]:
         """Return views of the used slots' keys and values, [B, H, used, Dh]."""

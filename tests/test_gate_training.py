@@ -1,5 +1,7 @@
 """Training the gate: what is trained is what is deployed, gradients reach every part, prices keep budgets."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -225,6 +227,10 @@ def test_rl_keeps_the_better_stage_and_reports_both(llama_folder, text, tmp_path
     kept = load_file(tmp_path / "run" / "gate.safetensors")
     same = [all(torch.equal(kept[n], stage[n]) for n in kept) for stage in stages]
     assert sum(same) == 1
+    stages = json.loads((tmp_path / "run" / "stages.json").read_text())
+    means = {name: sum(by_budget.values()) for name, by_budget in stages["divergence"].items()}
+    assert means[stages["kept"]] == min(means.values())
+    assert stages["kept"] == ("supervised", "reinforce")[same.index(True)]
     policy = f"rl:folder={tmp_path / 'run'}"
     assert run_anee("generate", str(llama_folder), "the cat", "-p", policy, "-b", "0.95", "-n", "3").code == 0
 

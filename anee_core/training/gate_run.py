@@ -31,6 +31,8 @@ from anee_core.training.shares import from_trained
 logger = logging.getLogger(__name__)
 
 _RATES = {"down": 2e-4, "up": 2e-4, "shortcut_bias": 2e-4, "weight": 1e-3, "bias": 1e-2, "thresholds": 1e-2}
+_LONG = 512
+"""Tokens of the texts on which spending is measured: scores drift for longer than blocks for training are."""
 _CORRECTIONS = 2
 """How often the shares are moved by what was spent beside the budget: the first time is nearly enough."""
 
@@ -189,7 +191,8 @@ def spending(objective: GatedModel, folder: Path, options: GateTraining, progres
     assert objective.held_out is not None
     policy, budgets = deployed(folder, options), objective.budgets.tolist()
     model = AdaptiveModel(objective.parts.model, objective.adapter)
-    blocks, found = objective.held_out, []
+    limit = model.adapter.max_positions(model.config) or _LONG
+    blocks, found = _joined(objective.held_out, min(limit, _LONG)), []
     with progress_bar(progress) as bar:
         task = bar.add_task("what budgets spend", total=len(budgets) * len(blocks))
         for budget in budgets:
@@ -197,6 +200,13 @@ def spending(objective: GatedModel, folder: Path, options: GateTraining, progres
             found.append(quality.spent)
     logger.info("spent: %s", ", ".join(f"{s:.3f} of {b:.3f}" for s, b in zip(found, budgets, strict=True)))
     return np.array(found)
+
+
+def _joined(blocks: Tensor, longest: int) -> Tensor:
+    """Return blocks [N, T] that follow each other in a text as fewer ones, of up to ``longest`` tokens."""
+    count, length = blocks.shape
+    together = max(min(longest // length, count), 1)
+    return blocks[: count - count % together].reshape(-1, together * length)
 
 
 def deployed(folder: Path, options: GateTraining) -> Policy:

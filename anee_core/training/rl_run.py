@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from anee_core.training.schedules import trapezoid
 logger = logging.getLogger(__name__)
 
 _FILES = ("gate.json", "gate.safetensors", "shortcuts.json", "shortcuts.safetensors")
-_SAMPLES = "samples.safetensors"
+_SAMPLES, _STAGES = "samples.safetensors", "stages.json"
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def train_rl(
 ) -> dict[str, dict[float, float]]:
     """Train both stages; return what each diverges from the dense model on held-out text, by budget.
 
-    The stages are kept in ``supervised`` and ``reinforce`` inside ``run.folder``, which itself gets the better one. A
-    run found there is continued.
+    The stages are kept in ``supervised`` and ``reinforce`` inside ``run.folder``, which itself gets the better one, and
+    what is returned in ``stages.json``. A run found there is continued.
 
     Args:
         model: with a tokenizer; it stays as it is.
@@ -100,6 +101,7 @@ def train_rl(
         best = min(found, key=lambda name: sum(found[name].values()))
         for file in _FILES:
             shutil.copy(run.folder / best / file, run.folder / file)
+        (run.folder / _STAGES).write_text(json.dumps({"kept": best, "divergence": found}, indent=2) + "\n")
         logger.info("'%s' is the better stage; wrote %s", best, run.folder)
     return found
 
@@ -116,7 +118,7 @@ def with_samples(model: AdaptiveModel, blocks: Any, stage: Path, run: RunOptions
         least = max(shared.gate.least, float(GateWeights.load(stage).budgets[0]))
         budgets = torch.linspace(least, 0.95, min(options.samples, 4)).tolist()
         counts = [len(part) for part in torch.arange(options.samples).chunk(len(budgets))]
-        probe, policy, drawn = AdaptiveModel(model.model, model.adapter), deployed(stage, shared), []
+        probe, policy, drawn = AdaptiveModel(model.model, model.adapter, fast=True), deployed(stage, shared), []
         with torch.inference_mode(), progress_bar(run.progress) as bar:
             task = bar.add_task("the model's own samples", total=length * len(counts))
             for i, (budget, count) in enumerate(zip(budgets, counts, strict=False)):
