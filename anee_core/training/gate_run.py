@@ -114,7 +114,8 @@ def train_gate(
     rate = trapezoid(run.steps, options.warmup, decay=max(run.steps // 2, 1))
     history = run_training(objective, [optimizer], rate, batches, run, accelerator, asdict(options))
     if accelerator.is_main_process:
-        write(objective, options, run, {"valid": history[-1] if history else {}})
+        before = dict(GateWeights.load(start).facts)
+        write(objective, options, run, {"valid": history[-1] if history else {}, "start": before})
     return history
 
 
