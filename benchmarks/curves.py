@@ -24,6 +24,8 @@ def write_curves(
     """
     found = records.all()
     texts = list(dict.fromkeys(r["text"] for r in found))
+    # A name has one colour, also where some text lacks others.
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["name"] for r in found if r["name"] != "dense"))}
     figure = new_figure(5.5 * len(texts), 4.2)
     lines = [heading, ""]
     for axes, text in zip(figure.subplots(1, len(texts), squeeze=False)[0], texts, strict=True):
@@ -36,9 +38,10 @@ def write_curves(
             f"| {' | '.join(titles)} |",
             "|---" * len(titles) + "|",
         ]
-        for name in dict.fromkeys(r["name"] for r in mine if r["name"] != "dense"):
+        for name, colour in colours.items():
             points = sorted((r for r in mine if r["name"] == name), key=lambda r: r[x])
-            axes.plot([r[x] for r in points], [r["perplexity"] / dense for r in points], "o-", ms=3, label=name)
+            ratios = [r["perplexity"] / dense for r in points]
+            axes.plot([r[x] for r in points], ratios, "o-", ms=3, color=colour, label=name)
             for r in points:
                 cells = [name, *(cell(r) for cell in columns.values())]
                 cells += [f"{r['perplexity']:.2f}", f"{r['perplexity'] / dense:.3f}x"]
