@@ -79,7 +79,7 @@ def cost_model(subject: Subject) -> None:
     ids = subject.tokens(3, 12)
     for attention in subject.backends:
         model = subject.model(attention=attention)
-        for policy in ("dense", "random:p=0.5,protect=0 0", "random:p=0.5,protect=0 0+shortcuts", "static:exit=2"):
+        for policy in ("dense", "random:p=0.5,protect=0 0+shortcuts", "static:exit=2"):
             adaptive = subject.adaptive(policy, model=model)
             what = f"a sequence under '{policy}' ({attention})"
             expect_counted(adaptive, lambda adaptive=adaptive: adaptive(ids), what, cost_model.look)  # type: ignore[misc]

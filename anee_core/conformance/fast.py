@@ -17,7 +17,6 @@ _FAST = (1e-4, 1e-3)
 _POLICIES = (
     "dense",
     "static:skip=1 3",
-    "random:p=0.5,protect=0 0",
     "random:p=0.5,protect=0 0+shortcuts",
     "random:p=0.4,exit=0.2,protect=0 0+window:sinks=1,recent=4",
     "tova:keep=6",

@@ -16,11 +16,10 @@ from anee_core.model import AdaptiveModel
 POLICIES = (
     "static:skip=1 3",
     "static:skip=0",
-    "random:p=0.5,protect=0 0",
+    "random:p=0.5,protect=0 0+shortcuts",
     "random:p=0.3,exit=0.2,protect=0 0",
     "window:sinks=1,recent=4",
     "random:p=0.5,protect=0 0+window:sinks=1,recent=4",
-    "random:p=0.5,protect=0 0+shortcuts",
 )
 
 
