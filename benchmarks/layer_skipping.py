@@ -102,8 +102,7 @@ def main() -> None:
                     continue
                 quality = text_quality(adaptive, blocks, dense=dense)
                 console.print(f"{key}: perplexity {quality.perplexity:.2f}, spent {quality.spent:.3f}")
-                record = {"text": text, "name": name, "budget": budget, "policy": str(adaptive.policy)}
-                records.add(key, {**record, **asdict(quality)})
+                records.add(key, {"text": text, "name": name, "budget": budget, **asdict(quality)})
             del dense
     heading = f"{chosen.model}: {chosen.blocks} blocks of {chosen.length} tokens, {chosen.dtype}"
     write_curves(records, chosen.out, heading, "spent", "share of dense layer FLOPs spent", COLUMNS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes import CDLL, addressof
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anee_core.layout import Parts
 from anee_core.native.pointers import Pointers, UnfitError
@@ -13,12 +13,24 @@ from anee_core.native.structs import LANES
 from anee_core.watched import hooked
 
 
-class NativeNorm:
+class _Following:
+    """A module after the layers, as long as it is what it was."""
+
+    def __init__(self, native: CDLL, module: nn.Module, dtype: torch.dtype) -> None:
+        self.pointers = Pointers(dtype)
+        self._module, self._library = module, native
+
+    @property
+    def current(self) -> bool:
+        """Whether this still is what the module does."""
+        return not hooked(self._module) and self.pointers.current
+
+
+class NativeNorm(_Following):
     """The final norm as a function of hidden states."""
 
     def __init__(self, native: CDLL, parts: Parts, dtype: torch.dtype) -> None:
-        self.pointers = Pointers(dtype)
-        self._module, self._library = parts.final_norm, native
+        super().__init__(native, parts.final_norm, dtype)
         self._weights = self.pointers.norm(parts.final_norm)
 
     @classmethod
@@ -28,11 +40,6 @@ class NativeNorm:
             return cls(native, parts, dtype)
         except UnfitError:
             return None
-
-    @property
-    def current(self) -> bool:
-        """Whether this still is what the module does."""
-        return not hooked(self._module) and self.pointers.current
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return normed states [B, T, D] of [B, T, D]."""
@@ -46,17 +53,12 @@ class NativeNorm:
         return normed
 
 
-class NativeHead:
+class NativeHead(_Following):
     """The language-model head as a function of normed hidden states."""
 
     def __init__(self, native: CDLL, parts: Parts, dtype: torch.dtype) -> None:
-        self.pointers = Pointers(dtype)
-        self._module, self._library, self._matrix = parts.head, native, self.pointers.matrix(parts.head)
-
-    @property
-    def current(self) -> bool:
-        """Whether this still is what the module does."""
-        return not hooked(self._module) and self.pointers.current
+        super().__init__(native, parts.head, dtype)
+        self._matrix = self.pointers.matrix(parts.head)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Return logits [B, T, V] of [B, T, D]."""
