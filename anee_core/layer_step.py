@@ -32,12 +32,12 @@ class TokenState(IntEnum):
 
 @dataclass(frozen=True)
 class GateCall:
-    """A linear gate, and what it needs to know of the new token of each row.
+    """A linear gate, and what it needs to know of the new tokens.
 
-    ``shares`` [B, L] says which share of tokens is to skip each layer; ``scores`` [B, S, L] holds those of the ``seen``
-    earlier tokens, and has room for the step to write the new ones behind them. ``run_shares`` and ``skip_shares``
-    [L, B] are what each layer takes of a dense token, of which a token may spend ``limit``; ``wanted`` [B] is what it
-    takes to skip all but the layers that run ``always`` [L].
+    ``shares`` [B, T, L] says which share of tokens is to skip each layer; ``scores`` [B, S, L] holds those of the
+    ``seen`` earlier tokens, and has room for the step to write the new ones behind them. ``run_shares`` and
+    ``skip_shares`` [L, B, T] are what each layer takes of a dense token, of which a token may spend ``limit``;
+    ``wanted`` [B, T] is what it takes to skip all but the layers that run ``always`` [L].
     """
 
     gate: LinearGate
@@ -67,7 +67,8 @@ class Stack:
     """A forward through all layers, for a step that can take them at once.
 
     Every layer receives ``call``, and its own of the ``masks`` [B, 1, T, S], or None. ``states`` [L, B, T] uint8 on the
-    host holds a `TokenState` for each token at each layer; if there is a ``gate``, the step writes what that decides.
+    host holds a `TokenState` for each token at each layer; if there is a ``gate``, the step writes what that decides of
+    all that are no padding.
     ``dropping`` says what is dropped, if anything; there are no masks then. ``shortcut`` is what skipped tokens get.
     ``inputs`` [L, B, T, D], if given, is for the step to write what each layer receives.
     """

@@ -81,16 +81,16 @@ class Ledger:
         return run
 
     def gate(self, gate: LinearGate, shares: Tensor, scores: Tensor, seen: int) -> GateCall:
-        """Return what a gate needs to settle a single token of each row by itself; see `GateCall`."""
+        """Return what a gate needs to settle all tokens by itself; see `GateCall`."""
         budget = self._budget
         return GateCall(
             gate=gate,
             shares=shares,
             scores=scores,
             seen=seen,
-            run_shares=self._run_shares[..., 0],
-            skip_shares=self._skip_shares[..., 0],
-            wanted=self._wanted[..., 0],
+            run_shares=self._run_shares.contiguous(),
+            skip_shares=self._skip_shares.contiguous(),
+            wanted=self._wanted,
             always=self._always[:, 0, 0],
             limit=budget.limit if budget.hard and budget.limit is not None else torch.inf,
         )

@@ -117,18 +117,18 @@ class Plan:
         return self._states[0] if len(self._states[0]) == self._num_layers else None
 
     def gate(self) -> GateCall | None:
-        """Return the gate that decides, if it is a linear one and every row has one new token."""
-        block, controller = self._block, self._policy.controller
-        if controller.linear is None or self._scores is None or self._ledger is None:
+        """Return the gate that decides, if it is a linear one."""
+        controller, position_ids = self._policy.controller, self._block.position_ids
+        if controller.linear is None or self._scores is None or self._ledger is None or self._states:
             return None
-        if block.real is not None or block.position_ids.shape[1] > 1 or self._states:
-            return None
-        shares = controller.shares(block.position_ids)[:, 0]
-        return self._ledger.gate(controller.linear, shares, self._scores.room(self._seen + 1), self._seen)
+        shares, room = controller.shares(position_ids), self._scores.room(self._seen + position_ids.shape[1])
+        return self._ledger.gate(controller.linear, shares, room, self._seen)
 
     def undecided(self) -> Tensor:
-        """Return room for each token's `TokenState` at each layer, [L, B, T] uint8 on the host."""
-        return torch.empty(self._num_layers, *self._block.position_ids.shape, dtype=torch.uint8)
+        """Return each token's `TokenState` at each layer, [L, B, T] uint8 on the host, before any is known to skip it."""
+        real, shape = self._block.real, self._block.position_ids.shape
+        states = torch.full((self._num_layers, *shape), TokenState.RUNS, dtype=torch.uint8)
+        return states if real is None else states * real.cpu()
 
     def follow(self, states: Tensor, gate: GateCall | None) -> None:
         """Take over the `TokenState` [L, B, T] that a step has followed, and what its gate has decided."""

@@ -11,7 +11,8 @@ from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
 from anee_core.deferral import DeferredStep
 from anee_core.engine import Engine
-from anee_core.native.step import NativeStep
+from anee_core.native.build import library
+from anee_core.native.step import MAX_SKIPPING, NativeStep
 from anee_core.policy import Policy
 from anee_core.shortcuts import LowRankShortcut
 
@@ -68,10 +69,60 @@ def test_logits_of_blocks(policy, learned, taken):
     ids, mask = ragged((6, 4), "right")
     with torch.no_grad():
         for inputs in ((ids, None), (ids, mask)):
-            torch.testing.assert_close(fast(*inputs).logits, slow(*inputs).logits, atol=2e-5, rtol=1e-4)
+            found, wanted = (model(*inputs).logits[mask.bool()] for model in (fast, slow))
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
             assert torch.equal(fast.last_trace.ran, slow.last_trace.ran)
-    # A gate needs each token's predecessors at every layer, so that blocks of several go layer by layer.
-    assert taken == ([] if policy == "learned" else [6, 6])
+    assert taken == [6, 6]
+
+
+@pytest.mark.parametrize("policy", [RANDOM, "learned", "learned, hard"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_long_blocks_that_skip_layers(policy, threads, learned, taken, monkeypatch):
+    monkeypatch.setattr("anee_core.native.layers._BYTES_PER_THREAD", 1)
+    network = build("llama")
+    options = {"budget": None if policy == RANDOM else 0.7, "hard": "hard" in policy}
+    chosen = RANDOM if policy == RANDOM else learned
+    fast, slow = (adaptive(network, chosen, fast=fast, **options) for fast in (True, False))
+    ids, mask = ragged((125, 70), "left")
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for inputs in ((tokens(2, 125), None), (ids, mask)):
+                found, real = [], torch.ones(2, 125) if inputs[1] is None else mask
+                for model in (fast, slow):
+                    cache = model.new_cache()
+                    one = model(*inputs, past_key_values=cache).logits[real.bool()]
+                    more = model(tokens(2, 90, seed=5), past_key_values=cache).logits.flatten(0, 1)
+                    found.append(torch.cat((one, more)))
+                torch.testing.assert_close(*found, atol=5e-5, rtol=1e-3)
+                assert torch.equal(fast.last_trace.ran, slow.last_trace.ran)
+                assert torch.equal(fast.last_trace.held, slow.last_trace.held)
+    finally:
+        torch.set_num_threads(1)
+    assert taken == [125, 90] * 2
+
+
+def test_blocks_of_so_many_that_the_modules_are_sooner_done(learned, taken):
+    network = build("llama")
+    fast, slow = (adaptive(network, learned, 0.7, fast=fast) for fast in (True, False))
+    ids = tokens(1, MAX_SKIPPING + 1)
+    with torch.no_grad():
+        assert torch.equal(fast(ids).logits, slow(ids).logits)
+    assert taken == [None]
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_long_blocks_in_bfloat16_where_the_processor_has_no_such_numbers(multiplies, taken, monkeypatch):
+    network = build("llama", dtype=torch.bfloat16)
+    fast, slow = (adaptive(network, fast=fast) for fast in (True, False))
+    ids, mask = ragged((150, 70), "left")
+    monkeypatch.setattr(library(), "anee_multiplies_bf16", lambda: int(multiplies))
+    with torch.no_grad():
+        for inputs in ((tokens(2, 150), None), (ids, mask)):
+            real = torch.ones(2, 150) if inputs[1] is None else mask
+            found, wanted = (model(*inputs).logits[real.bool()].float() for model in (fast, slow))
+            torch.testing.assert_close(found, wanted, atol=0.06, rtol=0.02)
+    assert taken == [None if multiplies else 150] * 2
 
 
 def test_bfloat16(learned):

@@ -21,7 +21,8 @@ from anee_core.cache_folder import cache_folder
 logger = logging.getLogger(__name__)
 
 _SOURCE, *_INCLUDED = (
-    Path(__file__).with_name(name) for name in ("stack.cpp", "layer.cpp", "products.h", "paired.h", "vectors.h")
+    Path(__file__).with_name(name)
+    for name in ("stack.cpp", "layer.cpp", "attention.h", "structs.h", "products.h", "paired.h", "vectors.h")
 )
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",
@@ -58,6 +59,7 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise NoLibraryError(f"it cannot be kept or loaded: {error}") from error
     pointer, count = ctypes.c_void_p, ctypes.c_int32
+    loaded.anee_multiplies_bf16.argtypes, loaded.anee_multiplies_bf16.restype = [], count
     loaded.anee_run.argtypes, loaded.anee_run.restype = [pointer, pointer], None
     loaded.anee_project.argtypes, loaded.anee_project.restype = [pointer, pointer], None
     loaded.anee_stack.argtypes, loaded.anee_stack.restype = [pointer, pointer], None

@@ -2,52 +2,11 @@
 // MLP in one call, so that a decoded token costs little more than reading the weights once.
 //
 // Arithmetic is in float32 throughout; states, keys and values are rounded to the model's type where they are stored.
-// The structs are mirrored in structs.py.
 
 #include <omp.h>
 
+#include "attention.h"
 #include "products.h"
-
-enum Norm : int32_t { RMS = 0, LAYER = 1 };
-enum Rotary : int32_t { NONE = 0, HALVES = 1, PAIRS = 2 };
-enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
-enum Residual : int32_t { SEQUENTIAL = 0, PARALLEL_ONE_NORM = 1, PARALLEL_TWO_NORMS = 2 };
-
-struct NormWeights {
-    const void* weight;
-    const void* bias;
-    float eps;
-    int32_t kind;
-};
-
-struct Layer {
-    NormWeights input_norm, mlp_norm, query_norm, key_norm;  // weight null: there is none
-    Matrix query, key, value, output, gate, up, down;        // gate.weight null: the MLP is not gated
-    int32_t kind;  // of norms, biases, states, keys and values
-    int32_t width, heads, kv_heads, head_dim;
-    int32_t rotary, rotary_width, activation, residual;
-    float scale;
-};
-
-// The tokens of one call: token m of `count` lies at place[m] of states, cos, sin and mask; its keys and values belong
-// into slot start + column[m] of row row[m] of the cache.
-struct Tokens {
-    const void* states;   // [P, D]
-    void* result;         // [count, D]
-    const void* cos;      // [P, rotary_width]
-    const void* sin;
-    const void* mask;     // [P, mask_stride], additive, or null: a token sees all slots up to its own
-    void* keys;           // [B, H, capacity, Dh]
-    void* values;
-    const int64_t* place;
-    const int64_t* row;
-    const int64_t* column;
-    const int32_t* kept;  // [B, kept_stride], the slots that a row's new token sees, kept_count [B] of them; null for all
-    const int32_t* kept_count;
-    float* scratch;       // what NativeLayer.floats says for each token, then used + LANES for each thread
-    int64_t row_stride, head_stride, mask_stride, kept_stride, start;
-    int32_t count, used, threads;
-};
 
 template <class T, class X>
 static void normalise(const NormWeights& norm, const X* x, float* y, int width) {
@@ -84,89 +43,6 @@ static void place_head(const Layer& layer, const NormWeights& norm, const Tokens
     if (layer.rotary == NONE) return;
     int64_t at = place * layer.rotary_width;
     rotate(layer, head, (const T*)tokens.cos + at, (const T*)tokens.sin + at);
-}
-
-// The slots that a token's attention looks at: those listed for its row, or all up to a number.
-struct Seen {
-    const int32_t* list;
-    int count;
-    int64_t operator[](int s) const { return list ? list[s] : s; }
-};
-
-static Seen seen_by(const Tokens& tokens, int m) {
-    int64_t row = tokens.row[m];
-    if (tokens.kept) return {tokens.kept + row * tokens.kept_stride, tokens.kept_count[row]};
-    return {nullptr, tokens.mask ? tokens.used : int(tokens.start + tokens.column[m]) + 1};
-}
-
-// The query's products with the keys it sees, times `scale`, plus the mask; returns the largest.
-template <class T>
-static float match(const T* keys, const T* mask, Seen seen, const float* query, int dim, float scale, float* scores) {
-    vec most = vec{} - INFINITY;
-    for (int s = 0; s < seen.count; s += LANES) {
-        const T* rows[LANES];
-        for (int k = 0; k < LANES; k++) rows[k] = keys + seen[std::min(s + k, seen.count - 1)] * dim;
-        vec sums[LANES] = {};
-        int i = 0;
-        for (; i + LANES <= dim; i += LANES) {
-            vec q = load(query + i);
-#pragma GCC unroll 16
-            for (int k = 0; k < LANES; k++) sums[k] += load(rows[k] + i) * q;
-        }
-        vec found = sums_of(sums);
-        for (; i < dim; i++)
-            for (int k = 0; k < LANES; k++) found[k] += widen(rows[k][i]) * query[i];
-        found *= scale;
-        int some = std::min(LANES, seen.count - s);
-        for (int k = 0; mask && k < some; k++) found[k] += widen(mask[s + k]);
-        for (int k = some; k < LANES; k++) found[k] = -INFINITY;
-        *(vec*)(scores + s) = found;
-        most = found > most ? found : most;
-    }
-    float top = most[0];
-    for (int k = 1; k < LANES; k++) top = std::max(top, most[k]);
-    return top;
-}
-
-// The sum of the seen values, weighted by `scores`, for 16 N of a head's numbers.
-template <int N, class T>
-static void mix(const T* values, Seen seen, const float* scores, int dim, float factor, float* out) {
-    vec sums[N] = {};
-    for (int s = 0; s < seen.count; s++) {
-        const T* value = values + seen[s] * dim;
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) sums[n] += load(value + n * LANES) * scores[s];
-    }
-    for (int n = 0; n < N; n++) *(vec*)(out + n * LANES) = sums[n] * factor;
-}
-
-// Attention of one query head over the slots of one row; `scores` has room for all of them.
-template <class T>
-static void attend(const Layer& layer, const Tokens& tokens, int m, int head, const float* query, float* out,
-                   float* scores) {
-    int dim = layer.head_dim, kv_head = head / (layer.heads / layer.kv_heads);
-    int64_t base = tokens.row[m] * tokens.row_stride + kv_head * tokens.head_stride;
-    const T *keys = (const T*)tokens.keys + base, *values = (const T*)tokens.values + base;
-    const T* mask = tokens.mask ? (const T*)tokens.mask + tokens.place[m] * tokens.mask_stride : nullptr;
-    Seen seen = seen_by(tokens, m);
-    float most = match(keys, mask, seen, query, dim, layer.scale, scores);
-    vec totals = {};
-    for (int s = 0; s < seen.count; s += LANES) {
-        vec weights = exponential(load(scores + s) - most);
-        for (int k = seen.count - s; k < LANES; k++) weights[k] = 0;
-        *(vec*)(scores + s) = weights;
-        totals += weights;
-    }
-    float factor = 1.0f / sum(totals);
-    int i = 0;
-    for (; i + 8 * LANES <= dim; i += 8 * LANES) mix<8>(values + i, seen, scores, dim, factor, out + i);
-    for (; i + 4 * LANES <= dim; i += 4 * LANES) mix<4>(values + i, seen, scores, dim, factor, out + i);
-    for (; i + LANES <= dim; i += LANES) mix<1>(values + i, seen, scores, dim, factor, out + i);
-    for (; i < dim; i++) {
-        float total = 0;
-        for (int s = 0; s < seen.count; s++) total += widen(values[seen[s] * dim + i]) * scores[s];
-        out[i] = total * factor;
-    }
 }
 
 static void activate(Activation kind, float* x, int count) {
@@ -240,7 +116,7 @@ static void run(const Layer& layer, const Tokens& tokens) {
     Rows keys = take(scratch, count, layer.kv_heads * dim), values = take(scratch, count, layer.kv_heads * dim);
     Rows queries = take(scratch, count, layer.heads * dim), attended = take(scratch, count, layer.heads * dim);
     Rows gates = take(scratch, count, inner), ups = take(scratch, count, inner);
-    Rows scores = {scratch, (tokens.used + LANES - 1) / LANES * LANES};
+    Rows scores = {scratch, QUERIES * ((tokens.used + LANES - 1) / LANES * LANES)};
     const T* states = (const T*)tokens.states;
     T* result = (T*)tokens.result;
 #pragma omp parallel num_threads(tokens.threads)
@@ -250,12 +126,12 @@ static void run(const Layer& layer, const Tokens& tokens) {
         product<T>(layer.query, normed, count, queries, thread, threads);
         write_cache<T>(layer, tokens, normed, keys, values, thread, threads);
 
-        Range range = share(count * layer.heads, 1, thread, threads);
+        Range range = share((count + QUERIES - 1) / QUERIES * layer.heads, 1, thread, threads);
         for (int task = range.first; task < range.last; task++) {
-            int m = task / layer.heads, head = task % layer.heads;
-            float* query = queries[m] + head * dim;
-            place_head<T>(layer, layer.query_norm, tokens, tokens.place[m], query);
-            attend<T>(layer, tokens, m, head, query, attended[m] + head * dim, scores[thread]);
+            int first = task / layer.heads * QUERIES, head = task % layer.heads, some = std::min(QUERIES, count - first);
+            for (int m = first; m < first + some; m++)
+                place_head<T>(layer, layer.query_norm, tokens, tokens.place[m], queries[m] + head * dim);
+            attend_some<T>(layer, tokens, first, some, head, queries, attended, scores[thread]);
         }
 #pragma omp barrier
         range = product<T>(layer.output, attended, count, summed, thread, threads);
@@ -310,6 +186,15 @@ static void norm_states(const NormWeights& norm, const T* x, T* y, int tokens, i
 }
 
 extern "C" {
+
+// Whether the processor itself multiplies bf16 numbers, which is what makes torch's own products of them fast.
+int32_t anee_multiplies_bf16() {
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 // Run the layer for the tokens: their keys and values go into the cache, their new states into `result`.
 void anee_run(const Layer* layer, const Tokens* tokens) {

@@ -11,6 +11,8 @@
 #include "vectors.h"
 
 constexpr int64_t AHEAD = 3072;  // bytes that are fetched ahead, at least
+constexpr int GROUP = 32;        // 4-bit numbers that share a scale and an offset
+constexpr int TOGETHER = REGISTERS == 32 ? 8 : 4;  // tokens whose sums with three rows stay in registers
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 
@@ -91,20 +93,21 @@ template <int R, int M, bool FIRST>
 static inline void dots(const int4* const* rows, const float* const* scales, int64_t ahead, const float* x,
                         int64_t x_stride, int inputs, float (&out)[R][M]) {
     vec sums[R][M] = {};
-    for (int g = 0; g < inputs / (2 * LANES); g++) {
+    for (int i = 0; i < inputs / 2; i += LANES) {
+        const int g = i / (GROUP / 2);
         vec low[R], high[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            load(rows[r] + g * LANES, low[r], high[r]);
+            load(rows[r] + i, low[r], high[r]);
             float scale = scales[r][2 * g], offset = scales[r][2 * g + 1];
             low[r] = low[r] * scale + offset;
             high[r] = high[r] * scale + offset;
-            if (FIRST && g % 4 == 0) __builtin_prefetch(rows[r] + ahead + g * LANES);
+            if (FIRST && i % 64 == 0) __builtin_prefetch(rows[r] + ahead + i);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            const float* at = x + m * x_stride + g * 2 * LANES;
-            vec first = load(at), second = load(at + LANES);
+            const float* at = x + m * x_stride + i + g * (GROUP / 2);
+            vec first = load(at), second = load(at + GROUP / 2);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) sums[r][m] += low[r] * first + high[r] * second;
         }
@@ -122,7 +125,7 @@ static void rows_product(const Matrix& matrix, int first, Rows x, int tokens, Ro
     for (int r = 0; r < R; r++) {
         int64_t row = matrix.row(first + r);
         rows[r] = (const W*)matrix.weight + row * matrix.stride;
-        groups[r] = matrix.scale + row * (matrix.inputs / LANES);
+        groups[r] = matrix.scale + row * (matrix.inputs / GROUP * 2);
         scales[r] = matrix.kind == INT8 ? matrix.scale[row] : 1.0f;
     }
     // Far enough for memory to answer in time: rows of small numbers are over soon.
@@ -146,8 +149,8 @@ static void rows_product(const Matrix& matrix, int first, Rows x, int tokens, Ro
                 for (int k = 0; k < M; k++) y[m + k][first + r] = out[r][k] * scales[r];
         }
     };
-    if constexpr (R <= 3) run(std::integral_constant<int, 8>{});  // as many sums as there are registers
-    run(std::integral_constant<int, 4>{});
+    if constexpr (R <= 3) run(std::integral_constant<int, TOGETHER>{});
+    if constexpr (TOGETHER > 4) run(std::integral_constant<int, 4>{});
     run(std::integral_constant<int, 2>{});
     run(std::integral_constant<int, 1>{});
 }
@@ -202,7 +205,7 @@ static void products_in(const Matrix& matrix, Range range, Rows x, int tokens, R
         constexpr int R = decltype(rows)::value;
         for (; r + R <= range.last; r += R) rows_product<W, R>(matrix, r, x, tokens, y);
     };
-    if (tokens >= 8) run(std::integral_constant<int, 3>{});
+    if (tokens >= TOGETHER) run(std::integral_constant<int, 3>{});
     if (tokens >= 4 || std::is_same<W, int4>::value) run(std::integral_constant<int, 4>{});
     run(std::integral_constant<int, 2>{});
     run(std::integral_constant<int, 1>{});

@@ -1,4 +1,4 @@
-// All decoder layers for a few tokens in one call: who runs which layer is known, or decided on the way by a linear gate.
+// All decoder layers for some tokens in one call: who runs which layer is known, or decided on the way by a linear gate.
 //
 // The structs are mirrored in structs.py.
 
@@ -34,14 +34,14 @@ struct Interaction {
     int32_t rank;
 };
 
-// A gate (see LinearGate), for one new token in each row.
+// A gate (see LinearGate), for P = B T new tokens: T in each row, one after another.
 struct Gate {
     const float* weight;      // [L, D], of the state at unit norm
     const float* bias;        // [L]
     const float* mean;        // [L], of the scores on the text of the fit
     const float* spread;      // [L], their standard deviation
     const float* shares;      // [P, L], of the tokens that are to skip each layer; below 0: it runs, and does not count
-    float* scores;            // [P, S, L], NaN for tokens that do not count; the new ones are written
+    float* scores;            // [B, S, L], NaN for tokens that do not count; the new ones are written
     const float* run_share;   // [L, P] of a dense token's FLOPs
     const float* skip_share;
     float* wanted;            // [P], what the layers wanted so far would take
@@ -66,6 +66,15 @@ struct Layers {
     int32_t count;
 };
 
+constexpr int FEW = 16;  // tokens with which one thread is done before others would have begun
+
+// Calls a function for each of the tokens' numbers.
+template <class F>
+static void each(const Tokens& tokens, F work) {
+#pragma omp parallel for num_threads(tokens.count < FEW ? 1 : tokens.threads)
+    for (int m = 0; m < tokens.count; m++) work(m);
+}
+
 template <class T>
 static float mean_square(const T* x, int width) {
     float squares = 0;
@@ -73,27 +82,48 @@ static float mean_square(const T* x, int width) {
     return squares / width;
 }
 
-// Whether token m runs a layer.
+// How much the tokens would lose by skipping a layer, one number each. Stores it for later tokens to compare theirs with.
 template <class T>
-static bool passes(const Gate& gate, int layers, int l, int count, int m, const T* state, int width) {
+static void score(const Gate& gate, int layers, int l, const Tokens& tokens, const T* states, int width,
+                  const uint8_t* here, float* scores) {
     const float* weight = gate.weight + int64_t(l) * width;
-    float share = gate.shares[int64_t(m) * layers + l], product = 0;
-    for (int i = 0; i < width; i++) product += widen(state[i]) * weight[i];
-    float score = product / std::sqrt(mean_square(state, width) + 1e-6f) + gate.bias[l];
-    float* scores = gate.scores + m * gate.row_stride + l;
-    scores[gate.seen * layers] = share < 0 ? NAN : score;
+    auto of = [&](int m) {
+        const T* state = states + tokens.place[m] * width;
+        float product = 0;
+        for (int i = 0; i < width; i++) product += widen(state[i]) * weight[i];
+        scores[m] = product / std::sqrt(mean_square(state, width) + 1e-6f) + gate.bias[l];
+        bool counts = here[m] != PADDING && !(gate.shares[int64_t(m) * layers + l] < 0);
+        gate.scores[tokens.row[m] * gate.row_stride + (gate.seen + tokens.column[m]) * layers + l] =
+            counts ? scores[m] : NAN;
+    };
+    each(tokens, of);
+}
+
+// Whether token m, with this score, runs a layer.
+static bool passes(const Gate& gate, int layers, int l, const Tokens& tokens, int m, float score) {
+    const float* earlier = gate.scores + tokens.row[m] * gate.row_stride + l;
     int64_t lower = 0, compared = 0;
-    for (int64_t s = gate.seen - 1; s >= 0 && compared < gate.window; s--) {
-        float other = scores[s * layers];
+    for (int64_t s = gate.seen + tokens.column[m] - 1; s >= 0 && compared < gate.window; s--) {
+        float other = earlier[s * layers];
         compared += other == other;
         lower += other < score;
     }
     if (gate.always[l]) return true;
     float below = 0.5f * std::erfc((gate.mean[l] - score) / gate.spread[l] * 0.70710678f);
-    if ((lower + gate.prior * below) / (compared + gate.prior) < share) return false;
-    int64_t at = int64_t(l) * count + m;
+    if ((lower + gate.prior * below) / (compared + gate.prior) < gate.shares[int64_t(m) * layers + l]) return false;
+    int64_t at = int64_t(l) * tokens.count + m;
     gate.wanted[m] += gate.run_share[at] - gate.skip_share[at];
     return gate.wanted[m] <= gate.limit + 1e-6f;
+}
+
+// Decides which tokens run a layer. Of padding, none does.
+template <class T>
+static void decide(const Gate& gate, int layers, int l, const Tokens& tokens, const T* states, int width,
+                   uint8_t* here, float* scores) {
+    score(gate, layers, l, tokens, states, width, here, scores);
+    each(tokens, [&](int m) {
+        if (here[m] != PADDING) here[m] = passes(gate, layers, l, tokens, m, scores[m]) ? RUNS : SKIPPED;
+    });
 }
 
 // h + up down n(h) for some tokens; n scales h to unit norm.
@@ -123,6 +153,8 @@ static void shortcut(const Matrix& down, const Matrix& up, T* states, const Toke
     }
 }
 
+constexpr int PORTION = 64;  // mirrored in structs.py
+
 // Some tokens of a call.
 struct Some {
     std::vector<int64_t> place, row, column;
@@ -132,10 +164,17 @@ struct Some {
         row.push_back(tokens.row[m]);
         column.push_back(tokens.column[m]);
     }
-    Tokens of(Tokens tokens) const {
-        tokens.place = place.data(), tokens.row = row.data(), tokens.column = column.data();
-        tokens.count = int32_t(place.size());
-        return tokens;
+    // Calls a function for all of them, a few at a time: their vectors stay in the cache.
+    template <class F>
+    void portions(Tokens tokens, F work) const {
+        int size = int(place.size()), parts = (size + PORTION - 1) / PORTION;
+        for (int i = 0; i < parts; i++) {
+            Range range = share(size, 1, i, parts);
+            tokens.place = place.data() + range.first, tokens.row = row.data() + range.first;
+            tokens.column = column.data() + range.first;
+            tokens.count = range.last - range.first;
+            work(tokens);
+        }
     }
 };
 
@@ -196,6 +235,7 @@ static void stack(const Layers& all, Tokens tokens, T* states) {
         kept.resize(int64_t(count) * tokens.used), kept_count.resize(count);
         tokens.kept = kept.data(), tokens.kept_count = kept_count.data(), tokens.kept_stride = tokens.used;
     }
+    std::vector<float> scores(all.gate ? count : 0);
     for (int l = 0; l < all.count; l++) {
         const Layer& layer = *all.layers[l];
         const Storage& storage = all.storage[l];
@@ -204,10 +244,9 @@ static void stack(const Layers& all, Tokens tokens, T* states) {
         tokens.threads = all.threads[l];
         if (all.interaction) tokens.start = storage.start;
         uint8_t* here = all.states + int64_t(l) * count;
+        if (all.gate) decide(*all.gate, all.count, l, tokens, states, layer.width, here, scores.data());
         Some running, skipping, deferred;
         for (int m = 0; m < count; m++) {
-            const T* state = states + tokens.place[m] * layer.width;
-            if (all.gate) here[m] = passes(*all.gate, all.count, l, count, m, state, layer.width) ? RUNS : SKIPPED;
             if (here[m] == RUNS) running.add(tokens, m);
             if (here[m] == SKIPPED) skipping.add(tokens, m);
             if (here[m] == DEFERRED) deferred.add(tokens, m);
@@ -217,20 +256,19 @@ static void stack(const Layers& all, Tokens tokens, T* states) {
         if (all.interaction)
             interact<T>(*all.interaction, l, layer, storage, tokens, here, kept.data(), kept_count.data(), tokens.used);
         // Skipped tokens first, so that later ones of the block see their keys and values.
-        if (!skipping.place.empty()) {
-            Tokens these = skipping.of(tokens);
+        skipping.portions(tokens, [&](const Tokens& these) {
             project<T>(layer, these);
             if (all.down) shortcut(all.down[l], all.up[l], states, these);
-        }
-        if (!deferred.place.empty() && all.down) shortcut(all.down[l], all.up[l], states, deferred.of(tokens));
-        if (!running.place.empty()) {
-            Tokens these = running.of(tokens);
+        });
+        if (all.down)
+            deferred.portions(tokens, [&](const Tokens& these) { shortcut(all.down[l], all.up[l], states, these); });
+        running.portions(tokens, [&](const Tokens& these) {
             run<T>(layer, these);
             const T* result = (const T*)these.result;
             for (int m = 0; m < these.count; m++)
                 std::memcpy(states + these.place[m] * layer.width, result + int64_t(m) * layer.width,
                             layer.width * sizeof(T));
-        }
+        });
     }
 }
 

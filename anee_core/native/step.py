@@ -12,20 +12,22 @@ from torch import Tensor
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache
-from anee_core.layer_step import Places, ReferenceStep, Stack
+from anee_core.layer_step import Places, ReferenceStep, Stack, TokenState
 from anee_core.layout import Parts
 from anee_core.native.build import NoLibraryError, library
 from anee_core.native.head import NativeHead, NativeNorm
 from anee_core.native.layers import NativeLayer
 from anee_core.native.pointers import UnfitError
 from anee_core.native.stack import NativeStack
-from anee_core.native.structs import LANES, Tokens
+from anee_core.native.structs import LANES, PORTION, QUERIES, Tokens
 from anee_core.watched import undisturbed
 
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 32
-"""Blocks of more tokens are left to the model's own modules: their matrix products keep the processor busy."""
+"""Blocks of more tokens are left to the model's own modules, whose matrix products keep the processor busy."""
+MAX_SKIPPING = 256
+"""The same if some of the tokens skip layers: picking them out for the modules takes time that is saved here."""
 _Angles = tuple[Tensor, Tensor, int, int]
 """Cosines and sines [B, T, R], and where they lie."""
 
@@ -33,9 +35,10 @@ _Angles = tuple[Tensor, Tensor, int, int]
 class NativeStep:
     """Runs layers in C++ where that is possible, and by `ReferenceStep` elsewhere.
 
-    It is possible on the CPU, for blocks of at most `MAX_TOKENS` tokens, in float32 and bfloat16, without gradients,
-    for families with a `Recipe` whose modules are plain: neither quantised, nor wrapped, nor hooked. Weights are read
-    where they are, so nothing is copied, and a change of a weight is seen at once.
+    It is possible on the CPU, in float32 and bfloat16, without gradients, for families with a `Recipe` whose modules are
+    plain: neither quantised, nor wrapped, nor hooked; for blocks of few tokens, or of any number in bfloat16 on a
+    processor that does not multiply such numbers by itself, where modules are slow. Weights are read where they are, so
+    nothing is copied, and a change of a weight is seen at once.
     """
 
     def __init__(self, adapter: ModelAdapter, parts: Parts) -> None:
@@ -59,7 +62,8 @@ class NativeStep:
         """Look at a block [B, T, D] before its layers run."""
         own, (batch, length, _) = self._own, hidden_states.shape
         own.layers, own.threads = [], torch.get_num_threads()
-        if batch * length > MAX_TOKENS or not _possible(hidden_states):
+        own.few = batch * length <= MAX_TOKENS
+        if not _possible(hidden_states):
             return
         # Nobody changes a model between the tokens of a generation.
         if self._layers is None or ((cache.seen == 0 or length > 1) and not self._current()):
@@ -70,6 +74,8 @@ class NativeStep:
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
         """Take all layers in one call; see `LayerStep.all_layers`."""
         own = self._own
+        if not own.few and not self._worth_it(stack, hidden_states):
+            return None
         if own.stack is None or own.stack.made_for != (own.layers, own.threads):
             own.stack = NativeStack(own.layers, own.threads)
         possible = own.stack.take(stack.shortcut, hidden_states.dtype)
@@ -84,7 +90,8 @@ class NativeStep:
         where = self._where(*result.shape[:2])
         masks = own.stack.look_through(stack.masks, result.dtype)
         span, size = (cache.span(0)[0], max(slots.used for slots in cache.slots)), own.stack.floats
-        self._fill(result, stack.call, where, span, own.stack.threads, size, room)
+        at_once = where.count if stack.dropping is not None else min(where.count, PORTION)
+        self._fill(result, stack.call, where, span, own.stack.threads, at_once * size, room)
         own.tokens.mask_stride = span[1]
         assert self._library is not None
         self._library.anee_stack(own.stack.address, own.address)
@@ -101,7 +108,7 @@ class NativeStep:
         mask: Tensor | None,
     ) -> Tensor:
         """Run a layer; see `LayerStep.run`."""
-        if not self._own.layers:
+        if not self._by_layer:
             return self._reference.run(layer_idx, hidden_states, call, cache, places, mask)
         where = self._at(hidden_states, places)
         result = hidden_states.new_empty(*where.shape, hidden_states.shape[-1])
@@ -112,7 +119,7 @@ class NativeStep:
         self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
     ) -> None:
         """Write keys and values; see `LayerStep.propagate`."""
-        if not self._own.layers:
+        if not self._by_layer:
             return self._reference.propagate(layer_idx, hidden_states, call, cache, places)
         return self._call("anee_project", layer_idx, hidden_states, call, cache, self._at(hidden_states, places))
 
@@ -120,7 +127,7 @@ class NativeStep:
         self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
     ) -> None:
         """Write keys and values; see `LayerStep.settle`."""
-        if not self._own.layers:
+        if not self._by_layer:
             return self._reference.settle(layer_idx, hidden_states, call, cache, slots)
         batch, length = hidden_states.shape[:2]
         here = self._where(batch, length)
@@ -137,6 +144,19 @@ class NativeStep:
         """Return what to apply to normed hidden states [B, T, D] as the model's head."""
         usable = self._few(hidden_states) and self._head is not None and self._head.current
         return self._head if usable else self._parts.head
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether the block goes through the library layer by layer."""
+        return bool(self._own.layers) and self._own.few
+
+    def _worth_it(self, stack: Stack, hidden_states: Tensor) -> bool:
+        """Whether many tokens [B, T, D] are done sooner here than by the model's modules."""
+        assert self._library is not None
+        if hidden_states.dtype == torch.bfloat16 and not self._library.anee_multiplies_bf16():
+            return True
+        few = hidden_states.shape[0] * hidden_states.shape[1] <= MAX_SKIPPING
+        return few and (stack.gate is not None or bool((stack.states == TokenState.SKIPPED).any()))
 
     def _few(self, hidden_states: Tensor) -> bool:
         """Whether states [B, T, D] are few enough, and plain enough, for the library."""
@@ -185,7 +205,7 @@ class NativeStep:
         keys, values = cache.storage(layer_idx, layer.kv_heads, layer.head_dim, states)
         first, used = cache.span(layer_idx)
         span = first if start is None else start, used
-        self._fill(states, call, where, span, min(own.threads, layer.threads), layer.floats, result)
+        self._fill(states, call, where, span, min(own.threads, layer.threads), where.count * layer.floats, result)
         if mask is not None:
             mask = mask.to(states.dtype).contiguous()
             tokens.mask_stride = mask.shape[-1]
@@ -207,10 +227,10 @@ class NativeStep:
         """Say which tokens of [B, T, D] are meant, and what they need but for masks, keys and values.
 
         ``span`` is the slot of the block's first token and the number of slots handed out, ``floats`` the scratch that
-        a token needs.
+        the tokens taken at once need.
         """
         own, tokens = self._own, self._own.tokens
-        needed = where.count * floats + threads * (span[1] + LANES)
+        needed = floats + threads * QUERIES * (span[1] + LANES)
         if own.scratch.numel() < needed:
             own.scratch = torch.empty(2 * needed)
         angles = self._angles(call, states.shape[0], states.dtype)
@@ -252,6 +272,8 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.layers: list[NativeLayer] = []
         """Those of the forward under way; none if it goes through the model's modules."""
+        self.few = True
+        """Whether it has at most `MAX_TOKENS` tokens."""
         self.threads = 1
         self.scratch = torch.empty(0)
         self.tokens = Tokens()

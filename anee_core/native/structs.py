@@ -1,4 +1,4 @@
-"""The structs of ``layer.cpp`` and ``stack.cpp``, field by field."""
+"""The structs of ``structs.h`` and ``stack.cpp``, field by field."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from enum import IntEnum
 from typing import ClassVar
 
 LANES = 16
-"""Numbers that are worked on at once."""
+"""Numbers that are worked on at once, at most."""
+
+QUERIES = 4
+"""Tokens whose attention is worked out together."""
+
+PORTION = 64
+"""Tokens that all layers together take at once, at most, of however many."""
 
 
 class Kind(IntEnum):
@@ -149,7 +155,7 @@ class Storage(Structure):
 
 
 class Gate(Structure):
-    """What decides which layers a new token of each row runs."""
+    """What decides which layers each new token runs."""
 
     _fields_: ClassVar = [
         ("weight", c_void_p),

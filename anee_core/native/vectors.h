@@ -1,23 +1,31 @@
-// Sixteen numbers at once, whatever type they are stored in.
+// As many numbers at once as a register holds, whatever type they are stored in.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
+#endif
+
+// Vectors wider than a register would be kept in memory.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, REGISTERS = 16;
+#else
+constexpr int LANES = 4, REGISTERS = 32;
 #endif
 
 struct bf16 { uint16_t bits; };
 struct int4 { uint8_t pair; };  // numbers i and i + 16 of 32
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t vec_bits __attribute__((vector_size(64), aligned(4)));
-typedef int32_t vec_int __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t vec_half __attribute__((vector_size(32), aligned(2)));
-typedef int8_t vec_byte __attribute__((vector_size(16), aligned(1)));
-constexpr int LANES = 16;
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t vec_bits __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t vec_int __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t vec_half __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef int8_t vec_byte __attribute__((vector_size(LANES), aligned(1)));
 
 static inline float widen(float x) { return x; }
 static inline float widen(bf16 x) {
@@ -35,38 +43,48 @@ static inline void store(bf16* at, float x) {
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(*(const vec_half*)p, vec_bits) << 16); }
 static inline vec load(const int8_t* p) {
-#ifdef __AVX512F__  // compilers make sixteen single conversions of the other
+#if defined(__AVX512F__)  // compilers make single conversions of the last
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
     return __builtin_convertvector(*(const vec_byte*)p, vec);
 #endif
 }
 static inline float widen(int8_t x) { return x; }
-// The 32 numbers whose pairs are at p.
+// The numbers in the lower halves of the pairs at p, and those in the upper ones.
 static inline void load(const int4* p, vec& low, vec& high) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
     low = (vec)_mm512_cvtepi32_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(15)));
     high = (vec)_mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 4));
+#elif defined(__AVX2__)
+    __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    low = (vec)_mm256_cvtepi32_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(15)));
+    high = (vec)_mm256_cvtepi32_ps(_mm256_srli_epi32(pairs, 4));
 #else
-    for (int i = 0; i < LANES; i++) low[i] = p[i].pair & 15, high[i] = p[i].pair >> 4;
+    for (int k = 0; k < LANES; k++) low[k] = p[k].pair & 15, high[k] = p[k].pair >> 4;
 #endif
 }
 static inline float sum(vec v) {
     typedef float eight __attribute__((vector_size(32)));
     typedef float quarter __attribute__((vector_size(16)));
-    eight h[2];
-    std::memcpy(h, &v, sizeof v);
-    h[0] += h[1];
-    quarter q[2];
-    std::memcpy(q, &h[0], sizeof q);
-    q[0] += q[1];
+    quarter q[LANES / 4];
+    if constexpr (LANES == 16) {
+        eight h[2];
+        std::memcpy(h, &v, sizeof v);
+        h[0] += h[1];
+        std::memcpy(q, &h[0], sizeof h[0]);
+    } else {
+        std::memcpy(q, &v, sizeof v);
+    }
+    if constexpr (LANES > 4) q[0] += q[1];
     return (q[0][0] + q[0][1]) + (q[0][2] + q[0][3]);
 }
 
-// The sums of sixteen vectors, in order.
+// The sums of as many vectors as one holds, in order.
 static inline vec sums_of(const vec (&v)[LANES]) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     __m512 two[8], four[4], eight[2];
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
