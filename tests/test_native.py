@@ -42,13 +42,15 @@ def close(found, wanted, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (33, 7), (5, 70), (64, 129), (250, 300), (576, 64)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(16, 16), (33, 7), (5, 70), (64, 129), (250, 300), (576, 64), (1056, 50)]
+)
 def test_products_of_any_shape(dtype, inputs, outputs):
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs).to(dtype)
     transposed = Conv1D(outputs, inputs).to(dtype)
     nn.init.normal_(transposed.bias)
-    for count in (1, 2, 3, 4, 7, 32):
+    for count in (1, 2, 3, 4, 7, 16, 37):  # from 16 on they are set side by side
         states = torch.randn(count, inputs, dtype=dtype)
         kinds = (Int8Linear, Int4Linear) if inputs % 32 == 0 else (Int8Linear,)
         for module in (linear, transposed, *(kind(linear.weight, linear.bias) for kind in kinds)):

@@ -20,10 +20,8 @@ from anee_core.cache_folder import cache_folder
 
 logger = logging.getLogger(__name__)
 
-_SOURCE, *_INCLUDED = (
-    Path(__file__).with_name(name)
-    for name in ("stack.cpp", "layer.cpp", "attention.h", "structs.h", "products.h", "paired.h", "vectors.h")
-)
+_SOURCE = Path(__file__).with_name("stack.cpp")
+"""Includes all the others in its folder."""
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",
     # Sums may be taken in any order; NaN and infinity keep their meaning.
@@ -48,7 +46,7 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise NoLibraryError("there is no g++ (install it, or set CXX)")
     try:
-        source = b"".join(path.read_bytes() for path in (_SOURCE, *_INCLUDED))
+        source = b"".join(path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.[ch]*")))
         known = hashlib.sha256(source + " ".join((compiler, *_FLAGS, _processor())).encode()).hexdigest()[:16]
         path = cache_folder() / "native" / f"layer-{known}.so"
         if not path.exists():

@@ -1,60 +1,16 @@
-// Matrix products for a few tokens, on weights where they lie: the arithmetic under one decoder layer.
-//
-// Sums are in float32 throughout. Matrix is mirrored in structs.py.
+// Matrix products for some tokens, on weights where they lie: the arithmetic under one decoder layer. Sums are in
+// float32 throughout.
 
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
+#include "packed.h"
 #include "paired.h"
-#include "vectors.h"
 
 constexpr int64_t AHEAD = 3072;  // bytes that are fetched ahead, at least
-constexpr int GROUP = 32;        // 4-bit numbers that share a scale and an offset
 constexpr int TOGETHER = REGISTERS == 32 ? 8 : 4;  // tokens whose sums with three rows stay in registers
-
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
-
-// A linear map. Output r lies in row (r / group) * group_stride + r % group of the weight, and so do its bias and scale;
-// if transposed, in column r.
-struct Matrix {
-    const void* weight;
-    const void* bias;     // null for none
-    const float* scale;   // for INT8 a float of each output; for INT4 a scale and an offset of each 32 inputs
-    int64_t stride;       // elements between rows of the weight; pairs of them for INT4
-    int32_t outputs, inputs;
-    int32_t group, group_stride;
-    int32_t transposed;
-    int32_t kind;
-
-    int64_t row(int output) const {
-        return output < group ? output : int64_t(output / group) * group_stride + output % group;
-    }
-};
-
-struct Range { int first, last; };
-
-// A vector for each token. The space between them keeps the vectors of many tokens from competing for one place in the cache.
-struct Rows {
-    float* data;
-    int64_t stride;
-    float* operator[](int64_t m) const { return data + m * stride; }
-};
-
-// Takes vectors of some width for `count` tokens from the scratch.
-static inline Rows take(float*& scratch, int64_t count, int64_t width) {
-    Rows rows = {scratch, width + LANES};
-    scratch += count * rows.stride;
-    return rows;
-}
-
-// The part of `count` things that falls to a thread, in multiples of `unit`.
-static inline Range share(int count, int unit, int thread, int threads) {
-    int64_t units = (count + unit - 1) / unit;
-    return {int(std::min<int64_t>(count, units * thread / threads * unit)),
-            int(std::min<int64_t>(count, units * (thread + 1) / threads * unit))};
-}
 
 // Rows times tokens. On the first pass over some rows, those `ahead` numbers further on are fetched, which are the next:
 // rows are too short for the processor to notice by itself where it will go on. Loops over rows and tokens are unrolled,
@@ -196,6 +152,7 @@ static void columns_product(const Matrix& matrix, Range range, Rows x, int token
 // The thread's outputs of x W^T, for vectors x of as many tokens.
 template <class W>
 static void products_in(const Matrix& matrix, Range range, Rows x, int tokens, Rows y) {
+    if (tokens >= MANY) return packed_product<W>(matrix, range, x, tokens, y);
     if (matrix.transposed) {
         if constexpr (!std::is_same<W, int4>::value) columns_product<W>(matrix, range, x, tokens, y);
         return;
