@@ -30,7 +30,8 @@ from anee_core.trace import Step, Trace
 @dataclass(frozen=True)
 class Output:
     """Final, normed hidden states [B, T, D]; what each token spent, [B, T], as a share of a dense token's layer FLOPs,
-    or None if it was not asked to save; and, if wanted, the input of each layer followed by the final states.
+    for policies that feed it back, if it was asked to save; and, if wanted, the input of each layer followed by the
+    final states.
     """
 
     hidden_states: Tensor
@@ -155,7 +156,8 @@ class Engine:
             raise
         real = torch.ones(block.position_ids.shape, dtype=torch.bool) if block.real is None else block.real.cpu()
         trace.add(Step(plan.ran(), real, meter, block.phase, dense, holds, cache.layer_nbytes()))
-        return Output(hidden_states, plan.spent, (*states[:-1], hidden_states) if keep_states else None)
+        spent = plan.spent if self.policy.feeds_back else None
+        return Output(hidden_states, spent, (*states[:-1], hidden_states) if keep_states else None)
 
     def _all_layers(
         self,

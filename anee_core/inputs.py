@@ -110,5 +110,7 @@ def _count_positions(
         before = (mask[:, : cache.seen] != 0).sum(1, keepdim=True).to(device)
     elif cache.slots and (cache.slots[0].gaps or not cache.slots[0].full):
         before = cache.next_positions()
+    if tokens == 1 and real is None:
+        return before
     ahead = torch.arange(1, tokens + 1, device=device).expand(batch, -1) if real is None else real.cumsum(1)
     return (before + ahead - 1).clamp(min=0)

@@ -31,24 +31,34 @@ class TokenState(IntEnum):
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The share ``most`` of a dense token's layer FLOPs that no token may exceed.
+
+    ``run_shares`` and ``skip_shares`` [L, B, T] are what each layer takes of them; ``wanted`` [B, T] is what it takes
+    to skip all layers but those that always run.
+    """
+
+    run_shares: Tensor
+    skip_shares: Tensor
+    wanted: Tensor
+    most: float
+
+
+@dataclass(frozen=True)
 class GateCall:
     """A linear gate, and what it needs to know of the new tokens.
 
     ``shares`` [B, T, L] says which share of tokens is to skip each layer; ``scores`` [B, S, L] holds those of the
-    ``seen`` earlier tokens, and has room for the step to write the new ones behind them. ``run_shares`` and
-    ``skip_shares`` [L, B, T] are what each layer takes of a dense token, of which a token may spend ``limit``;
-    ``wanted`` [B, T] is what it takes to skip all but the layers that run ``always`` [L].
+    ``seen`` earlier tokens, and has room for the step to write the new ones behind them. Some layers run ``always``
+    [L]; if there is a ``limit``, no token exceeds it.
     """
 
     gate: LinearGate
     shares: Tensor
     scores: Tensor
     seen: int
-    run_shares: Tensor
-    skip_shares: Tensor
-    wanted: Tensor
     always: Tensor
-    limit: float
+    limit: Limit | None
 
 
 @dataclass(frozen=True)

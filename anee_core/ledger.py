@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from anee_core.accounting import CostModel
 from anee_core.errors import BudgetError
 from anee_core.interfaces import Action, LinearGate
-from anee_core.layer_step import GateCall
+from anee_core.layer_step import GateCall, Limit
 
 
 class Budget:
@@ -46,16 +48,38 @@ def check_budget(limit: float) -> None:
 
 
 class Ledger:
-    """What each token of one forward has spent so far, ``spent`` [B, T], and which tokens have exited."""
+    """What each token of one forward has spent so far, ``spent`` [B, T], and which tokens have exited. Whatever nobody
+    asks for is not worked out.
+    """
 
     def __init__(self, budget: Budget, position_ids: Tensor) -> None:
-        self._budget = budget
-        self._run_shares, self._skip_shares = budget.costs.token_shares(position_ids)
-        self._always = budget.always.to(position_ids.device)[:, None, None]
-        self.spent = torch.zeros_like(self._run_shares[0])
-        self._exited = torch.zeros_like(position_ids, dtype=torch.bool)
-        # What the layers wanted so far would cost, beside the least that a token can spend.
-        self._wanted = torch.where(self._always, self._run_shares, self._skip_shares).sum(0)
+        self._budget, self._position_ids = budget, position_ids
+        self._limit = budget.limit if budget.hard and budget.limit is not None else None
+
+    @cached_property
+    def _shares(self) -> tuple[Tensor, Tensor]:
+        """What running and what skipping each layer takes of a dense token, both [L, B, T]."""
+        return self._budget.costs.token_shares(self._position_ids)
+
+    @cached_property
+    def _always(self) -> Tensor:
+        """Which layers always run, [L, 1, 1]."""
+        return self._budget.always.to(self._position_ids.device)[:, None, None]
+
+    @cached_property
+    def _wanted(self) -> Tensor:
+        """What the layers wanted so far would cost, beside the least that a token can spend, [B, T]."""
+        return torch.where(self._always, *self._shares).sum(0)
+
+    @cached_property
+    def spent(self) -> Tensor:
+        """Share of a dense token's layer FLOPs that each token has spent, [B, T]."""
+        return torch.zeros_like(self._shares[0][0])
+
+    @cached_property
+    def _exited(self) -> Tensor:
+        """Which tokens have exited, [B, T]."""
+        return torch.zeros_like(self._position_ids, dtype=torch.bool)
 
     def settle(self, actions: Tensor, layer_idx: int) -> Tensor:
         """Return which tokens run each layer, [N, B, T] bool, and charge them for what is executed.
@@ -64,17 +88,16 @@ class Ledger:
         all later layers. Protected layers run in any case. Under a hard budget the first wanted layer that cannot be
         paid for, with the least that the layers after it cost set aside, is skipped, and so are all later ones.
         """
-        budget = self._budget
         span = slice(layer_idx, layer_idx + actions.shape[0])
-        run_shares, skip_shares, always = self._run_shares[span], self._skip_shares[span], self._always[span]
+        (run_shares, skip_shares), always = (shares[span] for shares in self._shares), self._always[span]
 
         exited = self._exited | ((actions == Action.EXIT).cumsum(0) > 0)
         run = (actions == Action.PROCESS) & ~exited
         self._exited = exited[-1]
-        if budget.hard and budget.limit is not None:
+        if self._limit is not None:
             extra = (run & ~always) * (run_shares - skip_shares)
             wanted = self._wanted + extra.cumsum(0)
-            run = run & (wanted <= budget.limit + 1e-6)
+            run = run & (wanted <= self._limit + 1e-6)
             self._wanted = wanted[-1]
         run = run | always
         self.spent = self.spent + torch.where(run, run_shares, skip_shares).sum(0)
@@ -82,19 +105,12 @@ class Ledger:
 
     def gate(self, gate: LinearGate, shares: Tensor, scores: Tensor, seen: int) -> GateCall:
         """Return what a gate needs to settle all tokens by itself; see `GateCall`."""
-        budget = self._budget
-        return GateCall(
-            gate=gate,
-            shares=shares,
-            scores=scores,
-            seen=seen,
-            run_shares=self._run_shares.contiguous(),
-            skip_shares=self._skip_shares.contiguous(),
-            wanted=self._wanted,
-            always=self._always[:, 0, 0],
-            limit=budget.limit if budget.hard and budget.limit is not None else torch.inf,
-        )
+        limited = None
+        if self._limit is not None:
+            run_shares, skip_shares = self._shares
+            limited = Limit(run_shares.contiguous(), skip_shares.contiguous(), self._wanted, self._limit)
+        return GateCall(gate, shares, scores, seen, self._budget.always, limited)
 
     def charge(self, run: Tensor) -> None:
         """Charge the tokens for all layers, of which they ran those that ``run`` [L, B, T] says."""
-        self.spent = torch.where(run.to(self.spent.device), self._run_shares, self._skip_shares).sum(0)
+        self.spent = torch.where(run.to(self._position_ids.device), *self._shares).sum(0)

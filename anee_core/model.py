@@ -247,7 +247,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         if logits and (len(blocks) == tokens or (keep == 1 and len(blocks) == 1)):
             known = torch.cat(logits, dim=1)
             return _last_real(known, block.real) if keep == 1 else known[:, -keep:], outputs
-        hidden_states = torch.cat([output.hidden_states for output in outputs], dim=1)
+        parts = [output.hidden_states for output in outputs]
+        hidden_states = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         wanted = _last_real(hidden_states, block.real) if keep == 1 else hidden_states[:, -keep:]
         return engine.logits(wanted, trace), outputs
 

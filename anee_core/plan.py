@@ -31,6 +31,8 @@ class Block:
 
     def split(self, length: int) -> list[Block]:
         """Return the block in pieces of at most ``length`` tokens."""
+        if length >= self.position_ids.shape[1]:
+            return [self]
         return [self._piece(slice(t, t + length)) for t in range(0, self.position_ids.shape[1], length)]
 
     def _piece(self, at: slice) -> Block:
@@ -91,10 +93,14 @@ class Plan:
         # What was decided: for some layers, then for some more.
         self._states: list[Tensor] = []
         self._all_run = all_run
+        self._decided_below = False
+        """Whether the step's gate decided, and not the controller."""
 
     @property
     def spent(self) -> Tensor | None:
         """Share of a dense token's layer FLOPs that each token has spent, [B, T]; None where all layers run unasked."""
+        if self._ledger is not None and self._decided_below:
+            self._ledger.charge(self.ran())
         return None if self._ledger is None else self._ledger.spent
 
     def at(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> Selection:
@@ -125,18 +131,15 @@ class Plan:
         return self._ledger.gate(controller.linear, shares, room, self._seen)
 
     def undecided(self) -> Tensor:
-        """Return each token's `TokenState` at each layer, [L, B, T] uint8 on the host, before any is known to skip it."""
+        """Return the `TokenState` of tokens that are not known yet to skip layers, [L, B, T] uint8 on the host."""
         real, shape = self._block.real, self._block.position_ids.shape
         states = torch.full((self._num_layers, *shape), TokenState.RUNS, dtype=torch.uint8)
         return states if real is None else states * real.cpu()
 
     def follow(self, states: Tensor, gate: GateCall | None) -> None:
         """Take over the `TokenState` [L, B, T] that a step has followed, and what its gate has decided."""
-        if gate is None:
-            return
-        assert self._ledger is not None
-        self._states = [states]
-        self._ledger.charge(states == TokenState.RUNS)
+        if gate is not None:
+            self._states, self._decided_below = [states], True
 
     def ran(self) -> Tensor:
         """Return which tokens ran each layer, [L, B, T] bool on the host. Padding counts as not run."""
@@ -145,7 +148,8 @@ class Plan:
             real = self._block.real
             alike = torch.ones(batch, tokens, dtype=torch.bool) if real is None else real.cpu()
             return alike.expand(self._num_layers, -1, -1)
-        return torch.cat(self._states) == TokenState.RUNS
+        states = self._states[0] if len(self._states) == 1 else torch.cat(self._states)
+        return states == TokenState.RUNS
 
     def _decide(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> None:
         block, policy, ledger = self._block, self._policy, self._ledger

@@ -67,7 +67,7 @@ class Slots:
         count = position_ids.shape[1]
         start, end = self.used, self.used + count
         self.position[:, start:end] = position_ids
-        self.born[:, start:end] = torch.arange(seen, seen + count, device=self.born.device)
+        self.born[:, start:end] = seen if count == 1 else torch.arange(seen, seen + count, device=self.born.device)
         self.died[:, start:end] = NEVER if real is None else torch.where(real, NEVER, EMPTY)
         self.used = end
         self.full = self.full and real is None

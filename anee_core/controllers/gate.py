@@ -122,6 +122,7 @@ class GateController(Controller):
     protect: tuple[int, ...] = (1, 2)
     _weights: GateWeights | None = field(default=None, init=False, compare=False, repr=False)
     _shares: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False, repr=False)
+    _positions: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False, repr=False)
     _linear: LinearGate | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -171,6 +172,7 @@ class GateController(Controller):
         linear = LinearGate(ready.weight, ready.bias, ready.mean, ready.spread, self.prior, self.window)
         object.__setattr__(bound, "_weights", ready)
         object.__setattr__(bound, "_shares", shares)
+        object.__setattr__(bound, "_positions", positions)
         object.__setattr__(bound, "_linear", linear)
         return bound
 
@@ -191,9 +193,8 @@ class GateController(Controller):
         return 1 - (1 - spent) / costs.saved_more(positions)
 
     def _rows(self, position_ids: Tensor) -> Tensor:
-        """Return the rows of the prepared shares for positions [...]: each has its own until all is paid back."""
-        later = (position_ids - self.settled).clamp(min=0) // _STRIDE
-        return (position_ids.clamp(max=self.settled) + later).clamp(max=len(self._shares) - 1)
+        """Return the rows of the prepared shares for positions [...]: the last that are not for later ones."""
+        return torch.bucketize(position_ids, self._positions.to(position_ids.device), right=True) - 1
 
     @property
     def linear(self) -> LinearGate | None:

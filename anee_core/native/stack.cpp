@@ -44,7 +44,7 @@ struct Gate {
     float* scores;            // [B, S, L], NaN for tokens that do not count; the new ones are written
     const float* run_share;   // [L, P] of a dense token's FLOPs
     const float* skip_share;
-    float* wanted;            // [P], what the layers wanted so far would take
+    float* wanted;            // [P], what the layers wanted so far would take; null if there is no limit
     const uint8_t* always;    // [L]
     int64_t row_stride;       // of the scores
     int64_t seen;             // earlier tokens
@@ -111,6 +111,7 @@ static bool passes(const Gate& gate, int layers, int l, const Tokens& tokens, in
     if (gate.always[l]) return true;
     float below = 0.5f * std::erfc((gate.mean[l] - score) / gate.spread[l] * 0.70710678f);
     if ((lower + gate.prior * below) / (compared + gate.prior) < gate.shares[int64_t(m) * layers + l]) return false;
+    if (!gate.wanted) return true;
     int64_t at = int64_t(l) * tokens.count + m;
     gate.wanted[m] += gate.run_share[at] - gate.skip_share[at];
     return gate.wanted[m] <= gate.limit + 1e-6f;

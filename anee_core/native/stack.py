@@ -85,9 +85,10 @@ class NativeStack:
             gate.prior, gate.window = call.gate.prior, call.gate.window
         gate.shares, gate.scores = call.shares.data_ptr(), call.scores.data_ptr()
         gate.row_stride, gate.seen = call.scores.stride(0), call.seen
-        gate.run_share, gate.skip_share = call.run_shares.data_ptr(), call.skip_shares.data_ptr()
-        gate.wanted, gate.always = call.wanted.data_ptr(), call.always.data_ptr()
-        gate.limit = call.limit
+        gate.always, gate.wanted = call.always.data_ptr(), None
+        if limit := call.limit:
+            gate.run_share, gate.skip_share = limit.run_shares.data_ptr(), limit.skip_shares.data_ptr()
+            gate.wanted, gate.limit = limit.wanted.data_ptr(), limit.most
         self.struct.gate = addressof(gate)
 
     def drop_by(self, call: DropCall | None, cache: AdaptiveCache, like: Tensor) -> bool:

@@ -35,10 +35,10 @@ _Angles = tuple[Tensor, Tensor, int, int]
 class NativeStep:
     """Runs layers in C++ where that is possible, and by `ReferenceStep` elsewhere.
 
-    It is possible on the CPU, in float32 and bfloat16, without gradients, for families with a `Recipe` whose modules are
-    plain: neither quantised, nor wrapped, nor hooked; for blocks of few tokens, or of any number in bfloat16 on a
-    processor that does not multiply such numbers by itself, where modules are slow. Weights are read where they are, so
-    nothing is copied, and a change of a weight is seen at once.
+    It is possible on the CPU, in float32 and bfloat16, without gradients, for families with a `Recipe` whose modules
+    are plain: neither quantised, nor wrapped, nor hooked; for blocks of few tokens, or of any number in bfloat16 on a
+    processor that does not multiply such numbers by itself, where modules are slow. Weights are read where they are,
+    so nothing is copied, and a change of a weight is seen at once.
     """
 
     def __init__(self, adapter: ModelAdapter, parts: Parts) -> None:
