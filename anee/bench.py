@@ -44,6 +44,7 @@ def bench(
     weights: Annotated[
         list[str] | None, typer.Option("--weights", help="With int8 or int4 weights too; may be repeated.")
     ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where to run, like cuda:0.")] = "cpu",
     out: Annotated[Path, typer.Option("--json", help="Keeps what is measured; an interrupted run goes on.")] = Path(
         "benchmarks/out/bench.json"
     ),
@@ -64,6 +65,7 @@ def bench(
         "compiled": compiled,
         "peers": peers,
         "weights": weights or [],
+        "device": device,
         "transformers": transformers.__version__,
     }
     records = Records(out, setting)
@@ -74,7 +76,9 @@ def bench(
         if title in records:
             continue
         policies, quantised = tuple(policy or ()), tuple(weights or ())
-        options = BenchOptions(model, kind, rows, length, tokens, repeats, shares, policies, compiled, peers, quantised)
+        options = BenchOptions(
+            model, kind, rows, length, tokens, repeats, shares, policies, compiled, peers, quantised, device
+        )
         with progress_bar(True, transient=True) as bar:
             task = bar.add_task(title, total=None)
 
@@ -82,7 +86,8 @@ def bench(
                 bar.update(task, advance=1, description=f"{title}: {name}")
 
             found = measure(options, advance)
-        records.add(title, {"title": title, "machine": machine, **found})
+        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+        records.add(title, {"title": title, "machine": machine if device == "cpu" else f"{name}, {machine}", **found})
     console = Console(width=120)
     for found in records.all():
         for title, columns, lines in _tables(found):
@@ -118,7 +123,7 @@ def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list
         if r["parts"]
     ]
     title = f"{found['title']} (memory is read at {found['read_gb_per_s']:.1f} GB/s)"
-    return [(title, _COLUMNS, rows), ("", _PARTS, parts)]
+    return [(title, _COLUMNS, rows), *([("", _PARTS, parts)] if parts else [])]
 
 
 def _written(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> str:

@@ -149,6 +149,7 @@ def sweep(
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to decode for each time.")] = 16,
     repeats: Annotated[int, typer.Option("--repeats", help="Of each time; 0 for none.")] = 3,
     dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Measure policies over budgets: quality against FLOPs, time and K/V bytes.
 
@@ -161,7 +162,7 @@ def sweep(
     except ValueError as error:
         raise InputError(f"budgets are numbers separated by commas; got '{budgets}'") from error
     policies = list(dict.fromkeys([*policy, *(("random", f"window:sinks=4,keep={HOLE}") if baselines else ())]))
-    options = SweepOptions(asked, length, blocks, tokens, repeats, dtype)
+    options = SweepOptions(asked, length, blocks, tokens, repeats, dtype, device)
     records = run_sweep(models, policies, _named_files(text), out, options)
     table = Table("model", "text", "policy", "budget", "spent", "dropped", "perplexity", "KL to dense", "ms/token")
     for r in records:
@@ -188,12 +189,13 @@ def report(
     sample: Sample = False,
     seed: SampleSeed = None,
     dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Continue a prompt, and write a page that shows what ran, what was kept and what was spent."""
     from anee_core.load import load
     from anee_core.report import write_report
 
-    adaptive = load(model, policy, budget, dtype=dtype)
+    adaptive = load(model, policy, budget, dtype=dtype, device=device)
     result = adaptive.generate(prompt, max_new_tokens=max_new_tokens, do_sample=sample, seed=seed)
     # The last token was not fed in.
     ids = result.sequences[0, : result.trace.real.shape[1]]
@@ -214,6 +216,7 @@ def publish(
     length: Length = 512,
     blocks: Blocks = 8,
     dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Save a policy, with all its weights and a card of what it does on texts; 'anee.load(..., policy=TO)' takes it."""
     from tempfile import TemporaryDirectory
@@ -225,7 +228,7 @@ def publish(
 
     if push and not hub.is_repository(to):
         raise InputError(f"a repository on the hub is OWNER/NAME; got '{to}'")
-    adaptive = load(model, policy, budget, dtype=dtype)
+    adaptive = load(model, policy, budget, dtype=dtype, device=device)
     measured = {}
     for name, path in _named_files(text or []).items():
         found = text_blocks(adaptive, path, length, blocks)

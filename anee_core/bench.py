@@ -46,6 +46,7 @@ class BenchOptions:
         compiled: whether transformers compiled with a static cache takes part, which takes minutes to compile.
         peers: whether other engines take part, where they are installed and the batch is 1.
         weights: quantisations of the layers' weights that take part too, dense and with the last share skipped.
+        device: where it runs; other engines and quantised weights take part on the CPU alone.
     """
 
     model: str
@@ -59,12 +60,20 @@ class BenchOptions:
     compiled: bool = False
     peers: bool = False
     weights: tuple[str, ...] = ()
+    device: str = "cpu"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the CPU."""
+        return self.device == "cpu"
 
     def __post_init__(self) -> None:
         if min(self.batch, self.context, self.repeats) < 1 or self.tokens < 2:
             raise InputError("batch, context and repeats are at least 1, tokens at least 2")
         if any(not 0 < share < 1 for share in self.skipped):
             raise InputError(f"shares of layers to skip lie in (0, 1); got {self.skipped}")
+        if not self.on_cpu and (self.peers or self.weights):
+            raise InputError(f"other engines and int8 or int4 weights are for the CPU; leave them out on {self.device}")
 
 
 class Stopwatch:
@@ -142,9 +151,10 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
     network, tokenizer = _open(options)
     others = contenders(options, network, tokenizer)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(3, network.config.vocab_size, (options.batch, options.context), generator=generator)
+    shape = options.batch, options.context
+    prompt = torch.randint(3, network.config.vocab_size, shape, generator=generator).to(options.device)
     watches: dict[str, list[Stopwatch]] = {}
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(options.device)
     with tempfile.TemporaryDirectory() as folder:
         if options.peers and options.batch == 1:
             runs = peers(network, tokenizer, Path(folder), options.context + options.tokens)
@@ -159,12 +169,13 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
     costs = load(network).engine.costs
     layers = sum(work.weight_bytes for work in costs.run)
     read = [other.layer_bytes or layers for other in others]
-    bandwidth = max(bandwidth, read_bandwidth())
+    bandwidth = max(bandwidth, read_bandwidth(options.device))
     records = [_record(other, watches[other.name], watches[others[0].name]) for other in others]
     dense = next(r["ms_per_token"] for r in records if r["contender"] == DENSE)
     for other, record, stored in zip(others, records, read, strict=True):
         record["ideal_ms"] = dense - (1 - record["layers_run"]) * layers / bandwidth / 1e6
-        record["parts"] = other.parts(prompt, options.tokens)
+        # A GPU is not done with its work when a call returns, so there calls tell nothing.
+        record["parts"] = other.parts(prompt, options.tokens) if options.on_cpu else {}
         record["share_of_bandwidth"] = (
             (costs.head.weight_bytes + record["layers_run"] * stored) / record["ms_per_token"] / 1e6 / bandwidth
         )
@@ -186,7 +197,7 @@ def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> li
     found.append(_lean("ANEE dense, own modules", load(network, tokenizer=tokenizer, fast=False)))
     for share in options.skipped:
         found.append(_lean(f"ANEE {share:.0%} skipped", load(network, _at_random(share), tokenizer=tokenizer)))
-    if options.skipped:
+    if options.skipped and options.on_cpu:
         # The same decisions, each skipped layer's keys and values projected at once, or only when needed.
         share = options.skipped[-1]
         for name, defers in (("at once", False), ("deferred", True)):
@@ -224,21 +235,25 @@ def _at_random(share: float) -> str:
     return f"random:p={share},protect=0 0"
 
 
-def read_bandwidth(nbytes: int = 1 << 28, repeats: int = 10) -> float:
-    """Return how fast memory can be read, in GB/s: the best of some sums over a large tensor."""
-    data = torch.ones(nbytes // 4)
+def read_bandwidth(device: str = "cpu", nbytes: int | None = None, repeats: int = 10) -> float:
+    """Return how fast memory can be read, in GB/s: the best of some sums over a tensor of ``nbytes``, by default a
+    large one.
+    """
+    nbytes = nbytes or 1 << (28 if device == "cpu" else 31)
+    data = torch.ones(nbytes // 4, device=device)
     best = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
-        data.sum()
+        float(data.sum())
         best = min(best, time.perf_counter() - started)
     return nbytes / best / 1e9
 
 
 def _open(options: BenchOptions) -> tuple[Any, Any]:
     if options.model in SHAPES:
-        return build(options.model, dtype_of(options.dtype) or torch.float32), None
-    model = load(options.model, dtype=options.dtype)
+        network = build(options.model, dtype_of(options.dtype) or torch.float32)
+        return load(network, device=options.device).parts.model, None
+    model = load(options.model, dtype=options.dtype, device=options.device)
     return model.parts.model, model.tokenizer
 
 

@@ -39,6 +39,7 @@ class SweepOptions:
         tokens: to decode for each measurement of time.
         repeats: of each measurement of time, alternating with the dense model; the median counts. 0: no times.
         dtype: of the models.
+        device: where they run. Default: on the CPU.
     """
 
     budgets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -47,6 +48,7 @@ class SweepOptions:
     tokens: int = 16
     repeats: int = 3
     dtype: str | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
@@ -73,7 +75,7 @@ def run_sweep(
     with progress_bar(True) as bar:
         task = bar.add_task("sweep", total=len(models) * len(texts) * len(cells))
         for name in models:
-            model = load(name, dtype=options.dtype)
+            model = load(name, dtype=options.dtype, device=options.device)
             for text, path in texts.items():
                 blocks = text_blocks(model, path, options.length, options.blocks)
                 read = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:8]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from baselines import block_influence, early_exits, without_least_influential
@@ -42,8 +43,8 @@ COLUMNS = {
 def contenders(model: AdaptiveModel, blocks: Tensor, chosen: argparse.Namespace) -> dict[str, Callable]:
     """Return what makes each contender's model for a budget, by its name; ``blocks`` [N, T] are for calibration."""
     calibration = calibrate(model, CalibrationOptions(text=chosen.calibration))
-    influence = block_influence(model, blocks)
-    exits = early_exits(model, blocks, chosen.budgets)
+    influence = cache(lambda: block_influence(model, blocks))
+    exits = cache(lambda: early_exits(model, blocks, chosen.budgets))
     gate = f":{chosen.gate}" if chosen.gate else ""
     shortcuts = f"+shortcuts:{chosen.shortcuts}" if chosen.shortcuts else "+shortcuts"
 
@@ -57,8 +58,8 @@ def contenders(model: AdaptiveModel, blocks: Tensor, chosen: argparse.Namespace)
         "best set + shortcuts": named(f"static:{PROTECT}{shortcuts}"),
         "random": named(f"random:{PROTECT}"),
         "random + shortcuts": named(f"random:{PROTECT}{shortcuts}"),
-        "block influence": lambda budget: anee.load(model.model, without_least_influential(model, influence, budget)),
-        "early exit": lambda budget: anee.load(model.model, exits[budget]),
+        "block influence": lambda budget: anee.load(model.model, without_least_influential(model, influence(), budget)),
+        "early exit": lambda budget: anee.load(model.model, exits()[budget]),
     }
 
 

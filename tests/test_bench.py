@@ -83,10 +83,13 @@ def test_shapes_have_seeded_random_weights(monkeypatch):
 
 
 def test_bandwidth_is_a_rate():
-    assert 0.1 < bench.read_bandwidth(1 << 20, 2) < 1e4
+    assert 0.1 < bench.read_bandwidth("cpu", 1 << 20, 2) < 1e4
 
 
-@pytest.mark.parametrize("wrong", [{"tokens": 1}, {"repeats": 0}, {"batch": 0}, {"skipped": (1.0,)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tokens": 1}, {"repeats": 0}, {"batch": 0}, {"skipped": (1.0,)}, {"device": "cuda", "weights": ("int8",)}],
+)
 def test_options_out_of_range(wrong):
     with pytest.raises(InputError):
         BenchOptions("gpt2-small", **wrong)
@@ -99,3 +102,4 @@ def test_wrong_names_are_errors(llama_folder, tmp_path, run_anee):
         "'static:skip=1@much' names no budget"
         in run_anee("bench", llama_folder, "--policy", "static:skip=1@much", *out).err
     )
+    assert "device 'nowhere' cannot be used" in run_anee("bench", llama_folder, "--device", "nowhere", *out).err
