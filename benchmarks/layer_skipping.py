@@ -49,7 +49,8 @@ def contenders(model: AdaptiveModel, blocks: Tensor, chosen: argparse.Namespace)
     shortcuts = f"+shortcuts:{chosen.shortcuts}" if chosen.shortcuts else "+shortcuts"
 
     def named(policy: str) -> Callable:
-        return lambda budget: anee.load(model.model, policy, budget, tokenizer=model.tokenizer, calibration=calibration)
+        options = {"tokenizer": model.tokenizer, "calibration": calibration, "hard": chosen.hard}
+        return lambda budget: anee.load(model.model, policy, budget, **options)
 
     return {
         "rl": named(f"gate{gate}+shortcuts{gate}" if gate else "rl"),
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--gate", help="folder with a gate and shortcuts. Default: the policy 'rl' of the model")
     parser.add_argument("--shortcuts", help="folder with shortcuts for the baselines. Default: those of the model")
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--hard", action="store_true", help="no token exceeds the budget, under policies that take one")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--calibration-blocks", type=int, default=4)
@@ -82,6 +84,7 @@ def main() -> None:
     model = anee.load(chosen.model, dtype=chosen.dtype)
     texts = dict(item.split("=", 1) for item in chosen.text)
     setting = {name: getattr(chosen, name) for name in ("model", "length", "blocks", "dtype", "gate", "shortcuts")}
+    setting |= {"hard": True} if chosen.hard else {}
     records = Records(chosen.out.with_suffix(".json"), setting)
     make = contenders(model, text_blocks(model, chosen.calibration, chosen.length, chosen.calibration_blocks), chosen)
     wanted = [(name, budget) for name in make if not chosen.only or name in chosen.only for budget in chosen.budgets]
