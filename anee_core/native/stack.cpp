@@ -87,7 +87,7 @@ template <class T>
 static void score(const Gate& gate, int layers, int l, const Tokens& tokens, const T* states, int width,
                   const uint8_t* here, float* scores) {
     const float* weight = gate.weight + int64_t(l) * width;
-    auto of = [&](int m) {
+    each(tokens, [&](int m) {
         const T* state = states + tokens.place[m] * width;
         float product = 0;
         for (int i = 0; i < width; i++) product += widen(state[i]) * weight[i];
@@ -95,8 +95,7 @@ static void score(const Gate& gate, int layers, int l, const Tokens& tokens, con
         bool counts = here[m] != PADDING && !(gate.shares[int64_t(m) * layers + l] < 0);
         gate.scores[tokens.row[m] * gate.row_stride + (gate.seen + tokens.column[m]) * layers + l] =
             counts ? scores[m] : NAN;
-    };
-    each(tokens, of);
+    });
 }
 
 // Whether token m, with this score, runs a layer.
