@@ -24,8 +24,10 @@ from anee_core.watched import undisturbed
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 32
+MAX_TOKENS = 128
 """Blocks of more tokens are left to the model's own modules, whose matrix products keep the processor busy."""
+MAX_MULTIPLIED = 32
+"""The same in bfloat16, on a processor that multiplies such numbers by itself."""
 MAX_SKIPPING = 256
 """The same if some of the tokens skip layers: picking them out for the modules takes time that is saved here."""
 _Angles = tuple[Tensor, Tensor, int, int]
@@ -50,7 +52,7 @@ class NativeStep:
         self._norm: NativeNorm | None = None
         self._head: NativeHead | None = None
         self._own = _Workspace()
-        self.slow_because: str | None = "no block of few tokens has been run"
+        self.slow_because: str | None = "nothing has been run"
         """Why layers run by their own modules, if they do."""
 
     @property
@@ -60,16 +62,15 @@ class NativeStep:
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Look at a block [B, T, D] before its layers run."""
-        own, (batch, length, _) = self._own, hidden_states.shape
+        own, length = self._own, hidden_states.shape[1]
         own.layers, own.threads = [], torch.get_num_threads()
-        own.few = batch * length <= MAX_TOKENS
         if not _possible(hidden_states):
             return
         # Nobody changes a model between the tokens of a generation.
         if self._layers is None or ((cache.seen == 0 or length > 1) and not self._current()):
             self._read_model()
         if self._layers and hidden_states.dtype == self._layers[0].pointers.dtype:
-            own.layers = self._layers
+            own.layers, own.few = self._layers, self._few(hidden_states)
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
         """Take all layers in one call; see `LayerStep.all_layers`."""
@@ -136,14 +137,16 @@ class NativeStep:
 
     def norm(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm to what the layers gave, [B, T, D]."""
-        norm = self._norm if self._few(hidden_states) and self._norm is not None and self._norm.current else None
-        result: Tensor = (norm or self._parts.final_norm)(hidden_states)
+        norm = self._norm
+        usable = norm is not None and _possible(hidden_states) and self._few(hidden_states) and norm.current
+        result: Tensor = (norm if norm is not None and usable else self._parts.final_norm)(hidden_states)
         return result
 
     def head(self, hidden_states: Tensor) -> Any:
         """Return what to apply to normed hidden states [B, T, D] as the model's head."""
-        usable = self._few(hidden_states) and self._head is not None and self._head.current
-        return self._head if usable else self._parts.head
+        head = self._head
+        usable = head is not None and _possible(hidden_states) and self._few(hidden_states) and head.current
+        return head if usable else self._parts.head
 
     @property
     def _by_layer(self) -> bool:
@@ -152,15 +155,20 @@ class NativeStep:
 
     def _worth_it(self, stack: Stack, hidden_states: Tensor) -> bool:
         """Whether many tokens [B, T, D] are done sooner here than by the model's modules."""
-        assert self._library is not None
-        if hidden_states.dtype == torch.bfloat16 and not self._library.anee_multiplies_bf16():
+        if hidden_states.dtype == torch.bfloat16 and not self._multiplies_bf16:
             return True
         few = hidden_states.shape[0] * hidden_states.shape[1] <= MAX_SKIPPING
         return few and (stack.gate is not None or bool((stack.states == TokenState.SKIPPED).any()))
 
     def _few(self, hidden_states: Tensor) -> bool:
-        """Whether states [B, T, D] are few enough, and plain enough, for the library."""
-        return hidden_states.shape[0] * hidden_states.shape[1] <= MAX_TOKENS and _possible(hidden_states)
+        """Whether states [B, T, D] are so few that the library is always sooner done."""
+        multiplied = hidden_states.dtype == torch.bfloat16 and self._multiplies_bf16
+        return hidden_states.shape[0] * hidden_states.shape[1] <= (MAX_MULTIPLIED if multiplied else MAX_TOKENS)
+
+    @property
+    def _multiplies_bf16(self) -> bool:
+        """Whether the processor does, which is what makes the modules fast at it."""
+        return self._library is not None and bool(self._library.anee_multiplies_bf16())
 
     def _current(self) -> bool:
         return bool(self._layers) and all(layer.current for layer in self._layers or ())
@@ -273,7 +281,7 @@ class _Workspace(threading.local):
         self.layers: list[NativeLayer] = []
         """Those of the forward under way; none if it goes through the model's modules."""
         self.few = True
-        """Whether it has at most `MAX_TOKENS` tokens."""
+        """Whether it has so few tokens that the library is always sooner done."""
         self.threads = 1
         self.scratch = torch.empty(0)
         self.tokens = Tokens()
