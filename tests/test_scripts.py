@@ -188,6 +188,18 @@ def test_texts_side_by_side(llama_folder, tmp_path, run_script):
     assert "| random:protect=1 1@0.8 | " in table
 
 
+def test_prompts_are_timed_by_length(llama_folder, tmp_path, run_script):
+    sizes = ["--tokens", "5", "--repeats", "1", "--out", tmp_path / "out"]
+    run_script("benchmarks/prompts.py", llama_folder, "--run", "dense", *sizes)
+    shown = run_script("benchmarks/prompts.py", llama_folder, "--run", "dense", "--run", "static:skip=1", *sizes)
+    assert [line.split(" | ")[:2] for line in shown.splitlines() if line.startswith("| 5")] == [
+        ["| 5", "dense"],
+        ["| 5", "static:skip=1"],
+    ]
+    found = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert all(record["fast_ms"] > 0 < record["modules_ms"] for record in found.values())
+
+
 def test_cache_over_time_shows_what_was_freed(llama_folder, text, tmp_path, run_script):
     sizes = ["--length", "96", "--tokens", "3", "--chunk", "16", "--out", tmp_path / "out"]
     policies = ["--policy", "dense", "--policy", "window:sinks=1,recent=4"]
