@@ -86,8 +86,8 @@ def bench(
                 bar.update(task, advance=1, description=f"{title}: {name}")
 
             found = measure(options, advance)
-        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-        records.add(title, {"title": title, "machine": machine if device == "cpu" else f"{name}, {machine}", **found})
+        gpu = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
+        records.add(title, {"title": title, "machine": gpu + machine, **found})
     console = Console(width=120)
     for found in records.all():
         for title, columns, lines in _tables(found):

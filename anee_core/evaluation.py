@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from anee_core.divergence import divergences, losses
+from anee_core.engine import Engine
 from anee_core.errors import InputError
 from anee_core.model import AdaptiveModel
+from anee_core.policy import Policy
 
 _WIKITEXT = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
 
@@ -104,8 +106,11 @@ def text_quality(
 
 
 def dense_logits(model: AdaptiveModel, blocks: Tensor, first: int = 1, batch: int = 1) -> list[Tensor]:
-    """Return the dense model's next-token logits [B, T - first, V] of each batch, to compare policies with."""
-    plain = AdaptiveModel(model.model, model.adapter)
+    """Return the dense model's next-token logits [B, T - first, V] of each batch, to compare policies with. Its layers
+    run as the model's do, so that nothing but the policy sets the two apart.
+    """
+    plain, engine = AdaptiveModel(model.model, model.adapter), model.engine
+    plain.engine = Engine(model.adapter, model.parts, Policy(), step=engine.step, costs=engine.costs)
     return [_logits(plain, rows, first) for rows in torch.split(blocks, batch)]
 
 

@@ -48,7 +48,7 @@ static float match(const T* keys, const T* mask, Seen seen, const float* query, 
     return top;
 }
 
-// The sum of the seen values, weighted by `scores`, for 16 N of a head's numbers.
+// The sum of the seen values, weighted by `scores`, for N LANES of a head's numbers.
 template <int N, class T>
 static void mix(const T* values, Seen seen, const float* scores, int dim, float factor, float* out) {
     vec sums[N] = {};
@@ -128,7 +128,7 @@ static void match_together(const T* keys, const T* const* masks, const int* own,
     }
 }
 
-// The sums of `count` values, weighted by each token's scores, for 16 N of a head's numbers.
+// The sums of `count` values, weighted by each token's scores, for N LANES of a head's numbers.
 template <int N, class T>
 static void mix_together(const T* values, int count, const float* scores, int dim, const float* factors,
                          float* const* out) {

@@ -8,9 +8,9 @@
 
 #include "matrix.h"
 
-constexpr int MANY = 16;                           // tokens from which that pays
+constexpr int MANY = 16;  // tokens from which that pays
 constexpr int TALL = REGISTERS == 32 ? 12 : 6, BROAD = 2;  // rows, and registers of columns, whose sums fit
-constexpr int DEEP = 1024;                         // inputs at once: they stay in the cache for all rows
+constexpr int DEEP = 1024;  // inputs at once: they stay in the cache for all rows
 
 // Calls a function for parts of `count` things, of the given sizes, largest first.
 template <int... SIZES, class F>
