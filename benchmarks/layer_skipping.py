@@ -11,26 +11,20 @@ was. Writes OUT.json, a table OUT.md and a plot OUT.png.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
-from baselines import block_influence, early_exits, without_least_influential
+from contenders import contenders
 from curves import write_curves
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 
 import anee
-from anee_core.calibration import CalibrationOptions, calibrate
 from anee_core.errors import BudgetError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
-from anee_core.model import AdaptiveModel
 from anee_core.records import Records
 
 BUDGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
-PROTECT = "protect=2 2"
 COLUMNS = {
     "budget": lambda record: f"{record['budget']:.2f}",
     "spent": lambda record: f"{record['spent']:.3f}",
@@ -38,30 +32,6 @@ COLUMNS = {
     "KL to dense": lambda record: f"{record['divergence']:.3f}",
     "same top-1": lambda record: f"{record['agreement']:.1%}",
 }
-
-
-def contenders(model: AdaptiveModel, blocks: Tensor, chosen: argparse.Namespace) -> dict[str, Callable]:
-    """Return what makes each contender's model for a budget, by its name; ``blocks`` [N, T] are for calibration."""
-    calibration = calibrate(model, CalibrationOptions(text=chosen.calibration))
-    influence = cache(lambda: block_influence(model, blocks))
-    exits = cache(lambda: early_exits(model, blocks, chosen.budgets))
-    gate = f":{chosen.gate}" if chosen.gate else ""
-    shortcuts = f"+shortcuts:{chosen.shortcuts}" if chosen.shortcuts else "+shortcuts"
-
-    def named(policy: str) -> Callable:
-        options = {"tokenizer": model.tokenizer, "calibration": calibration, "hard": chosen.hard}
-        return lambda budget: anee.load(model.model, policy, budget, **options)
-
-    return {
-        "rl": named(f"gate{gate}+shortcuts{gate}" if gate else "rl"),
-        "gate only": named(f"gate{gate}"),
-        "best set": named(f"static:{PROTECT}"),
-        "best set + shortcuts": named(f"static:{PROTECT}{shortcuts}"),
-        "random": named(f"random:{PROTECT}"),
-        "random + shortcuts": named(f"random:{PROTECT}{shortcuts}"),
-        "block influence": lambda budget: anee.load(model.model, without_least_influential(model, influence(), budget)),
-        "early exit": lambda budget: anee.load(model.model, exits()[budget]),
-    }
 
 
 def main() -> None:
@@ -86,7 +56,16 @@ def main() -> None:
     setting = {name: getattr(chosen, name) for name in ("model", "length", "blocks", "dtype", "gate", "shortcuts")}
     setting |= {"hard": True} if chosen.hard else {}
     records = Records(chosen.out.with_suffix(".json"), setting)
-    make = contenders(model, text_blocks(model, chosen.calibration, chosen.length, chosen.calibration_blocks), chosen)
+    make = contenders(
+        model,
+        chosen.calibration,
+        chosen.budgets,
+        length=chosen.length,
+        blocks=chosen.calibration_blocks,
+        gate=chosen.gate,
+        shortcuts=chosen.shortcuts,
+        hard=chosen.hard,
+    )
     wanted = [(name, budget) for name in make if not chosen.only or name in chosen.only for budget in chosen.budgets]
     console = Console(stderr=True)
     with Progress(console=console) as bar:

@@ -104,7 +104,7 @@ def test_layer_skipping_holds_policies_against_the_literature(word_tokenizer, te
     assert (tmp_path / "out.png").exists()
 
 
-def test_task_scores_lie_beside_the_dense_model(llama_folder, tmp_path, run_script):
+def test_task_scores_lie_beside_the_dense_model(llama_folder, text, tmp_path, run_script):
     tasks, line = tmp_path / "tasks", {"context": "the night is long and the", "continuation": "night"}
     tasks.mkdir()
     (tasks / "last_word.jsonl").write_text("".join(json.dumps(line) + "\n" for _ in range(4)))
@@ -118,6 +118,15 @@ def test_task_scores_lie_beside_the_dense_model(llama_folder, tmp_path, run_scri
     assert found["static:skip=1 2 choice"]["spent"] < 0.8
     assert "| policy | spent | last_word (4) | choice (4) |" in shown
     assert "| static:skip=1 2 |" in (tmp_path / "out.md").read_text()
+    names = ("block influence", "early exit")
+    others = [word for name in names for word in ("--contender", name)]
+    sizes = ["--calibration", text, "--length", "100", "--budgets", "0.8", "0.9"]
+    run_script("benchmarks/task_scores.py", *arguments, *others, *sizes, "--out", tmp_path / "out")
+    more = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert {key: record for key, record in more.items() if key in found} == found  # nothing was done again
+    for name in names:
+        assert 0.5 < more[f"{name}@0.8 choice"]["spent"] <= more[f"{name}@0.9 choice"]["spent"] < 1, name
+    assert (tmp_path / "out.png").exists()
 
 
 def test_block_influence_and_confidence_are_those_of_the_model(tiny_llama, monkeypatch):
