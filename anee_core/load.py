@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _FITTED = frozenset({"gate", "shortcuts"})
 """What can be fitted for any model, without training, when it is first used."""
+_BIASED = frozenset({"bloom", "mpt"})
+"""Families that tell tokens' places by ALiBi alone."""
 _WHERE = {"revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only", "force_download"}
 """Options that say where a model is, for its config and tokenizer as well as for its weights."""
 
@@ -178,6 +180,11 @@ def _adapter_of(config: Any, plugins: Plugins) -> ModelAdapter:
         return plugins.adapters[kind]
     if config.is_encoder_decoder:
         raise ModelError(f"'{kind}' has an encoder: ANEE runs decoder-only models")
+    if kind in _BIASED:
+        raise ModelError(
+            f"'{kind}' places tokens by ALiBi, a bias that transformers makes as if every layer held every token, so "
+            "it cannot follow a cache whose layers hold different tokens: ANEE cannot run this family"
+        )
     network = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if network is not None and network._is_stateful:
         raise ModelError(

@@ -20,7 +20,7 @@ from anee_core.training.loop import RunOptions
 
 
 def main() -> None:
-    """Train both, and compare on the text's last blocks."""
+    """Train both, and compare on the text's first blocks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini", help="model source, hub id or local folder")
     parser.add_argument("--text", type=Path, required=True, help="what to learn from, UTF-8")

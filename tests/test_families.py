@@ -3,7 +3,16 @@
 import pytest
 import torch
 from tiny import CONFIGS, PLUGINS, adaptive, tokens
-from transformers import AutoModelForCausalLM, FalconConfig, Gemma3TextConfig, GPT2Config, MambaConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    MambaConfig,
+    MptConfig,
+    T5Config,
+)
 
 import anee
 from anee_adapters import LlamaAdapter, anee_adapters
@@ -100,8 +109,10 @@ def test_table_of_positions_inside_attention_ends_too():
     [
         (MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4), "keep no key/value cache"),
         (T5Config(vocab_size=97, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16), "encoder"),
+        (BloomConfig(vocab_size=97, hidden_size=16, n_layer=2, n_head=2), "ALiBi"),
+        (MptConfig(vocab_size=97, d_model=16, n_layers=2, n_heads=2), "ALiBi"),
     ],
-    ids=["mamba", "t5"],
+    ids=["mamba", "t5", "bloom", "mpt"],
 )
 def test_families_that_no_adapter_could_serve_are_refused_with_the_reason(config, reason, tmp_path):
     config.save_pretrained(tmp_path)

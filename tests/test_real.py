@@ -93,7 +93,8 @@ def test_demo_runs(smollm2):
     assert "█" in done.stdout
 
 
-def test_commands_of_the_readme_run(smollm2, tmp_path):
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_what_a_page_shows_runs(smollm2, tmp_path, page):
     (tmp_path / "book.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 200)
     trained = ["--steps", "2", "--length", "64", "--batch", "1", "--valid-blocks", "1"]
     gated = [*trained, "--calibration-sequences", "6"]
@@ -102,7 +103,7 @@ def test_commands_of_the_readme_run(smollm2, tmp_path):
         "train supervised": gated,
         "train rl": [*gated, "--reinforce-steps", "1", "--rollouts", "2"],
         "calibrate smollm2": ["--sequences", "8", "--length", "48"],
-        "eval smollm2": ["--tasks-dir", str(tmp_path), "--limit", "1"],
+        "eval smollm2": ["--tasks-dir", ".", "--limit", "1"],
         "sweep smollm2": ["--budgets", "0.9", "--length", "64", "--blocks", "1", "--repeats", "1", "--no-baselines"],
         "publish smollm2": ["--length", "64", "--blocks", "1"],
         "report smollm2": ["-n", "8"],
@@ -112,25 +113,20 @@ def test_commands_of_the_readme_run(smollm2, tmp_path):
     (tmp_path / "piqa.jsonl").write_text(
         '{"query": "Question: to sit?\\n", "choices": ["a chair", "a fish"], "gold": 0}\n'
     )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^anee (.*)$", readme, flags=re.MULTILINE)
-    assert len(commands) >= 3
-    for command in commands:
-        for name in (
-            "book.txt",
-            "asa-smollm2",
-            "gate-smollm2",
-            "rl-smollm2",
-            "report.html",
-            "my-policy",
-            "--out sweep",
-        ):
-            flag, _, file = name.rpartition(" ")
-            command = command.replace(name, f"{flag} {tmp_path / file}" if flag else str(tmp_path / file))
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    runs = []
+    for command in re.findall(r"^anee (.*)$", text, flags=re.MULTILINE):
         words = shlex.split(command, comments=True)
-        arguments = [sys.executable, "-m", "anee", *words, *short.get(" ".join(words[:2]), [])]
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        runs.append(["-m", "anee", *words, *short.get(" ".join(words[:2]), [])])
+    assert len(runs) >= 3
+    if page != "README.md":  # whose Python is of many models
+        runs.append(["-c", "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))])
+    for arguments in runs:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, " ".join(arguments) + done.stdout + done.stderr
 
 
 def test_bundled_asa_drops_much_and_costs_little(smollm2):

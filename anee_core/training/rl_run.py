@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anee_core.controllers.gate import GateWeights
 from anee_core.errors import InputError
 from anee_core.evaluation import dense_logits, text_quality
 from anee_core.model import AdaptiveModel
@@ -86,8 +85,8 @@ def train_rl(
     with accelerator.main_process_first():
         cache = first.folder / "tokens"
         blocks, held_out = read_text(model, text, valid, cache, shared.length, shared.valid_blocks)
-        blocks = with_samples(model, blocks, first.folder, second, options)
-    gated = gated_model(model, first.folder, shared, held_out)
+        gated = gated_model(model, first.folder, shared, held_out)
+        blocks = with_samples(model, blocks, first.folder, gated.options.least, second, options)
     objective = Reinforce(gated, replace(options.reinforce, steps=options.steps)).to(accelerator.device)
     optimizer = optimizer_of(gated, options.rate)
     batches = Batches(blocks, shared.batch, run.seed + 1, accelerator.process_index, accelerator.num_processes)
@@ -106,16 +105,17 @@ def train_rl(
     return found
 
 
-def with_samples(model: AdaptiveModel, blocks: Any, stage: Path, run: RunOptions, options: RlTraining) -> Any:
-    """Return blocks of text with others that the model writes under a stage's policy, at budgets all over its range:
-    that is the text that it will see where it is deployed.
+def with_samples(
+    model: AdaptiveModel, blocks: Any, stage: Path, least: float, run: RunOptions, options: RlTraining
+) -> Any:
+    """Return blocks of text with others that the model writes under a stage's policy, at budgets from ``least`` to
+    0.95: that is the text that it will see where it is deployed.
     """
     from datasets import Dataset, concatenate_datasets
 
     shared = options.supervised
     length, kept = shared.length, run.folder / _SAMPLES
     if not kept.exists() and options.samples:
-        least = max(shared.gate.least, float(GateWeights.load(stage).budgets[0]))
         budgets = torch.linspace(least, 0.95, min(options.samples, 4)).tolist()
         counts = [len(part) for part in torch.arange(options.samples).chunk(len(budgets))]
         probe, policy, drawn = AdaptiveModel(model.model, model.adapter, fast=True), deployed(stage, shared), []
