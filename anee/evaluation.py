@@ -155,6 +155,7 @@ def sweep(
 
     A sweep that was interrupted goes on when the same command is given again.
     """
+    from anee_core.records import ending
     from anee_core.sweep import HOLE, SweepOptions, draw, run_sweep
 
     try:
@@ -176,7 +177,7 @@ def sweep(
             f"{r['ms_per_token']:.1f}" if "ms_per_token" in r else "",
         )
     Console().print(table)
-    draw(records, out.with_suffix(".png"))
+    draw(records, ending(out, ".png"))
 
 
 def report(

@@ -143,7 +143,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def settle(self, layer_idx: int) -> None:
         """Write the keys and values that are owed to a layer."""
-        owed = self._owed.pop(layer_idx, None)
+        owed = self._owed.get(layer_idx)
         if not owed:
             return
         assert self.pay is not None
@@ -151,6 +151,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         with torch.no_grad():
             together = states[0] if len(owed) == 1 else torch.cat(states, dim=1)
             self.pay(layer_idx, together, LayerCall.joined(calls), self, torch.tensor(starts))
+        del self._owed[layer_idx]
 
     def settle_all(self) -> None:
         """Write all keys and values that are owed."""
@@ -352,8 +353,9 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         return max([self._horizon, *torch.stack(final).tolist()]) if final else self._horizon
 
     def _restore_state(self, to: int) -> None:
-        for layer, state in zip(self.layers, self._snapshots.get(to, ()), strict=False):
+        for layer, slots, state in zip(self.layers, self.slots, self._snapshots.get(to, ()), strict=False):
             layer.state = state
+            layer.room(slots)  # which may have grown since
         self._snapshots = {seen: states for seen, states in self._snapshots.items() if seen < to}
 
     @torch.inference_mode(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from anee_core.accounting import CostModel, executed_work, module_work
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache
 from anee_core.dropping import Drop
-from anee_core.errors import BudgetError
+from anee_core.errors import BudgetError, ModelError
 from anee_core.feedback import FeedbackLog
 from anee_core.interfaces import Calibration, Setting, Shortcut
 from anee_core.layer_step import DropCall, LayerStep, ReferenceStep, Stack, devices_of
@@ -102,7 +103,10 @@ class Engine:
         """The parts, with the head that was used last."""
         self._devices = devices_of(parts)
         self._windows = [adapter.window(parts.config, i) for i in range(self.costs.num_layers)]
-        self._implicit_causal = parts.config._attn_implementation == "sdpa"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: the step gives it a head of its own."""
+        return {**self.__dict__, "_headed": self.parts}
 
     def run(
         self, block: Block, cache: AdaptiveCache, trace: Trace, dense: bool = False, keep_states: bool = False
@@ -114,7 +118,9 @@ class Engine:
         adapter, parts = self.adapter, self.parts
         hidden_states = adapter.embed(parts, block.embeddings, block.position_ids)
         calls = adapter.begin(parts, hidden_states, block.position_ids)
-        masks = MaskMaker(block.position_ids, hidden_states.dtype, self._implicit_causal, parts.layout.always_masked)
+        # Asked for each time: transformers lets it be changed.
+        implicit_causal = attention_backend(parts.config) == "sdpa"
+        masks = MaskMaker(block.position_ids, hidden_states.dtype, implicit_causal, parts.layout.always_masked)
         feedback = (
             self._feedback(cache, block, cache.seen).at(cache.seen) if self.policy.feeds_back and not dense else None
         )
@@ -125,9 +131,9 @@ class Engine:
         meter = Meter(self.costs, self.policy.cache_policy, tokens, cache.seen + block.position_ids.shape[1])
         states = [hidden_states]
         previous = hidden_states
-        cache.begin(block.position_ids, block.real)
         held: list[Tensor] = []
         try:
+            cache.begin(block.position_ids, block.real)
             self.step.begin(hidden_states, cache)
             shared = self._dropping_alike(block, cache)
             output = None
@@ -153,6 +159,8 @@ class Engine:
             cache.commit()
         except BaseException:
             cache.abort()
+            if not cache.seen:
+                cache.reset()  # for whatever batch comes next
             raise
         real = torch.ones(block.position_ids.shape, dtype=torch.bool) if block.real is None else block.real.cpu()
         trace.add(Step(plan.ran(), real, meter, block.phase, dense, holds, cache.layer_nbytes()))
@@ -306,6 +314,21 @@ def _take_shortcut(
         return hidden_states + shortcut.estimate(layer_idx, hidden_states)
     skipped = hidden_states[places]
     return hidden_states.index_put(places, skipped + shortcut.estimate(layer_idx, skipped))
+
+
+def attention_backend(config: Any) -> str:
+    """Return how a model's layers attend, "eager" or "sdpa".
+
+    Raises:
+        ModelError: it is another way, which takes no mask for each token.
+    """
+    backend: str = config._attn_implementation
+    if backend not in ("eager", "sdpa"):
+        raise ModelError(
+            f"attention backend '{backend}' cannot express per-token masks; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    return backend
 
 
 def budget_of(policy: Policy, budget: float | None) -> float | None:

@@ -52,7 +52,10 @@ def text_blocks(model: AdaptiveModel, path: str | Path, length: int, count: int)
         raise InputError("evaluation reads text: the model needs a tokenizer")
     if not Path(path).is_file():
         raise InputError(f"there is no text file '{path}'")
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the text {path}: {error}") from error
     for raw, plain in _WIKITEXT:
         text = text.replace(raw, plain)
     ids = model.tokenizer(text[: count * length * 12], return_tensors="pt", verbose=False)["input_ids"][0]

@@ -118,6 +118,11 @@ def decode(model: AdaptiveModel, input_ids: Tensor, attention_mask: Tensor | Non
     Raises:
         InputError: an option is unknown or out of range, or the prompts cannot be run.
     """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        got = (
+            f"a tensor of shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
+        raise InputError(f"input_ids is a tensor [batch, tokens]; got {got}")
     chosen = _choose(model, options)
     if beyond := _settings_beyond(model):
         logger.warning("the generation config's %s is not followed here; generate() does", ", ".join(sorted(beyond)))
@@ -202,14 +207,20 @@ def _choose(model: AdaptiveModel, options: dict[str, Any]) -> DecodeOptions:
     chosen = DecodeOptions(**values)
     assert chosen.max_new_tokens is not None
     assert chosen.temperature is not None
-    if chosen.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is at least 1; got {chosen.max_new_tokens}")
-    if chosen.temperature <= 0:
+    if not isinstance(chosen.max_new_tokens, int) or chosen.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is a whole number, at least 1; got {chosen.max_new_tokens}")
+    if chosen.do_sample and not chosen.temperature > 0:
         raise InputError(
             f"temperature is positive; got {chosen.temperature:g}. For greedy decoding use do_sample=False"
         )
     if chosen.top_p is not None and not 0.0 < chosen.top_p <= 1.0:
         raise InputError(f"top_p lies in (0, 1]; got {chosen.top_p:g}")
+    if chosen.top_k is not None and (not isinstance(chosen.top_k, int) or chosen.top_k < 0):
+        raise InputError(f"top_k is a whole number, 0 for all tokens; got {chosen.top_k}")
+    if chosen.repetition_penalty is not None and not chosen.repetition_penalty > 0:
+        raise InputError(f"repetition_penalty is positive, 1 for none; got {chosen.repetition_penalty:g}")
+    if chosen.seed is not None and not 0 <= chosen.seed < 1 << 64:
+        raise InputError(f"seed lies between 0 and 2**64 - 1; got {chosen.seed}")
     return chosen
 
 

@@ -52,7 +52,12 @@ def read_block(
         furthest = int(position_ids.max())
         if furthest >= position_limit:
             raise InputError(f"position {furthest} does not exist: the model's context is {position_limit}")
-    if input_ids is not None and cache.seen == 0:
+    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
+        raise InputError(f"input_ids are whole numbers; got {input_ids.dtype}")
+    if inputs_embeds is not None and inputs_embeds.shape[2] != parts.embedding.weight.shape[1]:
+        width = parts.embedding.weight.shape[1]
+        raise InputError(f"inputs_embeds is [batch, tokens, {width}]; got {tuple(inputs_embeds.shape)}")
+    if input_ids is not None and (cache.seen == 0 or tokens > 1):
         _check_ids(input_ids, parts.embedding.weight.shape[0])
     embeddings = parts.embedding(input_ids.to(device)) if input_ids is not None else inputs_embeds
     assert embeddings is not None
@@ -66,7 +71,7 @@ def read_block(
 
 
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Raise unless all ids are in the vocabulary. Read once per sequence: what is generated is in it."""
+    """Raise unless all ids are in the vocabulary. Not asked of single tokens: what is generated is in it."""
     low, high = torch.stack(input_ids.aminmax()).tolist()
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high

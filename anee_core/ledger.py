@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -33,7 +34,7 @@ class Budget:
             least = costs.least_share(tuple(protected))
             if limit < least:
                 raise BudgetError(
-                    f"a budget of {limit:g} cannot be met: the least possible is {least:.3f} "
+                    f"a budget of {limit:g} cannot be met: the least possible is {math.ceil(least * 1000) / 1000:.3f} "
                     f"(protected layers {sorted(protected) or 'none'}, and keys and values of the skipped ones); "
                     "raise the budget, or protect fewer layers if the policy lets you, as in 'protect=1 1'"
                 )

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from anee_core.adapter import ModelAdapter
 from anee_core.cache import AdaptiveCache
-from anee_core.engine import Engine, Output, budget_of
+from anee_core.engine import Engine, Output, attention_backend, budget_of
 from anee_core.errors import InputError, ModelError
 from anee_core.fast_step import step_for
 from anee_core.generation import Generation, decode, generate_text
@@ -24,6 +24,7 @@ from anee_core.layout import Parts
 from anee_core.ledger import Budget
 from anee_core.plan import Block
 from anee_core.policy import Policy
+from anee_core.quantised import QUANTISED
 from anee_core.trace import Trace
 
 Prefill = Literal["auto", "adaptive", "dense"]
@@ -75,8 +76,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         self.generation_config = self.parts.model.generation_config
         _check_runnable(self.parts)
         self.last_trace: Trace | None = None
-        self._step = step_for(adapter, self.parts, fast)
-        self.engine = Engine(adapter, self.parts, Policy(), step=self._step)
+        self._fast, self._step = fast, step_for(adapter, self.parts, fast)
+        self.set_policy(Policy())
         self.training = model.training
 
     def set_policy(
@@ -94,7 +95,14 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
             PolicyError, BudgetError: policy, budget and model do not fit together.
         """
         self.engine = Engine(self.adapter, self.parts, policy, budget, hard, calibration, self._step)
+        self._asked = policy, budget, hard, calibration
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptiveModel:
+        """Move or convert the model, as `torch.nn.Module` does for ``to`` and ``half``; its policy follows."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._step = step_for(self.adapter, self.parts, self._fast)
+        return self.set_policy(*self._asked)
 
     def check_budget(self, policy: Policy, budget: float | None) -> None:
         """Raise `BudgetError` if a budget cannot be met under a policy, whatever calibration finds."""
@@ -182,8 +190,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
             InputError: the arguments do not fit together or the model.
         """
         block, cache = self._read(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
-        if not isinstance(logits_to_keep, int):
-            raise InputError("logits_to_keep takes a number of last positions")
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise InputError("logits_to_keep takes a number of last positions, 0 for all")
         trace = self.last_trace = Trace() if cache.trace is None else cache.trace
         logits, outputs = self._run(block, cache, logits_to_keep, trace, bool(output_hidden_states))
         if cache.trace is None:
@@ -210,7 +218,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         kwargs: dict[str, Any],
     ) -> tuple[Block, AdaptiveCache]:
         # transformers' generate hands its tokenizer, for stop strings, on to the model.
-        unknown = [name for name, value in kwargs.items() if name != "tokenizer" and value not in (None, False)]
+        unset = (None, False)
+        unknown = [n for n, value in kwargs.items() if n != "tokenizer" and not any(value is it for it in unset)]
         if unknown:
             raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
         cache = past_key_values if isinstance(past_key_values, AdaptiveCache) else self.new_cache()
@@ -310,7 +319,16 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         return self.prefill
 
     def save_pretrained(self, folder: str, **kwargs: Any) -> None:
-        """Save the wrapped model, as transformers does. A policy is saved by ``model.policy.save(folder)``."""
+        """Save the wrapped model, as transformers does. A policy is saved by ``model.policy.save(folder)``.
+
+        Raises:
+            InputError: its weights were quantised when it was loaded: transformers could not read them.
+        """
+        if any(isinstance(module, tuple(QUANTISED.values())) for module in self.model.modules()):
+            raise InputError(
+                "the layers were quantised when the model was loaded, and transformers cannot read that: load it "
+                "without weights=..., and save that; quantising takes seconds"
+            )
         cast(Any, self.model).save_pretrained(folder, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
@@ -353,12 +371,7 @@ def _check_family(model: Any, adapter: ModelAdapter) -> None:
 
 
 def _check_runnable(parts: Parts) -> None:
-    config = parts.config
-    if config._attn_implementation not in ("eager", "sdpa"):
-        raise ModelError(
-            f"attention backend '{config._attn_implementation}' cannot express per-token masks; "
-            "load the model with attn_implementation='sdpa' or 'eager'"
-        )
+    attention_backend(parts.config)
     if parts.head is None:
         raise ModelError(f"{type(parts.model).__name__} has no language-model head; load it with AutoModelForCausalLM")
     for name, parameter in parts.model.named_parameters():

@@ -134,7 +134,7 @@ class Plan:
         """Return the `TokenState` of tokens that are not known yet to skip layers, [L, B, T] uint8 on the host."""
         real, shape = self._block.real, self._block.position_ids.shape
         states = torch.full((self._num_layers, *shape), TokenState.RUNS, dtype=torch.uint8)
-        return states if real is None else states * real.cpu()
+        return states if real is None else (states * real.cpu()).contiguous()
 
     def follow(self, states: Tensor, gate: GateCall | None) -> None:
         """Take over the `TokenState` [L, B, T] that a step has followed, and what its gate has decided."""
@@ -178,7 +178,7 @@ class Plan:
         if block.real is not None:
             states = states * block.real
         # The one host read for these layers.
-        self._states.append(states.cpu())
+        self._states.append(states.cpu().contiguous())
 
 
 def _select(states: Tensor, device: torch.device) -> list[Selection]:

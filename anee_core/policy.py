@@ -184,7 +184,7 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
         return Policy.load(text, plugins)
     found: dict[str, Any] = {}
     # A plus that joins stands before a name; that of a number like 1e+3 does not.
-    parts = re.split(r"\+(?!\d)", text)
+    parts = _joined_folders(re.split(r"\+(?!\d)", text))
     for piece in parts:
         name, _, options = piece.partition(":")
         name = name.strip()
@@ -209,6 +209,17 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
             f"'{text}' has shortcuts but skips no layer: join them with a layer policy, as in 'random:p=0.3+shortcuts'"
         )
     return Policy(**found)
+
+
+def _joined_folders(pieces: list[str]) -> list[str]:
+    """Join again what was a folder with a plus in its name."""
+    found: list[str] = []
+    for piece in pieces:
+        if found and os.path.isdir(f"{found[-1]}+{piece}".partition(":")[2]):
+            found[-1] += f"+{piece}"
+        else:
+            found.append(piece)
+    return found
 
 
 def _parts(registry: Registry, name: str, options: str, plugins: Plugins) -> dict[str, Any]:
@@ -238,6 +249,8 @@ def _bundle(factory: Any, name: str, options: str) -> Policy:
 
 
 def _raw_options(name: str, text: str, positional: str | None = None) -> dict[str, str]:
+    if positional is not None and os.path.isdir(text.strip()):
+        return {positional: text.strip()}  # whatever its name looks like
     options: dict[str, str] = {}
     for i, item in enumerate(filter(None, (piece.strip() for piece in text.split(",")))):
         key, equals, value = item.partition("=")

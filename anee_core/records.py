@@ -11,12 +11,20 @@ import torch
 
 from anee_core.errors import InputError
 
+_ENDINGS = (".json", ".md", ".png")
+
+
+def ending(out: Path, suffix: str) -> Path:
+    """Return OUT with a suffix, for one of several files that belong together. A dot in its name stays."""
+    stem = out.name.removesuffix(out.suffix) if out.suffix in _ENDINGS else out.name
+    return out.with_name(stem + suffix)
+
 
 class Records:
     """Records by key in a JSON file, all measured with one setting.
 
     Raises:
-        InputError: the file holds other things, or records of another setting.
+        InputError: the file holds other things, or records of another setting, or cannot be written.
     """
 
     def __init__(self, file: Path, setting: dict[str, Any]) -> None:
@@ -32,7 +40,13 @@ class Records:
             if different:
                 changes = ", ".join(f"{k} was {found.get(k)}, is {self.setting.get(k)}" for k in different)
                 raise InputError(f"{file} holds measurements with another setting ({changes}); choose another name")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = file.with_suffix(".tmp")
+            draft.touch()
+            draft.unlink()
+        except OSError as error:
+            raise InputError(f"cannot write {file}: {error.strerror}; choose another place") from error
 
     def __contains__(self, key: str) -> bool:
         return key in self._records

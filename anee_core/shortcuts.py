@@ -117,6 +117,6 @@ class LowRankShortcut(Shortcut):
     def estimate(self, layer_idx: int, hidden_states: Tensor) -> Tensor:
         """Return what the layer would add to hidden states [..., D], of the same shape."""
         down, up, bias = (
-            w[layer_idx].to(hidden_states.device) for w in (self.weights.down, self.weights.up, self.weights.bias)
+            w[layer_idx].to(hidden_states) for w in (self.weights.down, self.weights.up, self.weights.bias)
         )
         return torch.nn.functional.linear(unit_norm(hidden_states) @ down.T, up, bias)

@@ -17,7 +17,7 @@ from anee_core.load import load
 from anee_core.model import AdaptiveModel
 from anee_core.pictures import new_figure
 from anee_core.progress import progress_bar
-from anee_core.records import Records
+from anee_core.records import Records, ending
 
 _AXES = (
     ("spent", "share of dense layer FLOPs"),
@@ -70,7 +70,7 @@ def run_sweep(
     """
     options = options or SweepOptions()
     setting = {name: value for name, value in asdict(options).items() if name != "budgets"}
-    records = Records(out.with_suffix(".json"), setting)
+    records = Records(ending(out, ".json"), setting)
     cells = [("dense", 1.0), *((policy, budget) for policy in policies for budget in options.budgets)]
     with progress_bar(True) as bar:
         task = bar.add_task("sweep", total=len(models) * len(texts) * len(cells))

@@ -21,6 +21,7 @@ import anee
 from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
 from anee_core.pictures import new_figure
+from anee_core.records import ending
 
 
 def watch(model: AdaptiveModel, prompt: Tensor, tokens: int) -> dict:
@@ -81,8 +82,8 @@ def main() -> None:
     Console().print(table)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: getattr(chosen, key) for key in ("model", "length", "tokens", "chunk", "dtype")}
-    chosen.out.with_suffix(".json").write_text(json.dumps({**settings, "policies": found}, indent=2) + "\n")
-    draw(found, f"{chosen.model}, {chosen.length} + {chosen.tokens} tokens", chosen.out.with_suffix(".png"))
+    ending(chosen.out, ".json").write_text(json.dumps({**settings, "policies": found}, indent=2) + "\n")
+    draw(found, f"{chosen.model}, {chosen.length} + {chosen.tokens} tokens", ending(chosen.out, ".png"))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from anee_core.pictures import new_figure
-from anee_core.records import Records
+from anee_core.records import Records, ending
 
 
 def write_curves(
@@ -51,5 +51,5 @@ def write_curves(
         lines.append("")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(out.with_suffix(".png"), dpi=130)
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    figure.savefig(ending(out, ".png"), dpi=130)
+    ending(out, ".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from torch import Tensor
 import anee
 from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
+from anee_core.records import ending
 
 
 def held_at_the_end(model: AdaptiveModel, block: Tensor) -> Tensor:
@@ -56,11 +57,11 @@ def main() -> None:
     print_averages(found, "share kept")
     title = f"{chosen.model}: what each layer still holds (grey) after {chosen.length} tokens"
     shown = slice(chosen.length - chosen.show, None)
-    draw(held[0, :, shown], kinds.pieces[0][shown], found, title, "share kept", chosen.out.with_suffix(".png"))
+    draw(held[0, :, shown], kinds.pieces[0][shown], found, title, "share kept", ending(chosen.out, ".png"))
     figures = {"model": chosen.model, "policy": chosen.policy, "length": chosen.length, "blocks": chosen.blocks}
     figures |= {"back": chosen.back, "kept": {kind: mean for kind, (mean, _) in found.items()}}
     figures |= {"tokens": {kind: count for kind, (_, count) in found.items()}}
-    chosen.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+    ending(chosen.out, ".json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from rich.progress import Progress
 import anee
 from anee_core.errors import BudgetError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
-from anee_core.records import Records
+from anee_core.records import Records, ending
 
 BUDGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 COLUMNS = {
@@ -55,7 +55,7 @@ def main() -> None:
     texts = dict(item.split("=", 1) for item in chosen.text)
     setting = {name: getattr(chosen, name) for name in ("model", "length", "blocks", "dtype", "gate", "shortcuts")}
     setting |= {"hard": True} if chosen.hard else {}
-    records = Records(chosen.out.with_suffix(".json"), setting)
+    records = Records(ending(chosen.out, ".json"), setting)
     make = contenders(
         model,
         chosen.calibration,

@@ -21,7 +21,7 @@ from torch import Tensor
 import anee
 from anee_core.bench import policy_and_budget
 from anee_core.model import AdaptiveModel
-from anee_core.records import Records
+from anee_core.records import Records, ending
 
 
 def seconds(model: AdaptiveModel, prompt: Tensor) -> float:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/prompts"))
     chosen = parser.parse_args()
     setting = {name: getattr(chosen, name) for name in ("model", "repeats", "dtype")}
-    records, model = Records(chosen.out.with_suffix(".json"), setting), anee.load(chosen.model, dtype=chosen.dtype)
+    records, model = Records(ending(chosen.out, ".json"), setting), anee.load(chosen.model, dtype=chosen.dtype)
     made = {
         (run, fast): anee.load(model.model, *policy_and_budget(run), tokenizer=model.tokenizer, fast=fast)
         for run in chosen.run
@@ -66,7 +66,7 @@ def main() -> None:
     for r in records.all():
         times = f"{r['fast_ms']:.0f} | {r['modules_ms']:.0f} | {r['modules_ms'] / r['fast_ms']:.2f}x"
         lines.append(f"| {r['tokens']} | {r['run']} | {times} |")
-    chosen.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    ending(chosen.out, ".md").write_text("\n".join(lines) + "\n")
     Console().print("\n".join(lines), markup=False)
 
 

@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 import anee
 from anee_core.bench import policy_and_budget
+from anee_core.records import ending
 
 PROMPTS = (
     "The capital of France is",
@@ -53,7 +54,7 @@ def main() -> None:
                 lines.append(f"| {run} | {result.trace.budget_spent:.2f} | {text} |")
                 bar.advance(task)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    ending(chosen.out, ".md").write_text("\n".join(lines) + "\n")
     Console().print("\n".join(lines), markup=False)
 
 

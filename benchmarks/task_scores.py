@@ -24,7 +24,7 @@ from anee_core.bench import policy_and_budget
 from anee_core.errors import BudgetError
 from anee_core.model import AdaptiveModel
 from anee_core.pictures import new_figure
-from anee_core.records import Records
+from anee_core.records import Records, ending
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -100,7 +100,7 @@ def main() -> None:
     if chosen.contender and not chosen.calibration:
         parser.error("contenders are fitted to a text: give --calibration FILE")
     setting = {name: getattr(chosen, name) for name in ("model", "limit", "dtype")}
-    records, console = Records(chosen.out.with_suffix(".json"), setting), Console(stderr=True)
+    records, console = Records(ending(chosen.out, ".json"), setting), Console(stderr=True)
     model = anee.load(chosen.model, dtype=chosen.dtype)
     tasks = chosen.tasks.split(",")
     for run, make in models(model, chosen).items():
@@ -119,8 +119,8 @@ def main() -> None:
             records.add(f"{run} {task}", record)
             console.print(f"{run} {task}: {record['score']:.4f}, spent {record['spent']:.3f}")
     text = table(records.all())
-    chosen.out.with_suffix(".md").write_text(text + "\n")
-    draw(records.all(), chosen.out.with_suffix(".png"))
+    ending(chosen.out, ".md").write_text(text + "\n")
+    draw(records.all(), ending(chosen.out, ".png"))
     Console().print(text, markup=False)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 import anee
 from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
+from anee_core.records import ending
 
 
 def layers_run(model: AdaptiveModel, block: Tensor) -> Tensor:
@@ -55,14 +56,14 @@ def main() -> None:
     what = "share of layers run"
     print_averages(found, what)
     title = f"{chosen.model}, {chosen.policy}: layers that tokens ran (grey), {ran.float().mean():.0%} of all"
-    draw(ran[0, :, -chosen.show :], kinds.pieces[0][-chosen.show :], found, title, what, chosen.out.with_suffix(".png"))
+    draw(ran[0, :, -chosen.show :], kinds.pieces[0][-chosen.show :], found, title, what, ending(chosen.out, ".png"))
     figures = {name: getattr(chosen, name) for name in ("model", "policy", "budget", "length", "blocks", "dtype")}
     figures |= {"ran": {kind: mean for kind, (mean, _) in found.items()}}
     figures |= {
         "tokens": {kind: count for kind, (_, count) in found.items()},
         "by_layer": ran.float().mean((0, 2)).tolist(),
     }
-    chosen.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+    ending(chosen.out, ".json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

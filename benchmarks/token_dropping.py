@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 import anee
 from anee_core.evaluation import text_blocks, text_quality
-from anee_core.records import Records
+from anee_core.records import Records, ending
 
 POLICIES = {
     "window": "window:sinks=0,keep={keep}",
@@ -69,7 +69,7 @@ def main() -> None:
     models = {name: anee.load(name, dtype=chosen.dtype, prefill_chunk=chosen.length) for name in sources}
     texts = dict(item.split("=", 1) for item in chosen.text)
     names = ("model", "length", "first", "blocks", "dtype", "asa")
-    records = Records(chosen.out.with_suffix(".json"), {name: getattr(chosen, name) for name in names})
+    records = Records(ending(chosen.out, ".json"), {name: getattr(chosen, name) for name in names})
     wanted = [
         (text, name, source, policy)
         for text in texts

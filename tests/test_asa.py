@@ -281,11 +281,26 @@ def test_a_run_may_start_from_weights(llama_folder, text, tmp_path):
         ({"target": 1.5}, "target lies in"),
         ({"rank": 0}, "at least 1"),
         ({"alpha": "cosine_1"}, "is no schedule"),
+        ({"rate": -1.0}, "rate and backbone_rate are above 0"),
+        ({"warmup": -1}, "warmup at least 0"),
     ],
 )
 def test_wrong_options_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
         options(**wrong)
+
+
+def test_text_and_folder_that_cannot_be_used_are_refused(llama_folder, tiny_gpt2, word_tokenizer, text, tmp_path):
+    binary, file = tmp_path / "binary.txt", tmp_path / "file"
+    binary.write_bytes(b"\xff\xfe\x00 no text")
+    file.touch()
+    with pytest.raises(InputError, match=r"cannot read .*binary\.txt"):
+        train_asa(anee.load(llama_folder), [binary], run_options(tmp_path / "run"), options())
+    short = anee.load(tiny_gpt2, tokenizer=word_tokenizer)
+    with pytest.raises(InputError, match="do not fit the model's context of 64"):
+        train_asa(short, [text], run_options(tmp_path / "run"), options(length=65))
+    with pytest.raises(InputError, match="is a file; choose another name"):
+        run_options(file)
 
 
 def test_too_little_text_is_refused(llama_folder, text, tmp_path):

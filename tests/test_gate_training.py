@@ -1,6 +1,7 @@
 """Training the gate: what is trained is what is deployed, gradients reach every part, prices keep budgets."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from tiny import FEW, adaptive, build, gate_weights, tokens
 import anee
 from anee_core.controllers import GateController, GateWeights
 from anee_core.errors import CheckpointError, InputError, TrainingError
+from anee_core.training import gate_run
 from anee_core.training.data import read_text
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_run import GateTraining, spending, train_gate, write
-from anee_core.training.loop import RunOptions
+from anee_core.training.loop import RunOptions, accelerator_of
 from anee_core.training.reinforce import Reinforce, ReinforceOptions
 from anee_core.training.rl_run import RlTraining, train_rl, with_samples
 from anee_core.training.shares import from_trained
@@ -93,6 +95,39 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(llama_folder, text, t
     monkeypatch.setattr(GatedModel, "forward", spoil)
     with pytest.raises(TrainingError, match="start again with a lower"):
         train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "new", save_every=1), small())
+
+
+def test_the_scale_of_half_precision_is_kept_with_a_run(llama_folder, text, tmp_path, monkeypatch):
+    made = []
+
+    def with_scaler(options):
+        accelerator = accelerator_of(options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + len(made)))
+        made.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(gate_run, "accelerator_of", with_scaler)
+    train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "run", steps=1), small())
+    train_gate(anee.load(llama_folder), [text], run_options(tmp_path / "run", steps=2), small())
+    assert [scaler.get_scale() for scaler in made] == [8.0, 8.0]
+
+
+def test_a_checkpoint_is_there_at_any_time(llama_folder, text, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    train_gate(anee.load(llama_folder), [text], run_options(folder, steps=1), small())
+    (folder / "checkpoint").rename(folder / "old")  # where it lies between two renames
+    rename = Path.rename
+
+    def dying(self, target):
+        if self.name == "draft":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train_gate(anee.load(llama_folder), [text], run_options(folder, steps=2), small())
+    monkeypatch.undo()
+    assert json.loads((folder / "old" / "step.json").read_text())["step"] == 1
 
 
 def test_every_part_gets_a_gradient_and_the_model_none(tmp_path):
@@ -241,7 +276,7 @@ def test_the_second_stage_reads_what_the_model_writes_too(llama_folder, text, tm
     blocks, _ = read_text(model, [text], None, tmp_path / "tokens", 24, 4)
     run = run_options(tmp_path / "second")
     for _ in range(2):  # drawn once, and kept for a run that goes on
-        more = with_samples(model, blocks, tmp_path / "first", run, options)
+        more = with_samples(model, blocks, tmp_path / "first", 0.9, run, options)
         written = load_file(tmp_path / "second" / "samples.safetensors")["tokens"]
         assert written.shape == (6, 24)
         assert torch.equal(more[len(blocks) :]["input_ids"], written)

@@ -222,7 +222,11 @@ def test_one_new_token_from_a_prompt_of_one():
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is a whole number"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"top_k": -1}, "top_k is a whole number"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is positive"),
+        ({"do_sample": True, "seed": 1 << 70}, "seed lies between"),
         ({"top_p": 1.5}, "top_p"),
         ({"max_tokens": 3}, "no option 'max_tokens'"),
         ({"stop_strings": "x"}, "tokenizer"),
@@ -231,6 +235,26 @@ def test_one_new_token_from_a_prompt_of_one():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         adaptive(build("llama")).decode(tokens(), **options)
+
+
+def test_a_temperature_does_not_matter_without_sampling():
+    model = adaptive(build("llama"))
+    greedy = model.decode(tokens(), max_new_tokens=3)
+    assert torch.equal(model.decode(tokens(), max_new_tokens=3, temperature=0.0).sequences, greedy.sequences)
+
+
+@pytest.mark.parametrize("ids", [tokens()[0], tokens().tolist()])
+def test_prompts_that_are_no_batch_are_refused(ids):
+    with pytest.raises(InputError, match=r"input_ids is a tensor \[batch, tokens\]; got"):
+        adaptive(build("llama")).decode(ids)
+
+
+@pytest.mark.parametrize("policy", ["tova:keep=0.2", "h2o:keep=0.2"])
+def test_assisted_decoding_gives_the_same_when_the_cache_grows_in_between(policy):
+    model, ids = adaptive(build("llama"), policy), tokens(1, 30)
+    alone = model.decode(ids, max_new_tokens=60, eos_token_id=[]).sequences
+    helped = model.generate(ids, max_new_tokens=60, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=None)
+    assert torch.equal(helped, alone[:, : helped.shape[1]])
 
 
 def test_cache_implementation_cannot_be_chosen():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny import build
+from tiny import adaptive, build
 
 import anee
 from anee.evaluation import run_tasks
@@ -72,6 +72,14 @@ def test_an_audit_that_decodes_gives_the_same(llama_folder, folder):
     assert audit["last"]["spent"]["context kept"] == pytest.approx(whole["last"]["spent"]["context kept"])
     # What was dropped is masked in one forward, and gone when decoding.
     assert audit["last"]["spent"]["budget spent"] < whole["last"]["spent"]["budget spent"]
+
+
+def test_an_audit_decides_for_the_first_token_as_for_any_other(llama_folder):
+    loaded = anee.load(llama_folder)
+    model = adaptive(loaded.model, "heuristic:protect=1 1", 0.7, tokenizer=loaded.tokenizer)
+    ids = torch.randint(3, 97, (1, 9), generator=torch.Generator().manual_seed(0))
+    whole, audit = (AneeLM(model, mode=mode)._model_call(ids) for mode in ("parallel", "decode"))
+    torch.testing.assert_close(audit, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_the_audit_really_decodes(llama_folder, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import anee
 from anee_core.errors import InputError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
+from anee_core.records import Records, ending
 from anee_core.sweep import SweepOptions, relative, run_sweep
 
 SMALL = SweepOptions((0.7, 0.9), length=120, blocks=2, repeats=0)
@@ -69,3 +70,19 @@ def test_bad_input_says_what_to_do(llama_folder, text, tmp_path, run_anee):
         SweepOptions(blocks=0)
     done = run_anee("sweep", llama_folder, "-p", "random", "--text", str(text), "--out", tmp_path / "out")
     assert "a text is NAME=FILE" in done.err
+    binary, file = tmp_path / "binary.txt", tmp_path / "file"
+    binary.write_bytes(b"\xff\xfe\x00 no text")
+    file.touch()
+    with pytest.raises(InputError, match=r"cannot read the text .*binary\.txt"):
+        text_blocks(anee.load(llama_folder), binary, 8, 1)
+    with pytest.raises(InputError, match=r"cannot write .*file/out\.json"):
+        Records(file / "out.json", {})
+
+
+def test_a_dot_in_a_name_is_no_ending(tmp_path):
+    assert ending(tmp_path / "run-0.5", ".json") == tmp_path / "run-0.5.json"
+    assert ending(tmp_path / "run.json", ".png") == tmp_path / "run.png"
+    records = Records(tmp_path / "run.json", {"a": 1})
+    records.add("key", {"b": 2})
+    assert Records(tmp_path / "run.json", {"a": 1}).all() == [{"b": 2}]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

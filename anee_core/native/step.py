@@ -30,6 +30,8 @@ MAX_MULTIPLIED = 32
 """The same in bfloat16, on a processor that multiplies such numbers by itself."""
 MAX_SKIPPING = 256
 """The same if some of the tokens skip layers: picking them out for the modules takes time that is saved here."""
+_KEPT_PLACES = 64
+"""Shapes of blocks whose places are kept for the next of their kind."""
 _Angles = tuple[Tensor, Tensor, int, int]
 """Cosines and sines [B, T, R], and where they lie."""
 
@@ -54,6 +56,10 @@ class NativeStep:
         self._own = _Workspace()
         self.slow_because: str | None = "nothing has been run"
         """Why layers run by their own modules, if they do."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy looks at its own model, and has a library, memory and threads of its own."""
+        return type(self), (self._adapter, self._parts)
 
     @property
     def takes_all(self) -> bool:
@@ -269,6 +275,8 @@ class NativeStep:
         """Return where the tokens of a whole block are."""
         whole = self._own.whole
         if (batch, length) not in whole:
+            if len(whole) == _KEPT_PLACES:
+                whole.clear()
             rows, columns = torch.arange(batch)[:, None], torch.arange(length)[None]
             whole[batch, length] = _Where.at((rows, columns.expand(batch, -1)), length)
         return whole[batch, length]

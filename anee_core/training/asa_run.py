@@ -75,6 +75,11 @@ class AsaOptions:
             raise InputError(f"gamma is at least 0 and target lies in (0, 1); got {self.gamma:g} and {self.target}")
         if min(self.rank, self.batch, self.lora_rank, self.valid_blocks) < 1 or self.length < 2:
             raise InputError("rank, batch, lora_rank and valid_blocks are at least 1, length at least 2")
+        if min(self.rate, self.backbone_rate) <= 0 or self.warmup < 0:
+            raise InputError(
+                f"rate and backbone_rate are above 0, warmup at least 0; got {self.rate:g}, {self.backbone_rate:g} and "
+                f"{self.warmup}"
+            )
         if self.alpha is not None:
             parse_schedule(self.alpha)
 

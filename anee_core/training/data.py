@@ -23,7 +23,7 @@ def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache
         cache: folder that keeps the result, for the next run on the same files.
 
     Raises:
-        InputError: a file does not exist, or there is less text than one block.
+        InputError: a file does not exist or is no UTF-8 text, or there is less text than one block.
         MissingPackageError: the package datasets is not installed.
     """
     try:
@@ -34,7 +34,10 @@ def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache
     for path in paths:
         if not Path(path).is_file():
             raise InputError(f"there is no text file '{path}'")
-    lines = datasets.load_dataset("text", data_files=paths, split="train", cache_dir=str(cache))
+    try:
+        lines = datasets.load_dataset("text", data_files=paths, split="train", cache_dir=str(cache))
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise InputError(f"cannot read {', '.join(paths)}: {error.__cause__ or error}") from error
 
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         # Special tokens that a tokenizer puts around a text belong to no place inside a book.
@@ -63,11 +66,16 @@ def read_text(
         held_out: blocks to validate on.
 
     Raises:
-        InputError: the model has no tokenizer, or there is too little text.
+        InputError: the model has no tokenizer, there is too little text, or blocks are longer than its context.
         MissingPackageError: the package datasets is not installed.
     """
     if model.tokenizer is None:
         raise InputError("training reads text: the model needs a tokenizer")
+    limit = model.adapter.position_limit(model.parts)
+    if limit is not None and length > limit:
+        raise InputError(
+            f"blocks of {length} tokens do not fit the model's context of {limit}; choose a shorter length"
+        )
     blocks = token_blocks(text, model.tokenizer, length, cache)
     if valid is None:
         count = min(held_out, len(blocks) // 2)

@@ -70,8 +70,8 @@ class GateTraining:
     def __post_init__(self) -> None:
         if min(self.rank, self.batch, self.valid_blocks, self.calibration_sequences) < 1 or self.length <= self.first:
             raise InputError(f"rank, batch and blocks are at least 1, and length is above first ({self.first})")
-        if self.rate <= 0:
-            raise InputError(f"rate is above 0; got {self.rate:g}")
+        if self.rate <= 0 or self.warmup < 0:
+            raise InputError(f"rate is above 0, warmup at least 0; got {self.rate:g} and {self.warmup}")
 
     def controller(self) -> GateController:
         """Return the controller that runs what always runs."""

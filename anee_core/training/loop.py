@@ -26,7 +26,7 @@ from anee_core.training.schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
-_TRAINED, _SETTINGS, _STEP = "trained.safetensors", "run.json", "step.json"
+_TRAINED, _SETTINGS, _STEP, _SCALER = "trained.safetensors", "run.json", "step.json", "scaler.pt"
 _CHANGEABLE = frozenset({"rate", "backbone_rate", "valid_blocks"})
 """Settings that a run may go on with though they were others before."""
 
@@ -82,6 +82,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.steps < 0 or self.accumulate < 1 or self.save_every < 1:
             raise InputError("steps are at least 0, accumulate and save_every at least 1")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"a run is kept in a folder, and '{self.folder}' is a file; choose another name")
         if self.precision not in ("no", "bf16", "fp16"):
             raise InputError(f"precision is 'no', 'bf16' or 'fp16'; got '{self.precision}'")
 
@@ -233,13 +235,15 @@ class _Run:
             save_file({k: p.detach().cpu().contiguous() for k, p in self.saved.items()}, draft / _TRAINED)
             for i, optimizer in enumerate(self.optimizers):
                 torch.save(optimizer.state_dict(), draft / f"optimizer-{i}.pt")
+            if accelerator.scaler is not None:
+                torch.save(accelerator.scaler.state_dict(), draft / _SCALER)
             (draft / _STEP).write_text(json.dumps({"step": step, "history": self.history}))
             (folder / _SETTINGS).write_text(json.dumps(self._identity, indent=2) + "\n")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             old = folder / "old"
-            shutil.rmtree(old, ignore_errors=True)
             if place.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 place.rename(old)
             draft.rename(place)
             shutil.rmtree(old, ignore_errors=True)
@@ -260,6 +264,8 @@ class _Run:
             tensors = load_file(place / _TRAINED)
             moments = [torch.load(place / f"optimizer-{i}.pt", weights_only=True) for i in range(len(self.optimizers))]
             chance = torch.load(place / f"random-{self.accelerator.process_index}.pt", weights_only=True)
+            scaler = self.accelerator.scaler
+            scaled = None if scaler is None else torch.load(place / _SCALER, weights_only=True)
         except Exception as error:
             raise CheckpointError(
                 f"the run in {folder} cannot be continued ({error}); choose another folder"
@@ -278,6 +284,8 @@ class _Run:
             optimizer.load_state_dict(moment)
             for group, rate in zip(optimizer.param_groups, largest, strict=True):
                 group["largest_lr"] = rate  # the one asked for now
+        if scaler is not None:
+            scaler.load_state_dict(scaled)
         _set_random_state(chance)
         self.history = state["history"]
         logger.info("going on from step %d of %s", state["step"], folder)
