@@ -85,6 +85,11 @@ class GraphStep(StepAround):
         self._model = _Model(None, ())
         self._failed: str | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy captures its own model."""
+        capture = None if isinstance(self._capture, CudaCapture) else self._capture
+        return type(self), (self._step, self._adapter, self._parts, capture, self._device)
+
     @property
     def slow_because(self) -> str | None:
         """Why nothing is captured where it might be; elsewhere what the other step says."""

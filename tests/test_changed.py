@@ -9,7 +9,10 @@ import torch
 from tiny import adaptive, build, gate_weights, tokens
 
 import anee
+from anee_core.deferral import DeferredStep
+from anee_core.engine import Engine
 from anee_core.errors import InputError, ModelError, PolicyError
+from anee_core.graphs import GraphStep
 from anee_core.interfaces import Action, Controller
 from anee_core.native.step import NativeStep
 from anee_core.policy import Policy
@@ -72,9 +75,21 @@ def test_a_policy_follows_where_its_model_goes():
         assert model(ids).logits.dtype == torch.float32
 
 
-def test_a_copy_runs_by_itself():
+def deferring(model):
+    return DeferredStep(NativeStep(model.adapter, model.parts))
+
+
+def capturing(model):
+    return GraphStep(deferring(model), model.adapter, model.parts)
+
+
+@pytest.mark.parametrize("step", [None, deferring, capturing])
+def test_a_copy_runs_by_itself(step):
     model, ids = adaptive(build("llama"), "random:p=0.4,protect=0 0"), tokens()
+    if step is not None:
+        model.engine = Engine(model.adapter, model.parts, model.policy, step=step(model))
     with torch.no_grad():
+        model.decode(ids, max_new_tokens=2)
         before = model(ids).logits
         other = copy.deepcopy(model)
         for parameter in model.parameters():

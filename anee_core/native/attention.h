@@ -78,10 +78,11 @@ static void attend(const Layer& layer, const Tokens& tokens, int m, int head, co
         totals += weights;
     }
     float factor = 1.0f / sum(totals);
-    int whole = in_sizes<8, 4, 1>(dim / LANES, [&](int done, auto some) {
-        mix<some>(values + done * LANES, seen, scores, dim, factor, out + done * LANES);
-    });
-    for (int i = whole * LANES; i < dim; i++) {
+    int i = 0;
+    for (; i + 8 * LANES <= dim; i += 8 * LANES) mix<8>(values + i, seen, scores, dim, factor, out + i);
+    for (; i + 4 * LANES <= dim; i += 4 * LANES) mix<4>(values + i, seen, scores, dim, factor, out + i);
+    for (; i + LANES <= dim; i += LANES) mix<1>(values + i, seen, scores, dim, factor, out + i);
+    for (; i < dim; i++) {
         float total = 0;
         for (int s = 0; s < seen.count; s++) total += widen(values[seen[s] * dim + i]) * scores[s];
         out[i] = total * factor;
@@ -170,12 +171,19 @@ static void attend_together(const T* keys, const T* values, const T* const* mask
         for (int j = m; j < LANES; j += QUERIES) total += totals[j];
         factors[m] = 1.0f / total;
     }
-    int whole = in_sizes<REGISTERS / 8, 1>(dim / LANES, [&](int done, auto some) {
-        float* at[QUERIES];
-        for (int m = 0; m < QUERIES; m++) at[m] = out[m] + done * LANES;
-        mix_together<some>(values + done * LANES, count, scores, dim, factors, at);
-    });
-    for (int i = whole * LANES; i < dim; i++)
+    constexpr int N = REGISTERS / 8;
+    float* at[QUERIES];
+    int i = 0;
+    auto run = [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        for (; i + W * LANES <= dim; i += W * LANES) {
+            for (int m = 0; m < QUERIES; m++) at[m] = out[m] + i;
+            mix_together<W>(values + i, count, scores, dim, factors, at);
+        }
+    };
+    run(std::integral_constant<int, N>{});
+    run(std::integral_constant<int, 1>{});
+    for (; i < dim; i++)
         for (int m = 0; m < QUERIES; m++) {
             float total = 0;
             for (int s = 0; s < count; s++) total += widen(values[int64_t(s) * dim + i]) * scores[s * QUERIES + m];

@@ -12,6 +12,16 @@ constexpr int MANY = 16;  // tokens from which that pays
 constexpr int TALL = REGISTERS == 32 ? 12 : 6, BROAD = 2;  // rows, and registers of columns, whose sums fit
 constexpr int DEEP = 1024;  // inputs at once: they stay in the cache for all rows
 
+// Calls a function for parts of `count` things, of the given sizes, largest first.
+template <int... SIZES, class F>
+static inline void in_sizes(int count, F work) {
+    int done = 0;
+    auto run = [&](auto size) {
+        for (; done + size <= count; done += size) work(done, size);
+    };
+    (run(std::integral_constant<int, SIZES>{}), ...);
+}
+
 // Adds a[r][k] b[k, n] over k. Of b, LANES columns lie side by side, and the next LANES behind all of those.
 template <int R, int N>
 static inline void outer(const float* const* a, const float* b, int depth, vec (&sums)[R][N]) {

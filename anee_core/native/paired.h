@@ -117,17 +117,23 @@ template <class R>
 static void paired_columns(const bf16* weight, int64_t stride, int first, int last, Narrow x, int inputs, int tokens,
                            R y) {
     for (; first < last; first += 64) {
-        int outputs = std::min(64, last - first);
-        in_sizes<6, 4, 2, 1>(tokens, [&](int m, auto together) {
-            constexpr int M = together;
-            const bf16* vectors[M];
-            float* out[M];
-            for (int k = 0; k < M; k++) vectors[k] = x[m + k], out[k] = y[m + k] + first;
-            if (m == 0)
-                paired_block<M, true>(weight + first, stride, vectors, inputs, outputs, out);
-            else
-                paired_block<M, false>(weight + first, stride, vectors, inputs, outputs, out);
-        });
+        int m = 0, outputs = std::min(64, last - first);
+        auto run = [&](auto width) {
+            constexpr int M = decltype(width)::value;
+            for (; m + M <= tokens; m += M) {
+                const bf16* vectors[M];
+                float* out[M];
+                for (int k = 0; k < M; k++) vectors[k] = x[m + k], out[k] = y[m + k] + first;
+                if (m == 0)
+                    paired_block<M, true>(weight + first, stride, vectors, inputs, outputs, out);
+                else
+                    paired_block<M, false>(weight + first, stride, vectors, inputs, outputs, out);
+            }
+        };
+        run(std::integral_constant<int, 6>{});
+        run(std::integral_constant<int, 4>{});
+        run(std::integral_constant<int, 2>{});
+        run(std::integral_constant<int, 1>{});
     }
 }
 

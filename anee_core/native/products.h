@@ -86,29 +86,29 @@ static void rows_product(const Matrix& matrix, int first, Rows x, int tokens, Ro
     }
     // Far enough for memory to answer in time: rows of small numbers are over soon.
     const int64_t ahead = std::max<int64_t>(R * matrix.stride, AHEAD / sizeof(W));
-    auto some = [&](int m, auto together) {
-        constexpr int M = together;
-        float out[R][M];
-        if constexpr (grouped) {
-            if (m == 0)
-                dots<R, M, true>(rows, groups, ahead, x[m], x.stride, matrix.inputs, out);
-            else
-                dots<R, M, false>(rows, groups, 0, x[m], x.stride, matrix.inputs, out);
-        } else if (m == 0) {
-            dots<W, R, M, true>(rows, ahead, x[m], x.stride, matrix.inputs, out);
-        } else {
-            dots<W, R, M, false>(rows, 0, x[m], x.stride, matrix.inputs, out);
+    int m = 0;
+    auto run = [&](auto width) {
+        constexpr int M = decltype(width)::value;
+        for (; m + M <= tokens; m += M) {
+            float out[R][M];
+            if constexpr (grouped) {
+                if (m == 0)
+                    dots<R, M, true>(rows, groups, ahead, x[m], x.stride, matrix.inputs, out);
+                else
+                    dots<R, M, false>(rows, groups, 0, x[m], x.stride, matrix.inputs, out);
+            } else if (m == 0) {
+                dots<W, R, M, true>(rows, ahead, x[m], x.stride, matrix.inputs, out);
+            } else {
+                dots<W, R, M, false>(rows, 0, x[m], x.stride, matrix.inputs, out);
+            }
+            for (int r = 0; r < R; r++)
+                for (int k = 0; k < M; k++) y[m + k][first + r] = out[r][k] * scales[r];
         }
-        for (int r = 0; r < R; r++)
-            for (int k = 0; k < M; k++) y[m + k][first + r] = out[r][k] * scales[r];
     };
-    // As many tokens as have room in registers for their sums with R rows.
-    if constexpr (R <= 3)
-        in_sizes<TOGETHER, 4, 2, 1>(tokens, some);
-    else if constexpr (TOGETHER > 4)
-        in_sizes<4, 2, 1>(tokens, some);
-    else
-        in_sizes<2, 1>(tokens, some);
+    if constexpr (R <= 3) run(std::integral_constant<int, TOGETHER>{});
+    if constexpr (TOGETHER > 4) run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 1>{});
 }
 
 // The thread's columns of x W for a weight [inputs, outputs], read row after row. The sums of as many columns as fit into
@@ -119,29 +119,33 @@ static void columns_product(const Matrix& matrix, Range range, Rows x, int token
     int64_t stride = matrix.stride;
     int tile = std::max(8 * LANES, 4096 / tokens / LANES * LANES);
     for (int first = range.first; first < range.last; first += tile) {
-        int last = std::min(range.last, first + tile);
+        int last = std::min(range.last, first + tile), i = 0;
         for (int m = 0; m < tokens; m++) std::fill(y[m] + first, y[m] + last, 0.0f);
-        in_sizes<8, 1>(matrix.inputs, [&](int i, auto rows) {
-            constexpr int R = rows;
-            int at = first;
-            for (; at + LANES <= last; at += LANES) {
-                vec w[R];
+        auto run = [&](auto rows) {
+            constexpr int R = decltype(rows)::value;
+            for (; i + R <= matrix.inputs; i += R) {
+                int at = first;
+                for (; at + LANES <= last; at += LANES) {
+                    vec w[R];
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    w[r] = load(weight + (i + r) * stride + at);
-                    __builtin_prefetch(weight + (i + r + R) * stride + at);
-                }
-                for (int m = 0; m < tokens; m++) {
-                    vec total = load(y[m] + at);
+                    for (int r = 0; r < R; r++) {
+                        w[r] = load(weight + (i + r) * stride + at);
+                        __builtin_prefetch(weight + (i + r + R) * stride + at);
+                    }
+                    for (int m = 0; m < tokens; m++) {
+                        vec total = load(y[m] + at);
 #pragma GCC unroll 8
-                    for (int r = 0; r < R; r++) total += w[r] * x[m][i + r];
-                    *(vec*)(y[m] + at) = total;
+                        for (int r = 0; r < R; r++) total += w[r] * x[m][i + r];
+                        *(vec*)(y[m] + at) = total;
+                    }
                 }
+                for (; at < last; at++)
+                    for (int m = 0; m < tokens; m++)
+                        for (int r = 0; r < R; r++) y[m][at] += widen(weight[(i + r) * stride + at]) * x[m][i + r];
             }
-            for (; at < last; at++)
-                for (int m = 0; m < tokens; m++)
-                    for (int r = 0; r < R; r++) y[m][at] += widen(weight[(i + r) * stride + at]) * x[m][i + r];
-        });
+        };
+        run(std::integral_constant<int, 8>{});
+        run(std::integral_constant<int, 1>{});
     }
 }
 
@@ -153,14 +157,15 @@ static void products_in(const Matrix& matrix, Range range, Rows x, int tokens, R
         if constexpr (!std::is_same<W, int4>::value) columns_product<W>(matrix, range, x, tokens, y);
         return;
     }
-    int rows = range.last - range.first;
-    auto some = [&](int done, auto together) { rows_product<W, together>(matrix, range.first + done, x, tokens, y); };
-    if (tokens >= TOGETHER)
-        in_sizes<3, 2, 1>(rows, some);
-    else if (tokens >= 4 || std::is_same<W, int4>::value)
-        in_sizes<4, 2, 1>(rows, some);
-    else
-        in_sizes<2, 1>(rows, some);
+    int r = range.first;
+    auto run = [&](auto rows) {
+        constexpr int R = decltype(rows)::value;
+        for (; r + R <= range.last; r += R) rows_product<W, R>(matrix, r, x, tokens, y);
+    };
+    if (tokens >= TOGETHER) run(std::integral_constant<int, 3>{});
+    if (tokens >= 4 || std::is_same<W, int4>::value) run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 1>{});
 }
 
 #ifdef __AVX512BF16__

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -125,16 +124,4 @@ static inline vec exponential(vec x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     return p * (vec)((whole + 127) << 23);
-}
-
-// Calls a function for parts of `count` things, of the given sizes, largest first: with the first of the things, and how
-// many they are. Returns how many of them that was, which is all if one size is 1.
-template <int... SIZES, class F>
-static inline int in_sizes(int count, F work) {
-    int done = 0;
-    auto run = [&](auto size) {
-        for (; done + size <= count; done += size) work(done, size);
-    };
-    (run(std::integral_constant<int, SIZES>{}), ...);
-    return done;
 }
