@@ -163,9 +163,12 @@ def _open(
     if found["missing_keys"]:
         # transformers fills them with random numbers.
         raise ModelError(f"the checkpoint of '{name}' lacks the weight '{min(found['missing_keys'])}'; fetch it again")
-    scaled = sorted(key for key in found["unexpected_keys"] if key.endswith(".scale"))
+    matrices = {key.removesuffix("weight") for key, _ in network.named_parameters() if key.endswith(".weight")}
+    scaled = [
+        key for key in found["unexpected_keys"] if key.endswith(".scale") and key.removesuffix("scale") in matrices
+    ]
     if scaled:
-        raise ModelError(f"the checkpoint of '{name}' is of quantised weights ('{scaled[0]}'); take the plain one")
+        raise ModelError(f"the checkpoint of '{name}' is of quantised weights ('{min(scaled)}'); take the plain one")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
         if not tokenizer.vocab_size:  # what some families get from a folder without tokenizer files
