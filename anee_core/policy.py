@@ -215,7 +215,7 @@ def _joined_folders(pieces: list[str]) -> list[str]:
     """Join again what was a folder with a plus in its name."""
     found: list[str] = []
     for piece in pieces:
-        if found and os.path.isdir(f"{found[-1]}+{piece}".partition(":")[2]):
+        if found and ":" in found[-1] and os.path.isdir(f"{found[-1]}+{piece}".partition(":")[2]):
             found[-1] += f"+{piece}"
         else:
             found.append(piece)

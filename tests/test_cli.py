@@ -181,7 +181,7 @@ def test_module_runs_and_help_imports_no_torch():
         (["-b", "1.5"], r"budget is a share .* in \(0, 1\]; got 1.5"),
         (["-b", "nan"], r"budget is a share .* in \(0, 1\]; got nan"),
         (["-p", "static:skip=1", "-b", "0.6"], r"static: this set of layers spends 0\.7\d+ .* the budget of 0.6; .*"),
-        (["-n", "0"], r"max_new_tokens is at least 1; got 0"),
+        (["-n", "0"], r"max_new_tokens is a whole number, at least 1; got 0"),
         (["--dtype", "bf16"], r"unknown dtype 'bf16'; did you mean 'bfloat16'\? .*"),
         (["--device", "cuda:99"], r"device 'cuda:99' cannot be used: .+"),
         (["--device", "toaster"], r"device 'toaster' cannot be used: .+"),
