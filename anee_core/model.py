@@ -218,8 +218,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         kwargs: dict[str, Any],
     ) -> tuple[Block, AdaptiveCache]:
         # transformers' generate hands its tokenizer, for stop strings, on to the model.
-        unset = (None, False)
-        unknown = [n for n, value in kwargs.items() if n != "tokenizer" and not any(value is it for it in unset)]
+        given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = [name for name in given if name != "tokenizer"]
         if unknown:
             raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
         cache = past_key_values if isinstance(past_key_values, AdaptiveCache) else self.new_cache()

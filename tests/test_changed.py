@@ -58,8 +58,7 @@ def test_attention_may_be_changed_after_loading(fast):
 
 
 def test_a_policy_follows_where_its_model_goes():
-    gate, shortcuts = gate_weights()
-    del gate
+    _, shortcuts = gate_weights()
     policy = Policy(Turned(), shortcut=LowRankShortcut.of(shortcuts))
     network, ids = build("llama"), tokens()
     model = adaptive(network, policy, 0.9, hard=True)
@@ -137,7 +136,7 @@ def test_ids_of_later_turns_are_checked_too():
 
 
 def test_a_first_forward_that_fails_leaves_room_for_another_batch(monkeypatch):
-    model, cache = adaptive(build("llama"), "heuristic:protect=1 1", 0.7), None
+    model = adaptive(build("llama"), "heuristic:protect=1 1", 0.7)
     cache = model.new_cache()
     with monkeypatch.context() as broken:
         broken.setattr(model.engine.step, "norm", lambda states: 1 / 0)
@@ -178,7 +177,7 @@ def test_debts_that_could_not_be_paid_are_still_owed():
 
 
 def test_places_of_few_shapes_are_kept():
-    model = adaptive(build("llama"), dtype=None)
+    model = adaptive(build("llama"))
     with torch.no_grad():
         for length in range(1, 101):
             model(tokens(1, length))
