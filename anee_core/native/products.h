@@ -10,17 +10,20 @@
 #include "paired.h"
 
 constexpr int64_t AHEAD = 3072;  // bytes that are fetched ahead, at least
+constexpr int64_t LONG = 3072;   // bytes of a row from which two are read at once; shorter ones go as they lie
 constexpr int TOGETHER = REGISTERS == 32 ? 8 : 4;  // tokens whose sums with three rows stay in registers
 
 // Rows times tokens. On the first pass over some rows, those `ahead` numbers further on are fetched, which are the next:
-// rows are too short for the processor to notice by itself where it will go on. Loops over rows and tokens are unrolled,
-// so that the sums stay in registers.
+// rows are too short for the processor to notice by itself where it will go on. It forgets what it is asked for while it
+// is busy, so each line is asked for several times. Loops over rows and tokens are unrolled, so that the sums stay in
+// registers; where they are few, each is kept in parts, for additions not to wait for each other.
 template <class W, int R, int M, bool FIRST>
 static inline void dots(const W* const* rows, int64_t ahead, const float* x, int64_t x_stride, int inputs,
                         float (&out)[R][M]) {
-    vec sums[R][M] = {};
-    int i = 0;
-    for (; i + LANES <= inputs; i += LANES) {
+    constexpr int LINE = std::max<int>(LANES, 64 / sizeof(W)), STEPS = LINE / LANES;
+    constexpr int PARTS = std::min(STEPS, std::max(1, 4 / (R * M)));
+    vec sums[R][M][PARTS] = {};
+    auto step = [&](int i, int part) {
         vec w[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
@@ -31,14 +34,22 @@ static inline void dots(const W* const* rows, int64_t ahead, const float* x, int
         for (int m = 0; m < M; m++) {
             vec v = load(x + m * x_stride + i);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) sums[r][m] += w[r] * v;
+            for (int r = 0; r < R; r++) sums[r][m][part] += w[r] * v;
         }
+    };
+    int i = 0;
+    for (; i + LINE <= inputs; i += LINE) {
+#pragma GCC unroll 8
+        for (int k = 0; k < STEPS; k++) step(i + k * LANES, k % PARTS);
     }
+    for (; i + LANES <= inputs; i += LANES) step(i, 0);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            float total = sum(sums[r][m]);
+#pragma GCC unroll 8
+            for (int k = 1; k < PARTS; k++) sums[r][m][0] += sums[r][m][k];
+            float total = sum(sums[r][m][0]);
             for (int j = i; j < inputs; j++) total += widen(rows[r][j]) * x[m * x_stride + j];
             out[r][m] = total;
         }
@@ -164,7 +175,7 @@ static void products_in(const Matrix& matrix, Range range, Rows x, int tokens, R
     };
     if (tokens >= TOGETHER) run(std::integral_constant<int, 3>{});
     if (tokens >= 4 || std::is_same<W, int4>::value) run(std::integral_constant<int, 4>{});
-    run(std::integral_constant<int, 2>{});
+    if (tokens > 1 || LANES == 16 || matrix.stride * sizeof(W) >= LONG) run(std::integral_constant<int, 2>{});
     run(std::integral_constant<int, 1>{});
 }
 

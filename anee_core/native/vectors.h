@@ -41,7 +41,13 @@ static inline void store(bf16* at, float x) {
     at->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 static inline vec load(const float* p) { return *(const vec*)p; }
-static inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(*(const vec_half*)p, vec_bits) << 16); }
+static inline vec load(const bf16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // compilers make two halves of it, and join them
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    return (vec)(__builtin_convertvector(*(const vec_half*)p, vec_bits) << 16);
+#endif
+}
 static inline vec load(const int8_t* p) {
 #if defined(__AVX512F__)  // compilers make single conversions of the last
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
