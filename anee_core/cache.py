@@ -58,6 +58,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Each of the slots once, if that is known."""
         self._starts: list[int] = []
         self._grown = False
+        self._attached = False
+        """Whether keys or values that were written carry a gradient."""
         self._pending = 0
         self._horizon = 0
         self._final = 0
@@ -129,6 +131,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         store = self.layers[layer_idx]
         if store.keys is None:
             store.lazy_initialization(keys, values)
+        self._attached = self._attached or keys.requires_grad or values.requires_grad
         store.keys.index_copy_(2, slots.to(keys.device), keys)
         store.values.index_copy_(2, slots.to(values.device), values)
 
@@ -166,6 +169,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         if store.keys is None:
             store.lazy_initialization(keys, values)
         start = self._starts[layer_idx]
+        # Either alone may carry a gradient: where only the values are trained, the first layer's keys do not.
+        self._attached = self._attached or keys.requires_grad or values.requires_grad
         for target, new in ((store.keys, keys), (store.values, values)):
             if rows is None:
                 target.narrow(2, start, new.shape[2]).copy_(new)
@@ -277,10 +282,10 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def _detach(self) -> None:
         """Let go of the autograd graph of the forward that wrote last."""
-        for layer in self.layers:
-            # Either alone may carry a gradient: where only the values are trained, the first layer's keys do not.
-            if layer.keys is not None and (layer.keys.requires_grad or layer.values.requires_grad):
+        for layer in self.layers if self._attached else ():
+            if layer.keys is not None:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        self._attached = False
 
     def _distinct(self) -> list[Slots]:
         """Return each set of slots once, however many layers share it."""

@@ -39,7 +39,7 @@ def write_gguf(network: Any, path: Path) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+    _add_names_of_tokens(writer, gguf, config.vocab_size)
     if llama:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count_kv(config.num_key_value_heads)
@@ -70,6 +70,23 @@ def write_gguf(network: Any, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def token_of(name: str) -> int:
+    """Return the id of the token that a file of ours calls so."""
+    return int(name.strip("<>"))
+
+
+def _add_names_of_tokens(writer: Any, gguf: Any, count: int) -> None:
+    """Add a made-up vocabulary: engines want one, though they are given ids and asked for ids."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<{i}>" for i in range(count)])
+    writer.add_token_types([int(gguf.TokenType.NORMAL)] * count)
+    writer.add_token_merges(["< 0"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_add_bos_token(False)
 
 
 def _check_plain(config: Any) -> None:

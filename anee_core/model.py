@@ -208,6 +208,16 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         )
         return result.to_tuple() if return_dict is False else result
 
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache) -> Tensor:
+        """Return the logits [B, 1, V] after each row's last real token of [B, T], and nothing else that `forward` does.
+
+        ``cache`` is one that is being recorded.
+        """
+        block, _ = self._read(input_ids, attention_mask, None, cache, None, {})
+        assert cache.trace is not None
+        self.last_trace = cache.trace
+        return self._run(block, cache, 1, cache.trace, False)[0]
+
     def _read(
         self,
         input_ids: Tensor | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anee_core.errors import AneeError, MissingPackageError, ModelError
-from anee_core.gguf_file import write_gguf
+from anee_core.gguf_file import token_of, write_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +39,21 @@ def peers(network: Any, tokenizer: Any, folder: Path, positions: int) -> dict[st
 
 
 def _llama_cpp(network: Any, tokenizer: Any, folder: Path, positions: int) -> Run:
-    try:
-        from llama_cpp import Llama
-    except ImportError as error:
-        raise MissingPackageError("it needs llama-cpp-python: pip install 'anee[peers]'") from error
     path = folder / "model.gguf"
-    write_gguf(network, path)
+    # One is compiled where it is installed, for that processor; the other comes compiled, for many.
+    for package, prepare in (("llama_cpp", _llama_cpp_python), ("xllamacpp", _xllamacpp)):
+        try:
+            engine = import_module(package)
+        except ImportError:
+            continue
+        write_gguf(network, path)
+        return prepare(engine, path, positions)
+    raise MissingPackageError("it needs xllamacpp or llama-cpp-python: pip install 'anee[peers]'")
+
+
+def _llama_cpp_python(llama_cpp: Any, path: Path, positions: int) -> Run:
     threads = torch.get_num_threads()
-    engine: Any = Llama(
+    engine = llama_cpp.Llama(
         str(path), n_ctx=positions + 8, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
     )
 
@@ -55,6 +63,31 @@ def _llama_cpp(network: Any, tokenizer: Any, folder: Path, positions: int) -> Ru
         tokens = engine.generate(prompt[0].tolist(), temp=0.0, repeat_penalty=1.0)
         for _, token in zip(range(count), tokens, strict=False):
             streamer.put(torch.tensor([token]))
+
+    return run
+
+
+def _xllamacpp(xllamacpp: Any, path: Path, positions: int) -> Run:
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_batch, params.n_parallel = str(path), positions + 8, 512, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.verbosity = -1
+    engine = xllamacpp.Server(params)
+
+    def run(prompt: Tensor, count: int, streamer: Any) -> None:
+        def see(part: dict[str, Any]) -> None:
+            text = part["choices"][0]["text"]
+            if text:  # the last part tells why it ended
+                streamer.put(torch.tensor([token_of(text)]))
+
+        streamer.put(prompt)
+        engine.handle_completions(
+            {
+                "prompt": prompt[0].tolist(), "max_tokens": count, "temperature": 0.0, "ignore_eos": True,
+                "cache_prompt": False, "stream": True,
+            },
+            see,
+        )  # fmt: skip
 
     return run
 

@@ -235,7 +235,7 @@ def test_a_failed_forward_owes_nothing(network, monkeypatch):
             model(ids[:, t : t + 1], past_key_values=cache)
             twin(ids[:, t : t + 1], past_key_values=other)
         with monkeypatch.context() as patch:
-            patch.setattr(model.parts.final_norm, "forward", lambda states: 1 / 0)
+            patch.setattr(model.engine.step, "norm", lambda states: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 model(ids[:, 5:6], past_key_values=cache)
         model(ids[:, 6:], past_key_values=cache)

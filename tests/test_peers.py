@@ -1,8 +1,10 @@
 """Other engines in ``anee bench``: the GGUF files they read, and what happens where one is missing."""
 
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,8 +58,8 @@ def test_what_other_engines_would_read_wrongly_is_an_error(changes, named, tmp_p
 
 
 def test_engines_that_are_not_installed_take_no_part(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    for package in ("llama_cpp", "xllamacpp", "ctranslate2"):
+        monkeypatch.setitem(sys.modules, package, None)
     assert peers(build("llama"), None, tmp_path, 16) == {}
     assert caplog.text.count("takes no part") == 2
 
@@ -92,3 +94,44 @@ def test_llama_cpp_takes_part(llama_folder, tmp_path, monkeypatch):
     assert found["llama.cpp"]["ms_per_token"] > 0
     assert found["llama.cpp"]["layers_run"] == 1
     assert found["llama.cpp"]["parts"] == {}
+
+
+class CountingServer:
+    """Stands in for xllamacpp's: "generates" the names of the numbers after the prompt's last token."""
+
+    def __init__(self, params):
+        assert Path(params.model.path).read_bytes()[:4] == b"GGUF"
+
+    def handle_completions(self, request, see):
+        """Tell of each token, and of the end."""
+        for i in range(request["max_tokens"]):
+            see({"choices": [{"text": f"<{request['prompt'][-1] + i + 1}>"}]})
+        see({"choices": [{"text": ""}]})
+
+
+class Tokens(list):
+    """A streamer that keeps what it gets."""
+
+    put = list.append
+
+
+def test_llama_cpp_as_it_comes_compiled_takes_part(tmp_path, monkeypatch):
+    fake = ModuleType("xllamacpp")
+    fake.Server, fake.CommonParams = CountingServer, lambda: Mock()
+    monkeypatch.setitem(sys.modules, "xllamacpp", fake)
+    for package in ("llama_cpp", "ctranslate2"):
+        monkeypatch.setitem(sys.modules, package, None)
+    seen = Tokens()
+    peers(build("llama"), None, tmp_path, 16)["llama.cpp"](torch.tensor([[4, 5]]), 3, seen)
+    assert [tokens.flatten().tolist() for tokens in seen] == [[4, 5], [6], [7], [8]]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llama_cpp_writes_what_transformers_writes(dtype, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    network = build("llama").to(dtype)
+    prompt, seen = torch.tensor([[4, 5, 17, 80]]), Tokens()
+    peers(network, None, tmp_path, 16)["llama.cpp"](prompt, 6, seen)
+    known = network.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.cat([tokens.flatten() for tokens in seen]).tolist() == known[0].tolist()

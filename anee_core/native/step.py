@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from ctypes import CDLL, addressof
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -70,11 +70,15 @@ class NativeStep:
         """Look at a block [B, T, D] before its layers run."""
         own, length = self._own, hidden_states.shape[1]
         own.layers, own.threads = [], torch.get_num_threads()
-        if not _possible(hidden_states):
+        own.possible = hidden_states.device.type == "cpu" and undisturbed(hidden_states.device)
+        if not own.possible:
             return
         # Nobody changes a model between the tokens of a generation.
-        if self._layers is None or ((cache.seen == 0 or length > 1) and not self._current()):
+        goes_on = cache.seen > 0 and length == 1
+        if self._layers is None or not (goes_on or self._current()):
             self._read_model()
+        if own.following is None or not goes_on:
+            own.following = [part for part in (self._norm, self._head) if part is not None and part.current]
         if self._layers and hidden_states.dtype == self._layers[0].pointers.dtype:
             own.layers, own.few = self._layers, self._few(hidden_states)
 
@@ -144,15 +148,19 @@ class NativeStep:
     def norm(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm to what the layers gave, [B, T, D]."""
         norm = self._norm
-        usable = norm is not None and _possible(hidden_states) and self._few(hidden_states) and norm.current
-        result: Tensor = (norm if norm is not None and usable else self._parts.final_norm)(hidden_states)
+        result: Tensor = (norm if self._usable(norm, hidden_states) else self._parts.final_norm)(hidden_states)
         return result
 
     def head(self, hidden_states: Tensor) -> Any:
         """Return what to apply to normed hidden states [B, T, D] as the model's head."""
-        head = self._head
-        usable = head is not None and _possible(hidden_states) and self._few(hidden_states) and head.current
-        return head if usable else self._parts.head
+        return self._head if self._usable(self._head, hidden_states) else self._parts.head
+
+    def _usable(self, following: NativeNorm | NativeHead | None, hidden_states: Tensor) -> TypeGuard[Any]:
+        """Whether what follows the layers can be applied to states [B, T, D] of the block that was begun."""
+        own = self._own
+        if not own.possible or not own.following or following not in own.following:
+            return False
+        return hidden_states.is_cpu and not torch.is_grad_enabled() and self._few(hidden_states)
 
     @property
     def _by_layer(self) -> bool:
@@ -288,6 +296,10 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.layers: list[NativeLayer] = []
         """Those of the forward under way; none if it goes through the model's modules."""
+        self.possible = False
+        """Whether nothing but the model itself may speak against the library."""
+        self.following: list[NativeNorm | NativeHead] | None = None
+        """What follows the layers, if it can be computed in the library; None before that was looked at."""
         self.few = True
         """Whether it has so few tokens that the library is always sooner done."""
         self.threads = 1
@@ -311,7 +323,3 @@ class _Where:
         rows, columns = places
         rows = rows.expand_as(columns)
         return cls((rows * length + columns).contiguous(), rows.contiguous(), columns.contiguous(), columns.shape)
-
-
-def _possible(hidden_states: Tensor) -> bool:
-    return hidden_states.device.type == "cpu" and undisturbed(hidden_states.device)
