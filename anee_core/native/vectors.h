@@ -107,6 +107,13 @@ static inline vec sums_of(const vec (&v)[LANES]) {
         eight[k] = _mm512_shuffle_f32x4(four[2 * k], four[2 * k + 1], 0x88) +
                    _mm512_shuffle_f32x4(four[2 * k], four[2 * k + 1], 0xdd);
     return (vec)(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88) + _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+#elif defined(__AVX2__)
+    __m256 two[4], four[2];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) two[k] = _mm256_hadd_ps((__m256)v[2 * k], (__m256)v[2 * k + 1]);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; k++) four[k] = _mm256_hadd_ps(two[2 * k], two[2 * k + 1]);
+    return (vec)(_mm256_permute2f128_ps(four[0], four[1], 0x20) + _mm256_permute2f128_ps(four[0], four[1], 0x31));
 #else
     vec sums;
     for (int k = 0; k < LANES; k++) sums[k] = sum(v[k]);
