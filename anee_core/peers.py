@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from importlib import import_module
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anee_core.apart import Apart, Run
 from anee_core.errors import AneeError, MissingPackageError, ModelError
 from anee_core.gguf_file import token_of, write_gguf
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[Tensor, int, Any], None]
-"""Takes token ids [1, T], a number of new tokens, and a streamer that gets the prompt and each token."""
+Start = Callable[[], Run]
+"""Loads what was prepared into an engine."""
 
 
-def peers(network: Any, tokenizer: Any, folder: Path, positions: int) -> dict[str, Run]:
+def peers(
+    network: Any, tokenizer: Any, folder: Path, positions: int, apart: Callable[[Start], Run] = Apart
+) -> dict[str, Run]:
     """Return a way to generate greedily with each other engine that is installed and can run a model in its dtype.
 
     Args:
@@ -28,32 +32,31 @@ def peers(network: Any, tokenizer: Any, folder: Path, positions: int) -> dict[st
         tokenizer: its tokenizer, or None; CTranslate2 does not convert models without.
         folder: where the model is written in the engines' own formats, as large as it is.
         positions: tokens of prompt and continuation.
+        apart: starts an engine; by default in a process of its own.
     """
     found = {}
     for name, prepare in (("llama.cpp", _llama_cpp), ("CTranslate2", _ctranslate2)):
         try:
-            found[name] = prepare(network, tokenizer, folder, positions)
+            found[name] = apart(prepare(network, tokenizer, folder, positions))
         except AneeError as error:
             logger.warning("%s takes no part: %s", name, error)
     return found
 
 
-def _llama_cpp(network: Any, tokenizer: Any, folder: Path, positions: int) -> Run:
+def _llama_cpp(network: Any, tokenizer: Any, folder: Path, positions: int) -> Start:
     path = folder / "model.gguf"
     # One is compiled where it is installed, for that processor; the other comes compiled, for many.
-    for package, prepare in (("llama_cpp", _llama_cpp_python), ("xllamacpp", _xllamacpp)):
-        try:
-            engine = import_module(package)
-        except ImportError:
-            continue
-        write_gguf(network, path)
-        return prepare(engine, path, positions)
+    for package, start in (("llama_cpp", _llama_cpp_python), ("xllamacpp", _xllamacpp)):
+        if find_spec(package) is not None:
+            write_gguf(network, path)
+            return partial(start, path, positions, torch.get_num_threads())
     raise MissingPackageError("it needs xllamacpp or llama-cpp-python: pip install 'anee[peers]'")
 
 
-def _llama_cpp_python(llama_cpp: Any, path: Path, positions: int) -> Run:
-    threads = torch.get_num_threads()
-    engine = llama_cpp.Llama(
+def _llama_cpp_python(path: Path, positions: int, threads: int) -> Run:
+    from llama_cpp import Llama
+
+    engine: Any = Llama(
         str(path), n_ctx=positions + 8, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
     )
 
@@ -67,10 +70,12 @@ def _llama_cpp_python(llama_cpp: Any, path: Path, positions: int) -> Run:
     return run
 
 
-def _xllamacpp(xllamacpp: Any, path: Path, positions: int) -> Run:
+def _xllamacpp(path: Path, positions: int, threads: int) -> Run:
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_batch, params.n_parallel = str(path), positions + 8, 512, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.verbosity = -1
     engine = xllamacpp.Server(params)
 
@@ -92,7 +97,7 @@ def _xllamacpp(xllamacpp: Any, path: Path, positions: int) -> Run:
     return run
 
 
-def _ctranslate2(network: Any, tokenizer: Any, folder: Path, positions: int) -> Run:
+def _ctranslate2(network: Any, tokenizer: Any, folder: Path, positions: int) -> Start:
     try:
         import ctranslate2
     except ImportError as error:
@@ -106,7 +111,13 @@ def _ctranslate2(network: Any, tokenizer: Any, folder: Path, positions: int) -> 
     network.save_pretrained(source)
     tokenizer.save_pretrained(source)
     ctranslate2.converters.TransformersConverter(str(source)).convert(str(converted), quantization=kind, force=True)
-    engine = ctranslate2.Generator(str(converted), intra_threads=torch.get_num_threads(), compute_type=kind)
+    return partial(_ctranslate2_generator, converted, kind, tokenizer, torch.get_num_threads())
+
+
+def _ctranslate2_generator(folder: Path, kind: str, tokenizer: Any, threads: int) -> Run:
+    import ctranslate2
+
+    engine = ctranslate2.Generator(str(folder), intra_threads=threads, compute_type=kind)
 
     def run(prompt: Tensor, count: int, streamer: Any) -> None:
         def see(step: Any) -> bool:

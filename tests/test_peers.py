@@ -1,7 +1,10 @@
 """Other engines in ``anee bench``: the GGUF files they read, and what happens where one is missing."""
 
 import importlib.util
+import os
 import sys
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import Mock
@@ -11,10 +14,15 @@ import torch
 from tiny import build, tokens
 from transformers import AutoModelForCausalLM
 
+from anee_core.apart import Apart
 from anee_core.bench import BenchOptions, Stopwatch, measure
 from anee_core.errors import MissingPackageError, ModelError
 from anee_core.gguf_file import write_gguf
 from anee_core.peers import peers
+
+PACKAGES = ("llama_cpp", "xllamacpp", "ctranslate2")
+here = partial(peers, apart=lambda start: start())
+"""Engines in this process."""
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -58,10 +66,20 @@ def test_what_other_engines_would_read_wrongly_is_an_error(changes, named, tmp_p
 
 
 def test_engines_that_are_not_installed_take_no_part(tmp_path, monkeypatch, caplog):
-    for package in ("llama_cpp", "xllamacpp", "ctranslate2"):
+    for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)
     assert peers(build("llama"), None, tmp_path, 16) == {}
     assert caplog.text.count("takes no part") == 2
+
+
+def pretend(monkeypatch, package, **contents):
+    """Install a package that has these contents alone, and no other engine."""
+    for other in PACKAGES:
+        monkeypatch.setitem(sys.modules, other, None)
+    fake = ModuleType(package)
+    fake.__spec__ = ModuleSpec(package, None)
+    vars(fake).update(contents)
+    monkeypatch.setitem(sys.modules, package, fake)
 
 
 class CountingLlama:
@@ -81,11 +99,9 @@ class CountingLlama:
 
 
 def test_llama_cpp_takes_part(llama_folder, tmp_path, monkeypatch):
-    fake = ModuleType("llama_cpp")
-    fake.Llama = CountingLlama
-    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
-    monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    run = peers(build("llama"), None, tmp_path, 16)["llama.cpp"]
+    pretend(monkeypatch, "llama_cpp", Llama=CountingLlama)
+    monkeypatch.setattr("anee_core.bench.peers", here)
+    run = here(build("llama"), None, tmp_path, 16)["llama.cpp"]
     watch = Stopwatch()
     run(torch.tensor([[4, 5]]), 3, watch)
     assert len(watch.marks) == 4  # the prompt and three tokens
@@ -116,22 +132,25 @@ class Tokens(list):
 
 
 def test_llama_cpp_as_it_comes_compiled_takes_part(tmp_path, monkeypatch):
-    fake = ModuleType("xllamacpp")
-    fake.Server, fake.CommonParams = CountingServer, lambda: Mock()
-    monkeypatch.setitem(sys.modules, "xllamacpp", fake)
-    for package in ("llama_cpp", "ctranslate2"):
-        monkeypatch.setitem(sys.modules, package, None)
+    pretend(monkeypatch, "xllamacpp", Server=CountingServer, CommonParams=Mock)
     seen = Tokens()
-    peers(build("llama"), None, tmp_path, 16)["llama.cpp"](torch.tensor([[4, 5]]), 3, seen)
+    here(build("llama"), None, tmp_path, 16)["llama.cpp"](torch.tensor([[4, 5]]), 3, seen)
     assert [tokens.flatten().tolist() for tokens in seen] == [[4, 5], [6], [7], [8]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_llama_cpp_writes_what_transformers_writes(dtype, tmp_path, monkeypatch):
+def test_llama_cpp_writes_what_transformers_writes(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    network = build("llama").to(dtype)
+    network = build("llama").to(torch.bfloat16)
     prompt, seen = torch.tensor([[4, 5, 17, 80]]), Tokens()
     peers(network, None, tmp_path, 16)["llama.cpp"](prompt, 6, seen)
     known = network.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.cat([tokens.flatten() for tokens in seen]).tolist() == known[0].tolist()
+
+
+def test_an_engine_that_brings_its_process_down_is_an_error():
+    with pytest.raises(ModelError, match="ended"):
+        Apart(partial(os._exit, 1))
+    run = Apart(partial(partial, os._exit))  # which takes no prompt
+    with pytest.raises(ModelError, match="ended"):
+        run(torch.tensor([[4, 5]]), 3, Tokens())
