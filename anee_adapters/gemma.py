@@ -9,17 +9,35 @@ import torch
 from torch import Tensor
 
 from anee_adapters.llama import LlamaAdapter
-from anee_core.interfaces import LayerCall, Layout, Parts
+from anee_core.interfaces import LayerCall, Layout, Parts, Recipe
 
 
 class GemmaAdapter(LlamaAdapter):
     """Gemma. The embedding module scales by itself."""
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return LLaMA's, for Gemma's layers."""
+        known = super().recipe(config)
+        return known and replace(known, layers=frozenset({"GemmaDecoderLayer"}))
 
 
 class Gemma2Adapter(GemmaAdapter):
     """Gemma 2: Gemma with windows in some layers, and soft caps."""
 
     layout: ClassVar[Layout] = replace(GemmaAdapter.layout, windows="by type")
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return Gemma's, with norms behind attention and MLP too."""
+        known = super().recipe(config)
+        return known and replace(
+            known,
+            layers=frozenset({"Gemma2DecoderLayer"}),
+            attended_norm="post_attention_layernorm",
+            mlp_norm="pre_feedforward_layernorm",
+            changed_norm="post_feedforward_layernorm",
+            activation="hidden_activation",
+            cap="attn_logit_softcapping",
+        )
 
     def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:
         """Apply the soft cap, if the config has one (arXiv:2408.00118)."""
@@ -32,6 +50,11 @@ class Gemma3Adapter(Gemma2Adapter):
     """Gemma 3, text only. Rotary frequencies differ between layers with and without a window."""
 
     layout: ClassVar[Layout] = replace(Gemma2Adapter.layout, key_norm="self_attn.k_norm")
+
+    def recipe(self, config: Any) -> Recipe | None:
+        """Return Gemma 2's without the cap."""
+        known = super().recipe(config)
+        return known and replace(known, layers=frozenset({"Gemma3DecoderLayer"}), cap=None)
 
     def refuse(self, config: Any) -> str | None:
         """Refuse attention to the future."""

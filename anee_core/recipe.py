@@ -25,6 +25,10 @@ class Recipe:
     """Norm over each head's queries; that of the keys is the layout's."""
     mlp_norm: str | None = None
     """None if the MLP gets what attention gets."""
+    attended_norm: str | None = None
+    """Norm over what attention gives, before it is added."""
+    changed_norm: str | None = None
+    """Norm over what the MLP gives, before it is added."""
     gate: str | None = None
     up: str | None = None
     gate_up: str | None = None
@@ -32,6 +36,8 @@ class Recipe:
     down: str
     activation: str
     """Attribute of the config that names the MLP's activation."""
+    cap: str | None = None
+    """Attribute of the config that names the soft cap on attention scores, if there is one."""
     parallel: bool = False
     """Whether the MLP stands beside attention and not behind it."""
     rotary_pairs: bool = False

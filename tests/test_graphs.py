@@ -207,7 +207,7 @@ def test_new_weights_are_seen():
 
 @pytest.mark.parametrize("disturbance", ["hook", "training", "no recipe"])
 def test_what_cannot_be_captured_is_said_and_runs_by_the_modules(disturbance):
-    network = build("gemma2" if disturbance == "no recipe" else "llama")
+    network = build("falcon-grouped" if disturbance == "no recipe" else "llama")
     fast, captures = captured(network)
     calls = []
     if disturbance == "hook":

@@ -19,9 +19,15 @@ static Seen seen_by(const Tokens& tokens, int m) {
     return {nullptr, int(tokens.start + tokens.column[m]) + 1};
 }
 
+// Scores under a soft cap (Gemma 2, arXiv:2408.00118): cap tanh(score / cap).
+static inline vec capped(vec scores, float cap) {
+    return cap ? cap - 2.0f * cap / (exponential(scores * (2.0f / cap)) + 1.0f) : scores;
+}
+
 // The query's products with the keys it sees, times `scale`, plus the mask; returns the largest.
 template <class T>
-static float match(const T* keys, const T* mask, Seen seen, const float* query, int dim, float scale, float* scores) {
+static float match(const T* keys, const T* mask, Seen seen, const float* query, int dim, float scale, float cap,
+                   float* scores) {
     vec most = vec{} - INFINITY;
     for (int s = 0; s < seen.count; s += LANES) {
         const T* rows[LANES];
@@ -36,7 +42,7 @@ static float match(const T* keys, const T* mask, Seen seen, const float* query, 
         vec found = sums_of(sums);
         for (; i < dim; i++)
             for (int k = 0; k < LANES; k++) found[k] += widen(rows[k][i]) * query[i];
-        found *= scale;
+        found = capped(found * scale, cap);
         int some = std::min(LANES, seen.count - s);
         for (int k = 0; mask && k < some; k++) found[k] += widen(mask[s + k]);
         for (int k = some; k < LANES; k++) found[k] = -INFINITY;
@@ -69,7 +75,7 @@ static void attend(const Layer& layer, const Tokens& tokens, int m, int head, co
     const T *keys = (const T*)tokens.keys + base, *values = (const T*)tokens.values + base;
     const T* mask = tokens.mask ? (const T*)tokens.mask + tokens.place[m] * tokens.mask_stride : nullptr;
     Seen seen = seen_by(tokens, m);
-    float most = match(keys, mask, seen, query, dim, layer.scale, scores);
+    float most = match(keys, mask, seen, query, dim, layer.scale, layer.cap, scores);
     vec totals = {};
     for (int s = 0; s < seen.count; s += LANES) {
         vec weights = exponential(load(scores + s) - most);
@@ -93,7 +99,7 @@ static void attend(const Layer& layer, const Tokens& tokens, int m, int head, co
 // those of one key with all queries lie side by side. `own` says which key is each token's own, in ascending order.
 template <class T>
 static void match_together(const T* keys, const T* const* masks, const int* own, const float* const* queries, int dim,
-                           float scale, float* scores) {
+                           float scale, float cap, float* scores) {
     constexpr int KEYS = LANES / QUERIES;
     int count = own[QUERIES - 1] + 1;
     for (int s = 0; s < count; s += KEYS) {
@@ -115,7 +121,7 @@ static void match_together(const T* keys, const T* const* masks, const int* own,
         vec found = sums_of(sums);
         for (; i < dim; i++)
             for (int j = 0; j < LANES; j++) found[j] += widen(rows[j / QUERIES][i]) * queries[j % QUERIES][i];
-        found *= scale;
+        found = capped(found * scale, cap);
         if (masks || s + KEYS > own[0])
             for (int j = 0; j < LANES; j++) {
                 int at = s + j / QUERIES, m = j % QUERIES;
@@ -149,8 +155,9 @@ static void mix_together(const T* values, int count, const float* scores, int di
 // Attention of one query head of QUERIES tokens of one row.
 template <class T>
 static void attend_together(const T* keys, const T* values, const T* const* masks, const int* own,
-                            const float* const* queries, int dim, float scale, float* const* out, float* scores) {
-    match_together(keys, masks, own, queries, dim, scale, scores);
+                            const float* const* queries, int dim, float scale, float cap, float* const* out,
+                            float* scores) {
+    match_together(keys, masks, own, queries, dim, scale, cap, scores);
     int count = own[QUERIES - 1] + 1, filled = (count * QUERIES + LANES - 1) / LANES * LANES;
     vec most = vec{} - INFINITY, totals = {};
     for (int i = 0; i < filled; i += LANES) {
@@ -214,5 +221,5 @@ static void attend_some(const Layer& layer, const Tokens& tokens, int first, int
         own[k] = int(tokens.start + tokens.column[m]);
     }
     attend_together((const T*)tokens.keys + base, (const T*)tokens.values + base, tokens.mask ? masks : nullptr, own,
-                    query, dim, layer.scale, out, scores);
+                    query, dim, layer.scale, layer.cap, out, scores);
 }

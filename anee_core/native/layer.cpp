@@ -20,9 +20,9 @@ static void normalise(const NormWeights& norm, const X* x, float* y, int width) 
         float d = widen(x[i]) - mean;
         squares += d * d;
     }
-    float factor = 1.0f / std::sqrt(squares / width + norm.eps);
+    float factor = 1.0f / std::sqrt(squares / width + norm.eps), base = norm.kind == RMS_FROM_ONE ? 1.0f : 0.0f;
     for (int i = 0; i < width; i++)
-        y[i] = (widen(x[i]) - mean) * factor * (weight ? widen(weight[i]) : 1.0f) + (bias ? widen(bias[i]) : 0.0f);
+        y[i] = (widen(x[i]) - mean) * factor * (weight ? base + widen(weight[i]) : 1.0f) + (bias ? widen(bias[i]) : 0.0f);
 }
 
 template <class T>
@@ -94,6 +94,24 @@ static void norm_all(const Layer& layer, const NormWeights& norm, const Tokens& 
 #pragma omp barrier
 }
 
+// Norms vectors of which each thread has made some numbers of all, if there is a norm. It has a barrier then.
+template <class T>
+static void norm_whole(const NormWeights& norm, Rows rows, int count, int width, int thread, int threads) {
+    if (!norm.weight) return;
+#pragma omp barrier
+    Range range = share(count, 1, thread, threads);
+    for (int m = range.first; m < range.last; m++) normalise<T>(norm, rows[m], rows[m], width);
+}
+
+// Calls a function for the numbers that are a thread's own: whole vectors behind a norm, or else some numbers of all.
+template <class F>
+static void each_number(const NormWeights& norm, Range own, int count, int width, int thread, int threads, F work) {
+    Range vectors = norm.weight ? share(count, 1, thread, threads) : Range{0, count};
+    Range numbers = norm.weight ? Range{0, width} : own;
+    for (int m = vectors.first; m < vectors.last; m++)
+        for (int r = numbers.first; r < numbers.last; r++) work(m, r);
+}
+
 template <class T>
 static void project(const Layer& layer, const Tokens& tokens) {
     float* scratch = tokens.scratch;
@@ -135,8 +153,10 @@ static void run(const Layer& layer, const Tokens& tokens) {
         }
 #pragma omp barrier
         range = product<T>(layer.output, attended, count, summed, thread, threads);
-        for (int m = 0; m < count; m++)
-            for (int r = range.first; r < range.last; r++) summed[m][r] += widen(states[tokens.place[m] * width + r]);
+        norm_whole<T>(layer.attended_norm, summed, count, width, thread, threads);
+        each_number(layer.attended_norm, range, count, width, thread, threads, [&](int m, int r) {
+            summed[m][r] += widen(states[tokens.place[m] * width + r]);
+        });
 #pragma omp barrier
         if (layer.residual != PARALLEL_ONE_NORM) {
             range = share(count, 1, thread, threads);
@@ -158,9 +178,10 @@ static void run(const Layer& layer, const Tokens& tokens) {
         }
 #pragma omp barrier
         range = product<T>(layer.down, ups, count, changed, thread, threads);
-        for (int m = 0; m < count; m++)
-            for (int r = range.first; r < range.last; r++)
-                store(result + int64_t(m) * width + r, summed[m][r] + changed[m][r]);
+        norm_whole<T>(layer.changed_norm, changed, count, width, thread, threads);
+        each_number(layer.changed_norm, range, count, width, thread, threads, [&](int m, int r) {
+            store(result + int64_t(m) * width + r, summed[m][r] + changed[m][r]);
+        });
     }
 }
 

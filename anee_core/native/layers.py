@@ -55,6 +55,8 @@ class NativeLayer:
             mlp_norm=_norm(pointers, layer, recipe.mlp_norm),
             query_norm=_norm(pointers, layer, recipe.query_norm),
             key_norm=_norm(pointers, layer, layout.key_norm),
+            attended_norm=_norm(pointers, layer, recipe.attended_norm),
+            changed_norm=_norm(pointers, layer, recipe.changed_norm),
             query=query,
             key=key,
             value=value,
@@ -72,6 +74,7 @@ class NativeLayer:
             activation=_ACTIVATIONS[activation],
             residual=beside if recipe.parallel else Residual.SEQUENTIAL,
             scale=getattr(find(layer, layout.attention), "scaling", head_dim**-0.5),
+            cap=0.0 if recipe.cap is None else getattr(config, recipe.cap) or 0.0,
         )
         self.address = addressof(self.struct)
         self.kv_heads, self.head_dim = self.struct.kv_heads, head_dim

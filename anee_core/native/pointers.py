@@ -16,6 +16,7 @@ KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
 _STORED = {Int8Linear: (Kind.INT8, torch.int8), Int4Linear: (Kind.INT4, torch.uint8)}
 """Of quantised maps: the kind, and the type of the weights."""
 _RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
+_FROM_ONE = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
 
 
 class UnfitError(Exception):
@@ -101,6 +102,8 @@ class Pointers:
             kind, eps = Norm.LAYER, known.eps
         elif name in _RMS_NORMS:
             kind, eps = Norm.RMS, known.variance_epsilon
+        elif name in _FROM_ONE:
+            kind, eps = Norm.RMS_FROM_ONE, known.eps
         else:
             raise UnfitError(f"its norm is a {name}")
         if hooked(module):

@@ -4,7 +4,7 @@
 
 #include "products.h"
 
-enum Norm : int32_t { RMS = 0, LAYER = 1 };
+enum Norm : int32_t { RMS = 0, LAYER = 1, RMS_FROM_ONE = 2 };  // the last scales by 1 + weight
 enum Rotary : int32_t { NONE = 0, HALVES = 1, PAIRS = 2 };
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 enum Residual : int32_t { SEQUENTIAL = 0, PARALLEL_ONE_NORM = 1, PARALLEL_TWO_NORMS = 2 };
@@ -17,12 +17,13 @@ struct NormWeights {
 };
 
 struct Layer {
-    NormWeights input_norm, mlp_norm, query_norm, key_norm;  // weight null: there is none
-    Matrix query, key, value, output, gate, up, down;        // gate.weight null: the MLP is not gated
+    // weight null: there is none. The last two stand behind attention and MLP, before what they give is added.
+    NormWeights input_norm, mlp_norm, query_norm, key_norm, attended_norm, changed_norm;
+    Matrix query, key, value, output, gate, up, down;  // gate.weight null: the MLP is not gated
     int32_t kind;  // of norms, biases, states, keys and values
     int32_t width, heads, kv_heads, head_dim;
     int32_t rotary, rotary_width, activation, residual;
-    float scale;
+    float scale, cap;  // of attention scores; no cap if it is 0
 };
 
 // The tokens of one call: token m of `count` lies at place[m] of states, cos, sin and mask; its keys and values belong

@@ -30,6 +30,8 @@ class Norm(IntEnum):
 
     RMS = 0
     LAYER = 1
+    RMS_FROM_ONE = 2
+    """Its weight is added to one."""
 
 
 class Rotary(IntEnum):
@@ -88,6 +90,8 @@ class Layer(Structure):
         ("mlp_norm", NormWeights),
         ("query_norm", NormWeights),
         ("key_norm", NormWeights),
+        ("attended_norm", NormWeights),
+        ("changed_norm", NormWeights),
         ("query", Matrix),
         ("key", Matrix),
         ("value", Matrix),
@@ -105,6 +109,7 @@ class Layer(Structure):
         ("activation", c_int32),
         ("residual", c_int32),
         ("scale", c_float),
+        ("cap", c_float),
     ]
 
 
