@@ -45,7 +45,7 @@ def both(family, layers, folder, dtype=torch.float32):
 @pytest.mark.parametrize("layers", list(LAYER_POLICIES))
 def test_it_drops_what_the_modules_drop(family, layers, folder, taken):
     fast, slow = both(family, layers, folder)
-    new = tokens(3, 50, seed=5)
+    new = tokens(3, 50, seed=6)  # no two scores that only rounding tells apart
     for prompt, mask in ((tokens(3, 9), None), ragged((9, 5, 7), "left")):
         logits, caches = [], []
         with torch.inference_mode():
