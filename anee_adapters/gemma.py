@@ -15,10 +15,9 @@ from anee_core.interfaces import LayerCall, Layout, Parts, Recipe
 class GemmaAdapter(LlamaAdapter):
     """Gemma. The embedding module scales by itself."""
 
-    def recipe(self, config: Any) -> Recipe | None:
+    def recipe(self, config: Any) -> Recipe:
         """Return LLaMA's, for Gemma's layers."""
-        known = super().recipe(config)
-        return known and replace(known, layers=frozenset({"GemmaDecoderLayer"}))
+        return replace(super().recipe(config), layers=frozenset({"GemmaDecoderLayer"}))
 
 
 class Gemma2Adapter(GemmaAdapter):
@@ -26,11 +25,10 @@ class Gemma2Adapter(GemmaAdapter):
 
     layout: ClassVar[Layout] = replace(GemmaAdapter.layout, windows="by type")
 
-    def recipe(self, config: Any) -> Recipe | None:
+    def recipe(self, config: Any) -> Recipe:
         """Return Gemma's, with norms behind attention and MLP too."""
-        known = super().recipe(config)
-        return known and replace(
-            known,
+        return replace(
+            super().recipe(config),
             layers=frozenset({"Gemma2DecoderLayer"}),
             attended_norm="post_attention_layernorm",
             mlp_norm="pre_feedforward_layernorm",
@@ -51,10 +49,9 @@ class Gemma3Adapter(Gemma2Adapter):
 
     layout: ClassVar[Layout] = replace(Gemma2Adapter.layout, key_norm="self_attn.k_norm")
 
-    def recipe(self, config: Any) -> Recipe | None:
+    def recipe(self, config: Any) -> Recipe:
         """Return Gemma 2's without the cap."""
-        known = super().recipe(config)
-        return known and replace(known, layers=frozenset({"Gemma3DecoderLayer"}), cap=None)
+        return replace(super().recipe(config), layers=frozenset({"Gemma3DecoderLayer"}), cap=None)
 
     def refuse(self, config: Any) -> str | None:
         """Refuse attention to the future."""

@@ -21,7 +21,7 @@ class LlamaAdapter(ModelAdapter):
         value="self_attn.v_proj",
     )
 
-    def recipe(self, config: Any) -> Recipe | None:
+    def recipe(self, config: Any) -> Recipe:
         """Return that of LLaMA and those that differ from it in norms and windows only."""
         return Recipe(
             layers=frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}),

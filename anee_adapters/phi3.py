@@ -16,7 +16,7 @@ class Phi3Adapter(LlamaAdapter):
         LlamaAdapter.layout, key=None, value=None, fused="self_attn.qkv_proj", windows="all"
     )
 
-    def recipe(self, config: Any) -> Recipe | None:
+    def recipe(self, config: Any) -> Recipe:
         """Return LLaMA's with the MLP's two inputs in one projection."""
         return Recipe(
             layers=frozenset({"Phi3DecoderLayer"}),

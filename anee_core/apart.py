@@ -1,4 +1,4 @@
-"""Another engine in a process of its own: in this one, its threads would change how ours wait for each other."""
+"""Another engine in a process of its own: its threads are not among ours, and it may crash."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from anee_core.errors import ModelError
 
 Run = Callable[[Tensor, int, Any], None]
 """Takes token ids [1, T], a number of new tokens, and a streamer that gets the prompt and each token."""
+Start = Callable[[], Run]
+"""Loads what was prepared into an engine."""
 
 
 class Apart:
@@ -26,7 +28,7 @@ class Apart:
         ModelError: the process ended instead.
     """
 
-    def __init__(self, start: Callable[[], Run]) -> None:
+    def __init__(self, start: Start) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         context.Process(target=_serve, args=(start, theirs), daemon=True).start()
@@ -35,34 +37,31 @@ class Apart:
 
     def __call__(self, prompt: Tensor, count: int, streamer: Any) -> None:
         """Generate there, and hand on what comes."""
-        streamer.put(prompt)
         self._pipe.send((prompt.tolist(), count))
         while (tokens := self._wait()) is not None:
             streamer.put(torch.tensor(tokens))
 
-    def _wait(self) -> list[int] | None:
-        """Return the tokens that come next, None at the end."""
+    def _wait(self) -> list[Any] | None:
+        """Return what comes next, the prompt or tokens, None at the end."""
         try:
-            tokens: list[int] | None = self._pipe.recv()
+            tokens: list[Any] | None = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             raise ModelError("its process ended before it was done; what it wrote above may say why") from error
         return tokens
 
 
 class _Teller:
-    """A streamer that sends tokens away; the prompt is known there."""
+    """A streamer that sends away what it gets."""
 
     def __init__(self, pipe: Connection) -> None:
-        self._pipe, self._told_prompt = pipe, False
+        self._pipe = pipe
 
     def put(self, tokens: Tensor) -> None:
         """Send the tokens."""
-        if self._told_prompt:
-            self._pipe.send(tokens.flatten().tolist())
-        self._told_prompt = True
+        self._pipe.send(tokens.tolist())
 
 
-def _serve(start: Callable[[], Run], pipe: Connection) -> None:
+def _serve(start: Start, pipe: Connection) -> None:
     """Do what is asked for until nobody is there to ask."""
     run = start()
     pipe.send(None)

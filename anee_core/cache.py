@@ -128,12 +128,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def write_slots(self, layer_idx: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Store keys and values [B, H, P, Dh] in slots [P]."""
-        store = self.layers[layer_idx]
-        if store.keys is None:
-            store.lazy_initialization(keys, values)
-        self._attached = self._attached or keys.requires_grad or values.requires_grad
-        store.keys.index_copy_(2, slots.to(keys.device), keys)
-        store.values.index_copy_(2, slots.to(values.device), values)
+        for target, new in zip(self._targets(layer_idx, keys, values), (keys, values), strict=True):
+            target.index_copy_(2, slots.to(new.device), new)
 
     def owe(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> int:
         """Note that the current tokens [B, 1, D] skipped a layer and have no keys and values there yet.
@@ -165,18 +161,22 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self, layer_idx: int, keys: Tensor, values: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
     ) -> None:
         """Store keys and values [R, H, C, Dh] of the current block's tokens: all, or those at rows x columns."""
-        store = self.layers[layer_idx]
-        if store.keys is None:
-            store.lazy_initialization(keys, values)
         start = self._starts[layer_idx]
-        # Either alone may carry a gradient: where only the values are trained, the first layer's keys do not.
-        self._attached = self._attached or keys.requires_grad or values.requires_grad
-        for target, new in ((store.keys, keys), (store.values, values)):
+        for target, new in zip(self._targets(layer_idx, keys, values), (keys, values), strict=True):
             if rows is None:
                 target.narrow(2, start, new.shape[2]).copy_(new)
             else:
                 assert columns is not None
                 target[rows, :, columns + start] = new.transpose(1, 2)
+
+    def _targets(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where one layer's keys and values lie, [B, H, capacity, Dh], for some like these to be written."""
+        store = self.layers[layer_idx]
+        if store.keys is None:
+            store.lazy_initialization(keys, values)
+        # Either alone may carry a gradient: where only the values are trained, the first layer's keys do not.
+        self._attached = self._attached or keys.requires_grad or values.requires_grad
+        return store.keys, store.values
 
     def held(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return one layer's keys and values, [B, H, S, Dh]."""

@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anee_core.apart import Apart, Run
+from anee_core.apart import Apart, Run, Start
 from anee_core.errors import AneeError, MissingPackageError, ModelError
 from anee_core.gguf_file import token_of, write_gguf
 
 logger = logging.getLogger(__name__)
-
-Start = Callable[[], Run]
-"""Loads what was prepared into an engine."""
 
 
 def peers(
