@@ -34,7 +34,8 @@ class Gemma2Adapter(GemmaAdapter):
             mlp_norm="pre_feedforward_layernorm",
             changed_norm="post_feedforward_layernorm",
             activation="hidden_activation",
-            cap="attn_logit_softcapping",
+            # PyTorch's attention has no cap: a model that attends by it computes none, whatever its config says.
+            cap=None if config._attn_implementation == "sdpa" else "attn_logit_softcapping",
         )
 
     def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:

@@ -57,6 +57,23 @@ def test_attention_may_be_changed_after_loading(fast):
             model(ids)
 
 
+def test_attention_that_has_no_soft_cap_is_computed_without():
+    """PyTorch's has none, and some versions of transformers let Gemma 2 attend by it."""
+    network, ids = build("gemma2", "eager"), tokens()
+    uncapped = copy.deepcopy(network)
+    for layer in uncapped.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    uncapped.config.attn_logit_softcapping = None
+    model = adaptive(network)
+    with torch.no_grad():
+        capped, wanted = model(ids).logits, adaptive(uncapped, fast=False)(ids).logits
+        assert (capped - wanted).abs().max() > 1e-3
+        network.config._attn_implementation = "sdpa"
+        torch.testing.assert_close(model(ids).logits, wanted, **CLOSE)
+        network.config._attn_implementation = "eager"
+        assert torch.equal(model(ids).logits, capped)
+
+
 def test_a_policy_follows_where_its_model_goes():
     _, shortcuts = gate_weights()
     policy = Policy(Turned(), shortcut=LowRankShortcut.of(shortcuts))

@@ -20,6 +20,7 @@ from anee_core.native.layers import NativeLayer
 from anee_core.native.pointers import UnfitError
 from anee_core.native.stack import NativeStack
 from anee_core.native.structs import LANES, PORTION, QUERIES, Tokens
+from anee_core.recipe import Recipe
 from anee_core.watched import undisturbed
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class NativeStep:
         self._library: CDLL | None = None
         self._layers: list[NativeLayer] | None = None
         """None before the model was looked at; none if it does not fit."""
+        self._recipe: Recipe | None = None
         self._norm: NativeNorm | None = None
         self._head: NativeHead | None = None
         self._own = _Workspace()
@@ -185,13 +187,14 @@ class NativeStep:
         return self._library is not None and bool(self._library.anee_multiplies_bf16())
 
     def _current(self) -> bool:
-        return bool(self._layers) and all(layer.current for layer in self._layers or ())
+        same = self._recipe == self._adapter.recipe(self._parts.config)
+        return same and bool(self._layers) and all(layer.current for layer in self._layers or ())
 
     def _read_model(self) -> None:
         """Point to the model's weights as they are now, or find out why that cannot be."""
         before, self.slow_because = self.slow_because, None
         parts = self._parts
-        recipe = self._adapter.recipe(parts.config)
+        self._recipe = recipe = self._adapter.recipe(parts.config)
         try:
             if recipe is None:
                 raise UnfitError(f"{type(self._adapter).__name__} has no recipe for it")
