@@ -17,8 +17,6 @@ class FalconAdapter(ModelAdapter):
         rotary="transformer.rotary_emb",
         attention="self_attention",
         mlp="mlp",
-        cache_argument="layer_past",
-        returns_tuple=True,
         always_masked=True,
     )
 

@@ -17,7 +17,6 @@ class GPTNeoXAdapter(ModelAdapter):
         attention="attention",
         mlp="mlp",
         input_norm="input_layernorm",
-        cache_argument="layer_past",
     )
 
     def recipe(self, config: Any) -> Recipe | None:

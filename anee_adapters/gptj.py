@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from anee_core.rotary import rotate_interleaved
 
 
 class GPTJAdapter(ModelAdapter):
-    """GPT-J, whose layers return a tuple and look positions up in a table of their own."""
+    """GPT-J. Before transformers 5.24 its layers look positions up in a table of their own, and then the model does."""
 
     layout: ClassVar[Layout] = Layout(
         layers="transformer.h",
@@ -22,13 +23,18 @@ class GPTJAdapter(ModelAdapter):
         input_norm="ln_1",
         key="attn.k_proj",
         value="attn.v_proj",
-        cache_argument="layer_past",
-        returns_tuple=True,
     )
 
+    def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> tuple[LayerCall, ...]:
+        """Add what the model looks up; the layers that look for themselves are passed nothing."""
+        call = LayerCall(position_ids)
+        if _looks_up(parts):
+            call = replace(call, position_embeddings=_looked_up(parts, 0, position_ids, hidden_states.dtype))
+        return (call,) * len(parts.layers)
+
     def project_kv(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Turn the default's keys: what it would turn them by, the model's other families pass to every layer."""
-        keys, values = super().project_kv(parts, layer_idx, hidden_states, call)
+        """Turn neighbours, which the default does not."""
+        keys, values = super().project_kv(parts, layer_idx, hidden_states, replace(call, position_embeddings=None))
         sin, cos = _looked_up(parts, layer_idx, call.position_ids.to(keys.device), keys.dtype)
         return rotate_interleaved(keys, sin, cos), values
 
@@ -51,8 +57,13 @@ class GPTJAdapter(ModelAdapter):
         return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
 
 
+def _looks_up(parts: Parts) -> bool:
+    """Whether the model looks positions up, and not each layer."""
+    return hasattr(parts.model.transformer, "rotary_emb")
+
+
 def _looked_up(parts: Parts, layer_idx: int, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return sines and cosines [B, T, R / 2] from a layer's table."""
-    attention: Any = parts.layers[layer_idx].attn
-    sin, cos = attention.embed_positions.to(position_ids.device)[position_ids].to(dtype).chunk(2, dim=-1)
+    """Return sines and cosines [B, T, R / 2] from the model's table, or from a layer's."""
+    place: Any = parts.model.transformer.rotary_emb if _looks_up(parts) else cast(Any, parts.layers[layer_idx]).attn
+    sin, cos = place.embed_positions.to(position_ids.device)[position_ids].to(dtype).chunk(2, dim=-1)
     return sin, cos

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anee_core.accounting import Work, executed_work, layer_work, module_work
+from anee_core.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.errors import AdapterError
 from anee_core.layout import Layout, Parts, find
 from anee_core.projection import sliceable, tail, tail_work
@@ -112,6 +113,12 @@ class ModelAdapter(ABC):
         for layer in layers:
             for path in layout.in_layer.values():
                 find(layer, path)
+        cache_argument = layout.cache_argument or layer_argument(layers[0])
+        if cache_argument is None:
+            raise AdapterError(
+                f"{type(self).__name__}: {type(layers[0]).__name__} takes none of {', '.join(LAYER_ARGUMENTS)}; "
+                "name the argument that carries the cache in Layout.cache_argument"
+            )
         # Families of the LLaMA kind run config.num_hidden_layers layers, however many are stored.
         count = min(len(layers), getattr(config, "num_hidden_layers", len(layers)))
         return Parts(
@@ -123,6 +130,7 @@ class ModelAdapter(ABC):
             head=cast(Any, model).get_output_embeddings(),
             rotary=None if layout.rotary is None else find(model, layout.rotary),
             learned_positions=None if layout.learned_positions is None else find(model, layout.learned_positions),
+            cache_argument=cache_argument,
         )
 
     def embed(self, parts: Parts, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:
@@ -146,7 +154,7 @@ class ModelAdapter(ABC):
             "attention_mask": call.attention_mask,
             "position_ids": call.position_ids,
             "use_cache": True,
-            parts.layout.cache_argument: cache_view,
+            parts.cache_argument: cache_view,
         }
         if call.position_embeddings is not None:
             arguments["position_embeddings"] = call.position_embeddings
@@ -155,7 +163,7 @@ class ModelAdapter(ABC):
     def run(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache_view: Any) -> Tensor:
         """Run one decoder layer, unchanged. [B, T, D] to [B, T, D]."""
         output = parts.layers[layer_idx](hidden_states, **self.layer_arguments(parts, call, cache_view))
-        return output[0] if parts.layout.returns_tuple else output
+        return output[0] if isinstance(output, tuple) else output
 
     def attention_input(self, parts: Parts, layer_idx: int, hidden_states: Tensor) -> Tensor:
         """Return what a layer's attention is given for hidden states [B, T, D]: normed, if the layout names a norm."""
@@ -198,7 +206,7 @@ class ModelAdapter(ABC):
             return capture.keys, capture.values
         raise AdapterError(
             f"{type(self).__name__}: {type(parts.layers[layer_idx]).__name__} never updated its cache through "
-            f"'{parts.layout.cache_argument}'; name the argument that carries the cache in Layout.cache_argument"
+            f"'{parts.cache_argument}'; name the argument that carries the cache in Layout.cache_argument"
         )
 
     def recipe(self, config: Any) -> Recipe | None:

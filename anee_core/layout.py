@@ -41,8 +41,8 @@ class Layout:
 
     windows: Literal["all", "by type"] | None = None
     """Which layers have the config's ``sliding_window``: all, or those that its ``layer_types`` say."""
-    cache_argument: str = "past_key_values"
-    returns_tuple: bool = False
+    cache_argument: str | None = None
+    """Argument of a layer that carries the cache; None to find it by the names that transformers uses."""
     always_masked: bool = False
     """Whether the layer wants a mask even where every slot is visible."""
 
@@ -78,6 +78,8 @@ class Parts:
     head: Any
     rotary: Any
     learned_positions: Any
+    cache_argument: str
+    """Argument of a layer that carries the cache."""
 
     @property
     def config(self) -> Any:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from anee_core.adapter import ModelAdapter
 from anee_core.cache import AdaptiveCache
+from anee_core.cache_names import CACHE, one_cache
 from anee_core.engine import Engine, Output, attention_backend, budget_of
 from anee_core.errors import InputError, ModelError
 from anee_core.fast_step import step_for
@@ -167,6 +168,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         logits_to_keep: int = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run tokens through the model under the policy.
@@ -184,12 +186,14 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
                 token.
             output_hidden_states: whether to return the input of every layer and the final states.
             return_dict: False for a plain tuple.
+            cache: what newer versions of transformers call ``past_key_values``, in the result too.
             kwargs: nothing else is taken; what transformers passes along unset is let through.
 
         Raises:
             InputError: the arguments do not fit together or the model.
         """
-        block, cache = self._read(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
+        given = one_cache(cache, past_key_values)
+        block, cache = self._read(input_ids, attention_mask, position_ids, given, inputs_embeds, kwargs)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise InputError("logits_to_keep takes a number of last positions, 0 for all")
         trace = self.last_trace = Trace() if cache.trace is None else cache.trace
@@ -203,8 +207,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache if keep_cache else None,
             hidden_states=_join_states(outputs) if output_hidden_states else None,
+            **{CACHE: cache if keep_cache else None},
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -223,7 +227,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        given_cache: Cache | None,
         inputs_embeds: Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[Block, AdaptiveCache]:
@@ -232,10 +236,10 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         unknown = [name for name in given if name != "tokenizer"]
         if unknown:
             raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
-        cache = past_key_values if isinstance(past_key_values, AdaptiveCache) else self.new_cache()
-        if past_key_values is not None and cache is not past_key_values and past_key_values.get_seq_length() > 0:
+        cache = given_cache if isinstance(given_cache, AdaptiveCache) else self.new_cache()
+        if given_cache is not None and cache is not given_cache and given_cache.get_seq_length() > 0:
             raise InputError(
-                f"a filled {type(past_key_values).__name__} cannot be used: "
+                f"a filled {type(given_cache).__name__} cannot be used: "
                 "start from model.new_cache() and feed the tokens"
             )
         if len(cache.layers) != self.engine.costs.num_layers:
@@ -298,11 +302,10 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
             raise InputError("cache_implementation cannot be chosen: ANEE brings its own cache")
         if kwargs.get("use_cache") is False:
             return super().generate(inputs, **kwargs)
-        if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = self.new_cache()
-        cache = kwargs["past_key_values"]
+        given = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        cache = kwargs[CACHE] = self.new_cache() if given is None else given
         if not isinstance(cache, AdaptiveCache):
-            raise InputError(f"past_key_values is model.new_cache(); got {type(cache).__name__}")
+            raise InputError(f"the cache is one from model.new_cache(); got {type(cache).__name__}")
         with self.recording(cache):
             return super().generate(inputs, **kwargs)
 

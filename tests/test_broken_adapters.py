@@ -252,6 +252,11 @@ class KnowsOneReason(LlamaAdapter):
         return "no" if "linear_attention" in (getattr(config, "layer_types", None) or ()) else None
 
 
+class NothingAdded(GPTJAdapter):
+    def run(self, parts, layer_idx, hidden_states, call, cache_view):
+        return super().run(parts, layer_idx, hidden_states, call, cache_view) - hidden_states
+
+
 class HeadWidthFromWidth(type(PLUGINS.adapters["qwen3"])):
     def head_dim(self, config):
         return config.hidden_size // config.num_attention_heads
@@ -293,8 +298,7 @@ BROKEN = [
     ("layer arguments", "llama", layout(LlamaAdapter(), rotary=None)),
     ("window", "mistral", NoWindow()),
     ("window", "mistral", WindowTooWide()),
-    ("layer output", "gptj", layout(GPTJAdapter(), returns_tuple=False)),
-    ("layer output", "llama", layout(LlamaAdapter(), returns_tuple=True)),
+    ("layer output", "gptj", NothingAdded()),
     ("layer output", "llama", layout(LlamaAdapter(), final_norm=None)),
     ("dense sequence", "gemma2", NoSoftCap()),
     ("dense sequence", "llama", EndsEarly()),

@@ -151,8 +151,8 @@ def test_new_adapter_for_what_cannot_be_served_says_why(run_anee, tmp_path, name
     [
         ("llama", {"rotary": "model.rotary_emb", "final_norm": "model.norm"}),
         ("gpt2", {"learned_positions": "transformer.wpe", "attention": "attn"}),
-        ("gptj", {"cache_argument": "layer_past", "returns_tuple": True}),
-        ("gpt_neox", {"attention": "attention", "cache_argument": "layer_past"}),
+        ("gptj", {"layers": "transformer.h", "attention": "attn"}),
+        ("gpt_neox", {"attention": "attention"}),
         ("mixtral", {"experts": "mlp.experts"}),
         ("gemma2", {"windows": "by type"}),
         ("mistral", {"windows": "all"}),

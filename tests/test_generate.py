@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import FEW, PLUGINS, adaptive, build, ragged, tokens
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 import anee
+from anee_core.cache_names import CACHE
 from anee_core.conformance.subject import without_layers
 from anee_core.errors import InputError
 
@@ -93,6 +95,26 @@ class TestLikeTransformers:
         expected = matching_model(model, policy).generate(ids, **options)
         assert torch.equal(adaptive(model, policy).generate(ids, **options), expected)
         assert torch.equal(adaptive(model, policy).decode(ids, **options).sequences, expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_both_names_that_transformers_gives_it(name):
+    model, ids = adaptive(build("llama"), "static:skip=1"), tokens(1, 6)
+    wanted = model(ids).logits[:, 4:]
+    cache = model.new_cache()
+    model(ids[:, :4], **{name: cache})
+    output = model(ids[:, 4:], **{name: cache})
+    torch.testing.assert_close(output.logits, wanted, atol=2e-5, rtol=1e-4)
+    assert output[CACHE] is cache
+    assert output.past_key_values is cache
+    cache = model.new_cache()
+    model.generate(ids, max_new_tokens=3, do_sample=False, **{name: cache})
+    assert cache.get_seq_length() == 8
+    with pytest.raises(InputError, match=r"the cache is one from model.new_cache\(\); got DynamicCache"):
+        model.generate(ids, **{name: DynamicCache()})
+    for run in (model, model.generate):
+        with pytest.raises(InputError, match="two names of one thing"):
+            run(ids, cache=model.new_cache(), past_key_values=model.new_cache())
 
 
 @pytest.mark.parametrize(("policy", "budget"), [*DENSE_AND_SKIPPING, ("heuristic:protect=1 1", 0.7)])

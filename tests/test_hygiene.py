@@ -251,6 +251,24 @@ def test_wrong_cache_argument_is_named():
         AdaptiveModel(build("llama"), Misnamed())
 
 
+def test_layer_without_a_cache_is_named():
+    class Cacheless(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states
+
+    class Minimal(ModelAdapter):
+        layout = Layout(layers="model.layers", attention="self_attn")
+
+    network = build("llama")
+    for i, layer in enumerate(network.model.layers):
+        network.model.layers[i] = Cacheless()
+        network.model.layers[i].self_attn = layer.self_attn
+    with pytest.raises(
+        AdapterError, match=r"Cacheless takes none of cache, .* in Layout.cache_argument"
+    ):
+        AdaptiveModel(network, Minimal())
+
+
 def test_layout_with_half_a_projection_is_refused():
     with pytest.raises(AdapterError, match="both key and value"):
         Layout(layers="a", final_norm="b", attention="c", mlp="d", input_norm="e", key="f")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from anee_core.cache_names import CACHE, LAYER_ARGUMENTS
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, LOOSE, Subject, positions_of
 from anee_core.layout import find
@@ -95,8 +96,8 @@ def layer_arguments(subject: Subject) -> None:
 
 def _where(name: str, layer_idx: int) -> str:
     if name == "hidden_states":
-        return "ModelAdapter.embed" if layer_idx == 0 else "Layout.returns_tuple and ModelAdapter.run"
-    return "Layout.cache_argument" if name in ("layer_past", "past_key_values") else "ModelAdapter.begin"
+        return "ModelAdapter.embed" if layer_idx == 0 else "ModelAdapter.run"
+    return "Layout.cache_argument" if name in LAYER_ARGUMENTS else "ModelAdapter.begin"
 
 
 def _same_for_tokens(
@@ -143,7 +144,7 @@ def _visible(mask: Tensor | None, length: int) -> Tensor:
     return seen.expand(2, -1, -1, -1)[:, 0]
 
 
-@check("layer output", look="Layout.returns_tuple and ModelAdapter.run")
+@check("layer output", look="ModelAdapter.run")
 def layer_output(subject: Subject) -> None:
     """Running a layer gives the next layer's input."""
     adaptive, ids = subject.adaptive(), subject.tokens()
@@ -190,8 +191,8 @@ def dense_decode(subject: Subject) -> None:
             for start, end in pairwise(cuts):
                 with torch.no_grad():
                     found = ours(ids[:, start:end], past_key_values=mine)
-                    wanted = model(ids[:, start:end], past_key_values=theirs, use_cache=True)
-                mine, theirs = found.past_key_values, wanted.past_key_values
+                    wanted = model(ids[:, start:end], **{CACHE: theirs}, use_cache=True)
+                mine, theirs = found[CACHE], wanted[CACHE]
                 # A mask that is a bool one there, or slots that have left a window there and are masked here, make
                 # sums be taken in another order.
                 exact = (start == 0 or end == start + 1) and not subject.windowed

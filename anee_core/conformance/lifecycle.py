@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from anee_core.cache_names import CACHE
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, Subject, code_of
 from anee_core.errors import AneeError
@@ -44,10 +45,10 @@ def reorder(subject: Subject) -> None:
     for policy in _MIXED:
         model = subject.adaptive(policy)
         with torch.no_grad():
-            cache = model(ids[:, :6]).past_key_values
+            cache = model(ids[:, :6])[CACHE]
             cache.reorder(order)
             moved = model(ids[order, 6:], past_key_values=cache).logits
-            straight = model(ids[order, :6]).past_key_values
+            straight = model(ids[order, :6])[CACHE]
             wanted = model(ids[order, 6:], past_key_values=straight).logits
         expect_same(moved, wanted, f"logits of reordered rows under '{policy}'", reorder.look, CLOSE)
 
@@ -126,7 +127,7 @@ def hygiene(subject: Subject) -> None:
         different = _turned(subject.config)
         other = subject.adaptive(model=subject.build(seed=1, config=different))
         alone = subject.build(seed=1, config=different)(ids).logits
-        first = ours(ids[:, :5]).past_key_values
+        first = ours(ids[:, :5])[CACHE]
         expect_same(other(ids).logits, alone, "logits of a second model beside the first", hygiene.look)
         rest = ours(ids[:, 5:], past_key_values=first).logits
         expect_same(rest, wanted[:, 5:], "logits after another model ran in between", hygiene.look, CLOSE)
@@ -149,7 +150,7 @@ def _turned(config: Any) -> Any:
 
 
 def _fail_inside(subject: Subject, ours: AdaptiveModel, ids: Any, wanted: Any) -> None:
-    cache = ours(ids[:, :5]).past_key_values
+    cache = ours(ids[:, :5])[CACHE]
     norm = ours.parts.final_norm
 
     def fail(*_: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anee_core.cache_names import CACHE
 from anee_core.conformance.check import Check, check, expect, expect_same
 from anee_core.conformance.cost import expect_counted, spent_by_token
 from anee_core.conformance.policy_subject import FAMILIES, PolicySubject
@@ -273,7 +274,7 @@ def memory(subject: PolicySubject) -> None:
     for family in FAMILIES:
         model, length = subject.adaptive(family), 80
         with torch.no_grad():
-            cache = model(subject.subject(family).tokens(2, length)).past_key_values
+            cache = model(subject.subject(family).tokens(2, length))[CACHE]
         kept = cache.kept()
         expect(
             int(kept.min()) >= 1, f"at least the newest token in every layer ({family})", int(kept.min()), memory.look

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from anee_core.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import InputError
 
-_CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
-
-_PASSED = (*_CACHE_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
+_PASSED = (*LAYER_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
 
 _PYPROJECT = """[build-system]
 requires = ["setuptools>=77"]
@@ -139,9 +138,8 @@ def guess_layout(model_type: str) -> dict[str, Any]:
     if path is None or layers is None:
         raise InputError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers")
     layer = layers[0]
-    argument = next((a for a in _CACHE_ARGUMENTS if a in inspect.signature(type(layer).forward).parameters), None)
     attention = next((n for n, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
-    if argument is None or attention is None or model._is_stateful:
+    if layer_argument(layer) is None or attention is None or model._is_stateful:
         raise InputError(f"layers of '{model_type}' take no key/value cache: ANEE cannot run this family")
     required = [
         name
@@ -170,10 +168,6 @@ def guess_layout(model_type: str) -> dict[str, Any]:
     kinds = getattr(config, "layer_types", None) or ()
     if "sliding_attention" in kinds or getattr(config, "sliding_window", None) is not None:
         found["windows"] = "by type" if "sliding_attention" in kinds else "all"
-    if argument != _CACHE_ARGUMENTS[0]:
-        found["cache_argument"] = argument
-    if _returns_tuple(model, layer):
-        found["returns_tuple"] = True
     return found
 
 
@@ -186,14 +180,3 @@ def _check_causal(model: Any) -> None:
         first, second = model(ids).logits, model(changed).logits
     if not torch.allclose(first[:, :-1], second[:, :-1], atol=1e-5):
         raise InputError(f"{type(model).__name__} lets tokens see the future: ANEE runs causal models")
-
-
-def _returns_tuple(model: Any, layer: nn.Module) -> bool:
-    outputs: list[Any] = []
-    handle = layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.long))
-    finally:
-        handle.remove()
-    return isinstance(outputs[0], tuple)

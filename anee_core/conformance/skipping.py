@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from anee_core.accounting import leaves
+from anee_core.cache_names import CACHE
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, LOOSE, Subject, stepwise, without_layers
 from anee_core.model import AdaptiveModel
@@ -42,8 +43,8 @@ def keys_and_values(subject: Subject) -> None:
         # A cache without windows: transformers drops what has left one, which is not the question here.
         theirs = DynamicCache()
         with torch.no_grad():
-            states = model(ids, past_key_values=theirs, use_cache=True, output_hidden_states=True).hidden_states
-            ours = adaptive(ids).past_key_values
+            states = model(ids, **{CACHE: theirs}, use_cache=True, output_hidden_states=True).hidden_states
+            ours = adaptive(ids)[CACHE]
             calls = subject.adapter.begin(adaptive.parts, states[0], positions)
             for i in range(subject.layers):
                 wanted = theirs.layers[i].keys, theirs.layers[i].values
@@ -111,9 +112,7 @@ def _expect_shortcut(subject: Subject) -> None:
         unit = before / before.square().mean(-1, keepdim=True).sqrt()
         estimate = unit @ weights.down[layer_idx].T @ weights.up[layer_idx].T + weights.bias[layer_idx]
     expect_same(after, before + estimate, f"hidden states behind the shortcut of layer {layer_idx}", skip.look, CLOSE)
-    both = zip(
-        ("keys", "values"), adding.past_key_values.held(layer_idx), plain.past_key_values.held(layer_idx), strict=True
-    )
+    both = zip(("keys", "values"), adding[CACHE].held(layer_idx), plain[CACHE].held(layer_idx), strict=True)
     for name, mine, other in both:
         expect_same(mine, other, f"{name} of layer {layer_idx}, with a shortcut", skip.look, CLOSE)
 
@@ -129,7 +128,7 @@ def leave(subject: Subject) -> None:
         skipping = subject.adaptive(f"static:skip={rest}")
         with torch.no_grad():
             output = leaving(ids, output_hidden_states=True)
-            caches = [output.past_key_values, skipping(ids).past_key_values]
+            caches = [output[CACHE], skipping(ids)[CACHE]]
             for i in range(layer_idx, subject.layers):
                 states = output.hidden_states[i]
                 call = adapter.begin(leaving.parts, states, positions)[i].with_mask(_causal(ids.shape[1]))
@@ -144,9 +143,7 @@ def leave(subject: Subject) -> None:
             for t in range(3):  # a cache whose layers came out of step would fail here
                 last = logits[0].argmax(-1)[:, -1:]
                 found = leaving(last, past_key_values=caches[0])
-                expect(
-                    found.past_key_values.get_seq_length() == ids.shape[1] + 2 + t, "one more token", "not", leave.look
-                )
+                expect(found[CACHE].get_seq_length() == ids.shape[1] + 2 + t, "one more token", "not", leave.look)
 
 
 @check("parallel equals stepwise", look="ModelAdapter.begin and project_kv: a token may depend on nothing after it")
@@ -190,7 +187,7 @@ def causal_effect(subject: Subject) -> None:
 
     def next_logits(layer_idx: int | None, part: int) -> Any:
         with torch.no_grad():
-            cache = skipping(ids).past_key_values
+            cache = skipping(ids)[CACHE]
             if layer_idx is not None:
                 held = cache.held(layer_idx)[part]
                 held.add_(torch.randn(held.shape, generator=torch.Generator().manual_seed(1)))
