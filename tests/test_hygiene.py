@@ -263,9 +263,7 @@ def test_layer_without_a_cache_is_named():
     for i, layer in enumerate(network.model.layers):
         network.model.layers[i] = Cacheless()
         network.model.layers[i].self_attn = layer.self_attn
-    with pytest.raises(
-        AdapterError, match=r"Cacheless takes none of cache, .* in Layout.cache_argument"
-    ):
+    with pytest.raises(AdapterError, match=r"Cacheless takes none of cache, .* in Layout.cache_argument"):
         AdaptiveModel(network, Minimal())
 
 
