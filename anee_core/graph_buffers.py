@@ -10,6 +10,8 @@ from torch import Tensor
 
 from anee_core.adapter import LayerCall
 from anee_core.cache import AdaptiveCache
+from anee_core.graph_gate import GateBuffers
+from anee_core.layer_step import GateCall
 
 S = TypeVar("S")
 H = TypeVar("H")
@@ -23,7 +25,26 @@ class Graph(Protocol):
         ...
 
 
-Capture = Callable[[Callable[[], None]], Graph]
+class Capture(Protocol):
+    """What captures work in graphs."""
+
+    def __call__(self, work: Callable[[], None]) -> Graph:
+        """Do some work once, for libraries to set themselves up, and capture it.
+
+        Raises:
+            RuntimeError: something in it cannot be captured.
+        """
+        ...
+
+    def only_if(self, flag: Tensor, work: Callable[[], None]) -> None:
+        """Within work that is being captured, let this part be done in a replay only if a bool is then true.
+
+        While the work is done to set things up, this is done in any case.
+
+        Raises:
+            RuntimeError: the device knows no such graphs.
+        """
+        ...
 
 
 class Graphs:
@@ -41,6 +62,7 @@ class Graphs:
         self.calls: Buffers[LayerCall, LayerCall] = Buffers(_like_call, _fill_call)
         self.masks: Buffers[Tensor | None, Tensor] = Buffers(self._new_mask, self._fill_mask)
         self._capacity, self._used = capacity, 0
+        self._gate: GateBuffers | None = None
         self._captured: dict[Hashable, tuple[Graph, object]] = {}
 
     def begin(self, slot: int, used: int) -> None:
@@ -49,6 +71,13 @@ class Graphs:
         self._used = used
         self.calls.release()
         self.masks.release()
+
+    def gate(self, call: GateCall) -> GateBuffers:
+        """Return the buffers that hold what a gate is told."""
+        if self._gate is None or not self._gate.serves(call):
+            self._gate = GateBuffers(call, self.states)
+        self._gate.fill(call)
+        return self._gate
 
     def launch(self, key: Hashable, work: Callable[[], None], capture: Capture, keep: object = None) -> None:
         """Replay the graph of some work on the buffers; capture it before, if that was not done yet.

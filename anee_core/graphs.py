@@ -3,7 +3,8 @@
 A graph repeats what was captured, on the same addresses. So whatever changes from token to token lies in buffers that
 stay: hidden states, positions, rotary angles, masks over all the slots there is room for, the slot of the new token.
 The layers' graphs hand the hidden states on in one of them, and a layer that a token skips has a graph of its own: a
-forward is a choice of graphs, launched one after the other, without a question to the device in between.
+forward is a choice of graphs, launched one after the other, without a question to the device in between. Where a
+linear gate decides, one graph holds all layers, each under a condition.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ from torch import Tensor
 
 from anee_core.adapter import LayerCall, ModelAdapter
 from anee_core.cache import AdaptiveCache
-from anee_core.graph_buffers import Capture, Graph, Graphs, SlotWriter
+from anee_core.cuda_capture import CudaCapture
+from anee_core.graph_buffers import Capture, Graphs, SlotWriter
 from anee_core.interfaces import Shortcut
-from anee_core.layer_step import LayerStep, Places, Stack, StepAround, TokenState, devices_of
+from anee_core.layer_step import GateCall, LayerStep, Places, Stack, StepAround, TokenState, devices_of
 from anee_core.layout import Parts
 from anee_core.watched import hooked, undisturbed
 
@@ -30,29 +33,6 @@ logger = logging.getLogger(__name__)
 
 _MOST = 4
 """Caches whose graphs are kept: those of a fifth take the place of the ones that were not used for longest."""
-
-
-class CudaCapture:
-    """Captures what work launches on the current GPU.
-
-    Nothing that a graph computes lives on but in buffers from outside, so all graphs may use the same memory.
-    """
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, work: Callable[[], None]) -> Graph:
-        """Run ``work`` once, for libraries to set themselves up, and then capture it."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
-        return graph
 
 
 class GraphStep(StepAround):
@@ -84,6 +64,8 @@ class GraphStep(StepAround):
         self._own = _Workspace()
         self._model = _Model(None, ())
         self._failed: str | None = None
+        self._undivided: str | None = None
+        """Why a gate cannot decide within a graph, if it cannot."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy captures its own model."""
@@ -130,9 +112,10 @@ class GraphStep(StepAround):
         if graphs is None:
             return super().all_layers(hidden_states, stack, cache)
         first = stack.states[:, :1]
-        asks = stack.gate is not None or stack.dropping is not None
-        if asks or not bool(((stack.states == first) & (first >= TokenState.SKIPPED)).all()):
+        if stack.dropping is not None or not bool(((stack.states == first) & (first >= TokenState.SKIPPED)).all()):
             return None
+        if stack.gate is not None:
+            return self._gated(graphs, hidden_states, stack, stack.gate, cache)
         graphs.states.copy_(hidden_states)
         for layer_idx, state in enumerate(first.flatten().tolist()):
             if state == TokenState.RUNS:
@@ -168,6 +151,51 @@ class GraphStep(StepAround):
         graphs.states.copy_(hidden_states)
         return self._skip(graphs, layer_idx, call, None, cache)
 
+    def _gated(
+        self, graphs: Graphs, hidden_states: Tensor, stack: Stack, call: GateCall, cache: AdaptiveCache
+    ) -> Tensor | None:
+        """Launch one graph of all layers, in which a gate decides; None if there cannot be such a graph."""
+        if self._undivided is not None:
+            return None
+        graphs.states.copy_(hidden_states)
+        gate, shortcut, layers = graphs.gate(call), stack.shortcut, len(self._parts.layers)
+        place, told = graphs.calls.hold(stack.call)
+        masks = [graphs.masks.hold(mask) for mask in stack.masks]
+        writers = [SlotWriter(cache, layer_idx, graphs.slot) for layer_idx in range(layers)]
+
+        def run(layer_idx: int, runs: Tensor) -> None:
+            # A row that skips the layer gets the same keys and values from it.
+            mask, writer = masks[layer_idx][1], writers[layer_idx]
+            output = self._adapter.run(self._parts, layer_idx, graphs.states, told.with_mask(mask), writer)
+            graphs.states.copy_(output.where(runs[:, None, None], _shortened(shortcut, layer_idx, graphs.states)))
+
+        def skip(layer_idx: int) -> None:
+            self._project(layer_idx, graphs.states, told, writers[layer_idx])
+            graphs.states.copy_(_shortened(shortcut, layer_idx, graphs.states))
+
+        def work() -> None:
+            wanted = gate.wanted
+            for layer_idx in range(layers):
+                runs, wanted = gate.decide(layer_idx, graphs.states, wanted)
+                if gate.always[layer_idx]:
+                    run(layer_idx, runs)
+                    continue
+                somebody = runs.any()
+                nobody = ~somebody
+                self._capture.only_if(somebody, partial(run, layer_idx, runs))
+                self._capture.only_if(nobody, partial(skip, layer_idx))
+
+        key = "gate", id(gate), place, tuple(which for which, _ in masks), id(shortcut)
+        try:
+            graphs.launch(key, work, self._capture, keep=(gate, shortcut))
+        except RuntimeError as error:
+            self._undivided = str(error)
+            logger.warning("the gate of %s asks the host at each layer: %s", type(self._parts.model).__name__, error)
+            return None
+        gate.record(call)
+        stack.states.copy_(gate.runs[..., None].to(torch.uint8) + TokenState.SKIPPED)  # the one host read
+        return graphs.states.clone()
+
     def _run(self, graphs: Graphs, layer_idx: int, call: LayerCall, mask: Tensor | None, cache: AdaptiveCache) -> None:
         place, told = graphs.calls.hold(call)
         which, seen = graphs.masks.hold(mask)
@@ -186,11 +214,13 @@ class GraphStep(StepAround):
         writer = SlotWriter(cache, layer_idx, graphs.slot)
 
         def work() -> None:
-            writer.update(*self._adapter.project_kv(self._parts, layer_idx, graphs.states, told), layer_idx)
-            if shortcut is not None:
-                graphs.states.add_(shortcut.estimate(layer_idx, graphs.states))
+            self._project(layer_idx, graphs.states, told, writer)
+            graphs.states.copy_(_shortened(shortcut, layer_idx, graphs.states))
 
         self._launch(graphs, ("skip", layer_idx, place, id(shortcut)), work, keep=shortcut)
+
+    def _project(self, layer_idx: int, hidden_states: Tensor, call: LayerCall, writer: SlotWriter) -> None:
+        writer.update(*self._adapter.project_kv(self._parts, layer_idx, hidden_states, call), layer_idx)
 
     def _launch(self, graphs: Graphs, key: Hashable, work: Callable[[], None], keep: object = None) -> None:
         if self._failed is None:
@@ -200,6 +230,11 @@ class GraphStep(StepAround):
                 self._failed = f"a layer could not be captured: {error}"
                 logger.warning("%s runs by its own modules: %s", type(self._parts.model).__name__, self._failed)
         return work()
+
+
+def _shortened(shortcut: Shortcut | None, layer_idx: int, hidden_states: Tensor) -> Tensor:
+    """Return what a token that skips the layer goes on with, [B, 1, D]."""
+    return hidden_states if shortcut is None else hidden_states + shortcut.estimate(layer_idx, hidden_states)
 
 
 @dataclass(frozen=True)

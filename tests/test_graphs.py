@@ -32,8 +32,12 @@ class Recorder(TorchDispatchMode):
         return result
 
     def replay(self):
-        """Do it all again, on the same tensors, into the same tensors."""
+        """Do it all again, on the same tensors, into the same tensors; where there is a condition, only if it holds."""
         for function, args, kwargs, result in self.operations:
+            if isinstance(function, Recorder):
+                if args[0]:
+                    function.replay()
+                continue
             again = function(*args, **kwargs)
             for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
@@ -45,14 +49,27 @@ class Captures:
 
     def __init__(self):
         self.count = self.replays = 0
+        self._recorder = None
 
     def __call__(self, work):
         self.count += 1
         work()
-        recorder = Recorder()
+        recorder = self._recorder = Recorder()
         with recorder:
             work()
+        self._recorder = None
         return _Counted(self, recorder)
+
+    def only_if(self, flag, work):
+        outer, inner = self._recorder, Recorder()
+        if outer is None:
+            work()
+            return
+        before = len(outer.operations)
+        with inner:
+            work()
+        del outer.operations[before:]  # they reach both
+        outer.operations.append((inner, (flag,), {}, None))
 
 
 class _Counted:
@@ -117,15 +134,86 @@ def test_logits_and_cache_after_each_token(family):
     assert captures.replays == 11 * layers  # the first token finds out where the cache lies
 
 
-def test_an_unguessed_gate_goes_layer_by_layer(tmp_path):
+GATED = "gate:{},protect={},first=2,window=8"
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """Return the folder of a gate and shortcuts."""
     for part in gate_weights():
         part.save(tmp_path)
-    network, policy = build("llama"), f"gate:{tmp_path},protect=1 1+shortcuts:{tmp_path}"
+    return tmp_path
+
+
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize(
+    ("batch", "hard", "more"),
+    [(1, False, ""), (1, True, "+shortcuts:{}"), (3, True, "+window:sinks=1,recent=6"), (3, False, "+shortcuts:{}")],
+)
+def test_a_gate_decides_within_one_graph(fitted, family, batch, hard, more):
+    network = build(family)
+    policy = GATED.format(fitted, "1 1") + more.format(fitted)
+    slow = adaptive(network, policy, 0.6, hard=hard, fast=False)
+    fast, captures = captured(network, policy, 0.6, hard=hard)
+    found, wanted = decoded(fast, tokens(batch, 5), new=26), decoded(slow, tokens(batch, 5), new=26)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1].ran, wanted[1].ran)
+    assert torch.equal(found[1].held, wanted[1].held)
+    assert found[1].flops == wanted[1].flops
+    assert 0.2 < wanted[1].ran[1:-1].float().mean() < 0.9
+    assert captures.count <= (2 if "window" in more else 1)  # a cache that drops comes to lie elsewhere
+    assert captures.replays == 24  # one for each token but the two that find out where the cache lies
+
+
+def test_keys_and_values_are_there_whether_a_row_or_nobody_runs_a_layer(fitted):
+    network, policy = build("llama"), GATED.format(fitted, "0 0") + f"+shortcuts:{fitted}"
+    slow, (fast, captures) = adaptive(network, policy, 0.4, fast=False), captured(network, policy, 0.4)
+    ids, caches, ran = tokens(2, 30), [], []
+    for model in (slow, fast):
+        caches.append(cache := model.new_cache(64))
+        with torch.no_grad():
+            for token in ids.split(1, dim=1):
+                model(token, past_key_values=cache)
+                ran.append(model.last_trace.ran.sum(1).flatten())
+    assert torch.equal(torch.stack(ran[30:]), torch.stack(ran[:30]))
+    assert {0, 1, 2} == set(torch.stack(ran).flatten().tolist())
+    assert captures.replays == 28
+    for layer_idx in range(len(slow.parts.layers)):
+        for ours, theirs in zip(caches[1].held(layer_idx), caches[0].held(layer_idx), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_each_gate_is_captured_by_itself(fitted):
+    network = build("llama")
+    slow, (fast, captures) = adaptive(network, fast=False), captured(network)
+    ids, cache, twin = tokens(1, 40), fast.new_cache(64), slow.new_cache(64)
+    with torch.no_grad():
+        for t, token in enumerate(ids.split(1, dim=1)):
+            if t % 10 == 0:
+                policy = adaptive(network, GATED.format(fitted, "1 1" if t % 20 == 0 else "2 0"), 0.6).policy
+                fast.engine = Engine(fast.adapter, fast.parts, policy, 0.6, step=fast.engine.step)
+                slow.set_policy(policy, 0.6)
+            found, wanted = fast(token, past_key_values=cache).logits, slow(token, past_key_values=twin).logits
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    assert captures.count == 4
+    assert captures.replays == 38
+
+
+def test_a_gate_asks_the_host_where_no_graph_knows_conditions(fitted, caplog):
+    network, policy = build("llama"), GATED.format(fitted, "1 1") + f"+shortcuts:{fitted}"
     slow, (fast, captures) = adaptive(network, policy, 0.7, fast=False), captured(network, policy, 0.7)
+
+    def refuse(flag, work):
+        raise RuntimeError("this torch has no conditional nodes")
+
+    captures.only_if = refuse
     found, wanted = decoded(fast, tokens(1, 9), new=16), decoded(slow, tokens(1, 9), new=16)
     assert torch.equal(found[0], wanted[0])
     assert torch.equal(found[1].ran, wanted[1].ran)
     assert captures.replays == 14 * len(slow.parts.layers)
+    assert "conditional nodes" in caplog.text
+    assert len(caplog.records) == 1
+    assert fast.slow_because is None
 
 
 def test_shortcuts_are_part_of_a_graph(tmp_path):
