@@ -162,7 +162,7 @@ def test_a_gate_decides_within_one_graph(fitted, family, batch, hard, more):
     assert found[1].flops == wanted[1].flops
     assert 0.2 < wanted[1].ran[1:-1].float().mean() < 0.9
     assert captures.count <= (2 if "window" in more else 1)  # a cache that drops comes to lie elsewhere
-    assert captures.replays == 24  # one for each token but the two that find out where the cache lies
+    assert captures.replays == 25 - captures.count  # the first token in each place finds out that it is there
 
 
 def test_keys_and_values_are_there_whether_a_row_or_nobody_runs_a_layer(fitted):
