@@ -39,7 +39,7 @@ def bench(
         bool, typer.Option("--compiled", help="With transformers compiled, static cache: takes minutes.")
     ] = False,
     peers: Annotated[
-        bool, typer.Option("--peers", help="With llama.cpp and CTranslate2, where installed, at batch 1.")
+        bool, typer.Option("--peers", help="With llama.cpp, CTranslate2 and OpenVINO, where installed, at batch 1.")
     ] = False,
     weights: Annotated[
         list[str] | None, typer.Option("--weights", help="With int8 or int4 weights too; may be repeated.")

@@ -1,4 +1,4 @@
-"""Other engines that generate with the same weights, for `anee bench`: llama.cpp and CTranslate2, where installed."""
+"""Other engines that generate with the same weights, where installed, for `anee bench`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from anee_core.apart import Apart, Run, Start
 from anee_core.errors import AneeError, MissingPackageError, ModelError
 from anee_core.gguf_file import token_of, write_gguf
+from anee_core.openvino_model import write_openvino
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def peers(
         apart: starts an engine; by default in a process of its own.
     """
     found = {}
-    for name, prepare in (("llama.cpp", _llama_cpp), ("CTranslate2", _ctranslate2)):
+    for name, prepare in (("llama.cpp", _llama_cpp), ("CTranslate2", _ctranslate2), ("OpenVINO", _openvino)):
         try:
             found[name] = apart(prepare(network, tokenizer, folder, positions))
         except AneeError as error:
@@ -126,5 +128,33 @@ def _ctranslate2_generator(folder: Path, kind: str, tokenizer: Any, threads: int
             [tokenizer.convert_ids_to_tokens(prompt[0].tolist())], max_length=count, min_length=count, sampling_topk=1,
             include_prompt_in_result=False, callback=see,
         )  # fmt: skip
+
+    return run
+
+
+def _openvino(network: Any, tokenizer: Any, folder: Path, positions: int) -> Start:
+    path = folder / "openvino.xml"
+    return partial(_openvino_request, path, write_openvino(network, path), torch.get_num_threads())
+
+
+def _openvino_request(path: Path, precision: str, threads: int) -> Run:
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "KV_CACHE_PRECISION": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request: Any = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+
+    def run(prompt: Tensor, count: int, streamer: Any) -> None:
+        streamer.put(prompt)
+        request.reset_state()
+        ids, positions = prompt.numpy(), np.arange(prompt.shape[1])[None]
+        for _ in range(count):
+            inputs = {"input_ids": ids, "position_ids": positions, "beam_idx": np.zeros(1, np.int32)}
+            ids, positions = request.infer(inputs)[0][:, -1].argmax(-1)[None], positions[:, -1:] + 1
+            streamer.put(torch.from_numpy(ids[0]))
 
     return run

@@ -18,9 +18,10 @@ from anee_core.apart import Apart
 from anee_core.bench import BenchOptions, Stopwatch, measure
 from anee_core.errors import MissingPackageError, ModelError
 from anee_core.gguf_file import write_gguf
+from anee_core.openvino_model import write_openvino
 from anee_core.peers import peers
 
-PACKAGES = ("llama_cpp", "xllamacpp", "ctranslate2")
+PACKAGES = ("llama_cpp", "xllamacpp", "ctranslate2", "openvino")
 here = partial(peers, apart=lambda start: start())
 """Engines in this process."""
 
@@ -69,7 +70,7 @@ def test_engines_that_are_not_installed_take_no_part(tmp_path, monkeypatch, capl
     for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)
     assert peers(build("llama"), None, tmp_path, 16) == {}
-    assert caplog.text.count("takes no part") == 2
+    assert caplog.text.count("takes no part") == 3
 
 
 def pretend(monkeypatch, package, **contents):
@@ -154,3 +155,35 @@ def test_an_engine_that_brings_its_process_down_is_an_error():
     run = Apart(partial(partial, os._exit))  # which takes no prompt
     with pytest.raises(ModelError, match="ended"):
         run(torch.tensor([[4, 5]]), 3, Tokens())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_openvino_writes_what_transformers_writes(family, tmp_path, monkeypatch):
+    for package in ("llama_cpp", "xllamacpp", "ctranslate2"):
+        monkeypatch.setitem(sys.modules, package, None)
+    network = build(family)
+    run = here(network, None, tmp_path, 16)["OpenVINO"]
+    for prompt in (torch.tensor([[4, 5, 17, 80]]), torch.tensor([[9, 30]])):
+        seen = Tokens()
+        run(prompt, 6, seen)
+        known = network.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert torch.cat([tokens.flatten() for tokens in seen]).tolist() == known[0].tolist()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+@pytest.mark.parametrize(
+    ("family", "dtype", "named"),
+    [("mistral", torch.float32, "windows"), ("llama", torch.float16, "does not compute in float16")],
+)
+def test_what_openvino_would_not_compute_alike_is_an_error(family, dtype, named, tmp_path):
+    with pytest.raises(ModelError, match=named):
+        write_openvino(build(family).to(dtype), tmp_path / "model.xml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_openvino_cannot_convert_is_an_error(tmp_path):
+    network = build("llama")
+    network.model.norm.forward = torch.special.bessel_j0
+    with pytest.raises(ModelError, match="cannot convert a LlamaForCausalLM"):
+        write_openvino(network, tmp_path / "model.xml")
