@@ -14,7 +14,7 @@ _COLUMNS = (
     "contender", "ms/token", "spread", "speedup", "layers run", "against ideal", "of bandwidth", "prompt ms",
     "prompt speedup",
 )  # fmt: skip
-_PARTS = ("ms per token after the prompt", "layers", "head", "policy, cache, Python")
+_PARTS = ("ms per token after the prompt", "layers", "of them attention", "policy", "head", "cache, Python")
 
 
 def bench(
@@ -118,12 +118,16 @@ def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list
         for r in found["records"]
     ]
     parts = [
-        [r["contender"], *(f"{r['parts'][name]:.1f}" for name in ("layers", "head", "rest"))]
+        [r["contender"], *(_number(r["parts"].get(name)) for name in ("layers", "attention", "policy", "head", "rest"))]
         for r in found["records"]
         if r["parts"]
     ]
     title = f"{found['title']} (memory is read at {found['read_gb_per_s']:.1f} GB/s)"
     return [(title, _COLUMNS, rows), *([("", _PARTS, parts)] if parts else [])]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def _written(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> str:

@@ -129,8 +129,10 @@ class Contender:
         made = [step.ran for step in self.model.last_trace.steps if step.phase == "decode"]
         return float(torch.cat(made, dim=2).float().mean())
 
-    def parts(self, prompt: Tensor, count: int) -> dict[str, float]:
-        """Return the milliseconds per token after the prompt that layers, head and rest take, in a run of its own."""
+    def parts(self, prompt: Tensor, count: int) -> dict[str, float | None]:
+        """Return the milliseconds per token after the prompt that `TimedStep` tells apart, and the rest, in a run of
+        its own.
+        """
         if self.model is None:
             return {}
         engine = self.model.engine
@@ -139,8 +141,10 @@ class Contender:
         watch = Stopwatch(timed.reset)
         self.run(prompt, count, watch)
         self.model.engine = engine
-        known = {name: seconds / (count - 1) * 1000 for name, seconds in timed.seconds.items()}
-        return {**known, "rest": (watch.marks[-1] - watch.marks[1]) / (count - 1) * 1000 - sum(known.values())}
+        each = 1000 / (count - 1)
+        known = {name: None if seconds is None else seconds * each for name, seconds in timed.close().items()}
+        told = sum(known[name] or 0.0 for name in ("layers", "policy", "head"))
+        return {**known, "rest": (watch.marks[-1] - watch.marks[1]) * each - told}
 
 
 def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name: None) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,16 +11,11 @@ def uniform(layer: Tensor, position: Tensor, token: Tensor, salt: int) -> Tensor
 
     Each argument is mixed in by a multiply and a xor-shift over 31 bits, which int64 holds without overflow.
     """
-    parts: list[Any] = [layer, position, token]
-    if layer.is_cpu:  # NumPy's operators do the same, and begin sooner
-        parts = [part.numpy() for part in parts]
-    state: Any = (0x2545F491 + 0x9E3779B * salt) & 0x7FFFFFFF
-    for value in parts:
+    state = torch.full_like(layer, (0x2545F491 + 0x9E3779B * salt) & 0x7FFFFFFF)
+    for value in (layer, position, token):
         state = (state ^ (value * 0x1B873593 + 0x165667B1)) & 0x7FFFFFFF
         state = (state * 0x45D9F3B) & 0x7FFFFFFF
         state = (state ^ (state >> 15)) & 0x7FFFFFFF
         state = (state * 0x2C1B3C6D) & 0x7FFFFFFF
         state = state ^ (state >> 13)
-    state = torch.from_numpy(state) if layer.is_cpu else state
-    drawn: Tensor = state.double() / 0x80000000
-    return drawn
+    return state.double() / 0x80000000

@@ -227,6 +227,11 @@ class StepAround:
         self._step = step
 
     @property
+    def inner(self) -> LayerStep:
+        """The step."""
+        return self._step
+
+    @property
     def slow_because(self) -> str | None:
         """What the step says."""
         return self._step.slow_because

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,8 @@ def write_openvino(network: Any, path: Path) -> str:
         past = [part for layer in layers for part in (layer.keys, layer.values)]
         example = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[3, 4]]), *past
         try:
-            model = openvino.convert_model(_Flat(whole).eval(), example_input=example)
+            with _logging_kept():
+                model = openvino.convert_model(_Flat(whole).eval(), example_input=example)
         except Exception as error:  # both the trace and the conversion fail in ways of their own
             raise ModelError(f"it cannot convert a {type(network).__name__}: {' '.join(str(error).split())}") from error
     _hold_states(model, [part.shape for part in past])
@@ -55,6 +59,18 @@ def _computed(openvino: Any) -> set[str]:
     """Return the dtypes that it computes in here."""
     known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {{"FP32": "F32"}.get(name, name) for name in known}
+
+
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Put the root logger back: the converter sets it up for itself, and leaves it so where it fails."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
 
 
 class _Past:

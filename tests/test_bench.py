@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from tiny import adaptive, build, gate_weights, tokens
 from transformers import GPT2Config
 
 from anee_core import bench, shapes
 from anee_core.bench import BenchOptions, Stopwatch
+from anee_core.engine import Engine
 from anee_core.errors import InputError
+from anee_core.timed_step import TimedStep
 
 
 def test_bench_from_the_command_line(llama_folder, tmp_path, run_anee):
@@ -48,7 +51,13 @@ def test_bench_from_the_command_line(llama_folder, tmp_path, run_anee):
     assert written.startswith(f"## {record['title']}")
     ours = [row for row in record["records"] if row["parts"]]
     assert len(ours) == 8
-    assert all(row["parts"][name] > 0 for row in ours for name in ("layers", "head", "rest"))
+    assert all(row["parts"][name] > 0 for row in ours for name in ("layers", "policy", "head", "rest"))
+    for row in ours:
+        attention = row["parts"]["attention"]
+        if row["contender"] == "ANEE dense, own modules":
+            assert attention is None
+        else:
+            assert 0 < attention < row["parts"]["layers"]
     # A second size is added; the first is not measured again.
     assert run_anee(*arguments, "--batch", "2", "--batch", "1").code == 0
     both = json.loads(out.read_text())["records"]
@@ -103,3 +112,17 @@ def test_wrong_names_are_errors(llama_folder, tmp_path, run_anee):
         in run_anee("bench", llama_folder, "--policy", "static:skip=1@much", *out).err
     )
     assert "device 'nowhere' cannot be used" in run_anee("bench", llama_folder, "--device", "nowhere", *out).err
+
+
+def test_what_is_decided_within_the_library_is_told_apart(tmp_path):
+    for part in gate_weights():
+        part.save(tmp_path)
+    model = adaptive(build("llama"), f"gate:{tmp_path},protect=1 1", 0.7)
+    timed = TimedStep(model.engine.step)
+    model.engine = Engine(model.adapter, model.parts, model.engine.policy, step=timed)
+    model.decode(tokens(1, 9), max_new_tokens=6, eos_token_id=[])
+    inside, taken = timed.inside.decisions, timed.close()
+    assert 0 < inside < taken["policy"]
+    assert 0 < taken["attention"] < taken["layers"]
+    model.decode(tokens(1, 9), max_new_tokens=6, eos_token_id=[])
+    assert timed.inside.decisions == inside  # nobody looks at a watch any more

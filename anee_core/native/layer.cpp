@@ -144,6 +144,7 @@ static void run(const Layer& layer, const Tokens& tokens) {
         product<T>(layer.query, normed, count, queries, thread, threads);
         write_cache<T>(layer, tokens, normed, keys, values, thread, threads);
 
+        double since = tokens.seconds ? omp_get_wtime() : 0;
         Range range = share((count + QUERIES - 1) / QUERIES * layer.heads, 1, thread, threads);
         for (int task = range.first; task < range.last; task++) {
             int first = task / layer.heads * QUERIES, head = task % layer.heads, some = std::min(QUERIES, count - first);
@@ -152,6 +153,7 @@ static void run(const Layer& layer, const Tokens& tokens) {
             attend_some<T>(layer, tokens, first, some, head, queries, attended, scores[thread]);
         }
 #pragma omp barrier
+        if (thread == 0) took(tokens, ATTENTION, since);
         range = product<T>(layer.output, attended, count, summed, thread, threads);
         norm_whole<T>(layer.attended_norm, summed, count, width, thread, threads);
         each_number(layer.attended_norm, range, count, width, thread, threads, [&](int m, int r) {

@@ -244,7 +244,9 @@ static void stack(const Layers& all, Tokens tokens, T* states) {
         tokens.threads = all.threads[l];
         if (all.interaction) tokens.start = storage.start;
         uint8_t* here = all.states + int64_t(l) * count;
+        double since = tokens.seconds ? omp_get_wtime() : 0;
         if (all.gate) decide(*all.gate, all.count, l, tokens, states, layer.width, here, scores.data());
+        took(tokens, DECISIONS, since);
         Some running, skipping, deferred;
         for (int m = 0; m < count; m++) {
             if (here[m] == RUNS) running.add(tokens, m);
@@ -253,8 +255,10 @@ static void stack(const Layers& all, Tokens tokens, T* states) {
         }
         if (all.inputs)
             std::memcpy((T*)all.inputs + int64_t(l) * count * layer.width, states, count * layer.width * sizeof(T));
+        since = tokens.seconds ? omp_get_wtime() : 0;
         if (all.interaction)
             interact<T>(*all.interaction, l, layer, storage, tokens, here, kept.data(), kept_count.data(), tokens.used);
+        took(tokens, DECISIONS, since);
         // Skipped tokens first, so that later ones of the block see their keys and values.
         skipping.portions(tokens, [&](const Tokens& these) {
             project<T>(layer, these);

@@ -19,7 +19,7 @@ from anee_core.native.head import NativeHead, NativeNorm
 from anee_core.native.layers import NativeLayer
 from anee_core.native.pointers import UnfitError
 from anee_core.native.stack import NativeStack
-from anee_core.native.structs import LANES, PORTION, QUERIES, Tokens
+from anee_core.native.structs import LANES, PORTION, QUERIES, Seconds, Tokens
 from anee_core.recipe import Recipe
 from anee_core.watched import undisturbed
 
@@ -58,6 +58,8 @@ class NativeStep:
         self._own = _Workspace()
         self.slow_because: str | None = "nothing has been run"
         """Why layers run by their own modules, if they do."""
+        self.seconds: Seconds | None = None
+        """To which is added, if it is there, what attention and decisions take within the library."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy looks at its own model, and has a library, memory and threads of its own."""
@@ -263,6 +265,7 @@ class NativeStep:
         tokens.cos, tokens.sin = (None, None) if angles is None else angles[2:]
         tokens.place, tokens.row, tokens.column = where.pointers
         tokens.scratch = own.scratch.data_ptr()
+        tokens.seconds = None if self.seconds is None else addressof(self.seconds)
         tokens.start, tokens.used = span
         tokens.count, tokens.threads = where.count, threads
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <omp.h>
+
 #include "products.h"
 
 enum Norm : int32_t { RMS = 0, LAYER = 1, RMS_FROM_ONE = 2 };  // the last scales by 1 + weight
@@ -41,7 +43,15 @@ struct Tokens {
     const int64_t* column;
     const int32_t* kept;  // [B, kept_stride], the slots that a row's new token sees, kept_count [B] of them; null for all
     const int32_t* kept_count;
+    double* seconds;      // [2], to which is added what attention and what decisions take; null if nobody wants to know
     float* scratch;       // what NativeLayer.floats says for each token, then QUERIES (used + LANES) for each thread
     int64_t row_stride, head_stride, mask_stride, kept_stride, start;
     int32_t count, used, threads;
 };
+
+enum Part : int32_t { ATTENTION = 0, DECISIONS = 1 };
+
+// Adds the time since then to what a part takes; for one thread, between barriers.
+static inline void took(const Tokens& tokens, Part part, double since) {
+    if (tokens.seconds) tokens.seconds[part] += omp_get_wtime() - since;
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import ClassVar
 
@@ -113,6 +113,12 @@ class Layer(Structure):
     ]
 
 
+class Seconds(Structure):
+    """What parts of a stack take."""
+
+    _fields_: ClassVar = [("attention", c_double), ("decisions", c_double)]
+
+
 class Tokens(Structure):
     """The tokens of one call: where they lie among the states given, and where their keys and values belong."""
 
@@ -129,6 +135,7 @@ class Tokens(Structure):
         ("column", c_void_p),
         ("kept", c_void_p),
         ("kept_count", c_void_p),
+        ("seconds", c_void_p),
         ("scratch", c_void_p),
         ("row_stride", c_int64),
         ("head_stride", c_int64),
