@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from anee_core.conformance import ADAPTER_CHECKS
 
+pytestmark = pytest.mark.real  # a wheel and an environment for each distribution
+
 ROOT = Path(__file__).parents[1]
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 OWN = ("anee", "__editable__", "torchao")  # torchao slows each start by seconds and is not needed
@@ -163,7 +165,6 @@ def test_conformance_suite_is_in_the_wheel(environment):
     assert "2 passed" in done.stdout
 
 
-@pytest.mark.real
 def test_a_new_adapter_passes_as_written(environment):
     environment.run("anee", "new-adapter", "stablelm", "--output", "new")
     folder = environment.folder / "new" / "anee-stablelm"
