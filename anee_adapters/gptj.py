@@ -35,7 +35,10 @@ class GPTJAdapter(ModelAdapter):
     def project_kv(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
         """Turn neighbours, which the default does not."""
         keys, values = super().project_kv(parts, layer_idx, hidden_states, replace(call, position_embeddings=None))
-        sin, cos = _looked_up(parts, layer_idx, call.position_ids.to(keys.device), keys.dtype)
+        looked_up = call.position_embeddings
+        if looked_up is None:
+            looked_up = _looked_up(parts, layer_idx, call.position_ids.to(keys.device), keys.dtype)
+        sin, cos = looked_up
         return rotate_interleaved(keys, sin, cos), values
 
     def recipe(self, config: Any) -> Recipe | None:
