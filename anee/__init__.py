@@ -15,19 +15,19 @@ from anee.config import ANEEConfig
 from anee_core.errors import AneeError
 
 if TYPE_CHECKING:
+    from anee_core.accounting import Trace
     from anee_core.load import load
     from anee_core.model import AdaptiveModel
     from anee_core.policy import Policy
-    from anee_core.trace import Trace
 
 __all__ = ["ANEEConfig", "AdaptiveModel", "AneeError", "Policy", "Trace", "__version__", "load"]
 
 # torch and transformers take seconds to import: only what needs them pays.
 _WHERE = {
     "load": "anee_core.load",
-    "AdaptiveModel": "anee_core.model",
-    "Policy": "anee_core.policy",
-    "Trace": "anee_core.trace",
+    "AdaptiveModel": "anee_core.model.adaptive_model",
+    "Policy": "anee_core.policy.policy",
+    "Trace": "anee_core.accounting.trace",
 }
 
 

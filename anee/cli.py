@@ -12,11 +12,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from anee.bench import bench
-from anee.develop import conformance, new_adapter
-from anee.evaluation import evaluate, publish, report, sweep
-from anee.options import Budget, Device, Dtype, MaxNewTokens, Model, PolicyString, Prompt, Sample, SampleSeed, Weights
-from anee.training import calibrate, train
+from anee.commands.bench import bench
+from anee.commands.develop import conformance, new_adapter
+from anee.commands.evaluation import evaluate, publish, report, sweep
+from anee.commands.options import (
+    Budget,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    PolicyString,
+    Prompt,
+    Sample,
+    SampleSeed,
+    Weights,
+)
+from anee.commands.training import calibrate, train
 from anee_core.errors import AneeError
 
 app = typer.Typer(

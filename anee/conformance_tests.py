@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from anee_core.conformance import ADAPTER_CHECKS, Check, Subject
+from anee_core.conformance.check import Check
+from anee_core.conformance.subject import Subject
+from anee_core.conformance.suite import ADAPTER_CHECKS
 from anee_core.conformance.target import subjects
 from anee_core.errors import AneeError
 from anee_core.plugins import Plugins

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts, Recipe
-from anee_core.rotary import rotate_interleaved
+from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts, Recipe, rotate_interleaved
 
 
 class GPTJAdapter(ModelAdapter):

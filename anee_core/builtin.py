@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from anee_core.cache_policies import (
-    AsaCachePolicy,
-    FullCachePolicy,
-    H2OCachePolicy,
-    KeyNormCachePolicy,
-    RandomTokensCachePolicy,
-    SnapKVCachePolicy,
-    TovaCachePolicy,
-    WindowCachePolicy,
-)
-from anee_core.controllers import (
-    DenseController,
-    GateController,
-    HeuristicController,
-    RandomController,
-    StaticController,
-)
+from anee_core.cache_policies.asa import AsaCachePolicy
+from anee_core.cache_policies.full import FullCachePolicy
+from anee_core.cache_policies.h2o import H2OCachePolicy
+from anee_core.cache_policies.knorm import KeyNormCachePolicy
+from anee_core.cache_policies.random_tokens import RandomTokensCachePolicy
+from anee_core.cache_policies.snapkv import SnapKVCachePolicy
+from anee_core.cache_policies.tova import TovaCachePolicy
+from anee_core.cache_policies.window import WindowCachePolicy
+from anee_core.controllers.dense import DenseController
+from anee_core.controllers.gate import GateController
+from anee_core.controllers.heuristic import HeuristicController
+from anee_core.controllers.random import RandomController
+from anee_core.controllers.static import StaticController
 from anee_core.hookspecs import hookimpl
-from anee_core.interfaces import CachePolicy, Controller, Profiler, Shortcut
-from anee_core.policy import Policy
-from anee_core.profiler import SignalProfiler
-from anee_core.shortcuts import LowRankShortcut
+from anee_core.interfaces.cache_policy import CachePolicy
+from anee_core.interfaces.controller import Controller
+from anee_core.interfaces.profiler import Profiler
+from anee_core.interfaces.shortcut import Shortcut
+from anee_core.policy.policy import Policy
+from anee_core.policy.profiler import SignalProfiler
+from anee_core.policy.shortcuts import LowRankShortcut
 
 
 @hookimpl

@@ -14,7 +14,11 @@ from typing import Any
 import pluggy
 import torch
 
-from anee_core.interfaces import CachePolicy, Controller, ModelAdapter, Profiler, Shortcut
+from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.interfaces.cache_policy import CachePolicy
+from anee_core.interfaces.controller import Controller
+from anee_core.interfaces.profiler import Profiler
+from anee_core.interfaces.shortcut import Shortcut
 
 PROJECT = "anee"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -11,9 +11,13 @@ from typing import Any
 
 import pluggy
 
+from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.errors import PluginError, suggestion
 from anee_core.hookspecs import PROJECT, Hooks
-from anee_core.interfaces import CachePolicy, Controller, ModelAdapter, Profiler, Shortcut
+from anee_core.interfaces.cache_policy import CachePolicy
+from anee_core.interfaces.controller import Controller
+from anee_core.interfaces.profiler import Profiler
+from anee_core.interfaces.shortcut import Shortcut
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.interfaces import Action, Controller, DecisionContext, Observation
 from anee_core.model import AdaptiveModel
-from anee_core.policy import Policy
-from anee_core.profiler import SignalProfiler
-from anee_core.training.sequence import WholeSequences
+from anee_core.policy import Policy, SignalProfiler
 
 
 def hidden_states(model: AdaptiveModel, block: Tensor) -> list[Tensor]:

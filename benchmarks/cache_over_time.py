@@ -18,10 +18,10 @@ from rich.table import Table
 from torch import Tensor
 
 import anee
+from anee_core.bench.records import ending
+from anee_core.display import new_figure
 from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
-from anee_core.pictures import new_figure
-from anee_core.records import ending
 
 
 def watch(model: AdaptiveModel, prompt: Tensor, tokens: int) -> dict:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from anee_core.pictures import new_figure
-from anee_core.records import Records, ending
+from anee_core.bench.records import Records, ending
+from anee_core.display import new_figure
 
 
 def write_curves(

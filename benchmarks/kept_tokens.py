@@ -19,9 +19,9 @@ from token_kinds import Kinds, draw, print_averages
 from torch import Tensor
 
 import anee
+from anee_core.bench.records import ending
 from anee_core.evaluation import text_blocks
 from anee_core.model import AdaptiveModel
-from anee_core.records import ending
 
 
 def held_at_the_end(model: AdaptiveModel, block: Tensor) -> Tensor:

@@ -28,12 +28,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import anee
+from anee_core.bench.records import processor
 from anee_core.cache import AdaptiveCache
-from anee_core.cache_policies import AsaCachePolicy, AsaWeights
+from anee_core.cache_policies.asa import AsaCachePolicy, AsaWeights
 from anee_core.interfaces import CacheView
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy
-from anee_core.records import processor
 
 SHAPES = {"gpt2-small": (12, 768, 12), "gpt2-medium": (24, 1024, 16)}
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import anee
+from anee_core.bench.records import Records, ending
 from anee_core.errors import BudgetError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
-from anee_core.records import Records, ending
 
 BUDGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 COLUMNS = {

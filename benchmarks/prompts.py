@@ -19,9 +19,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 import anee
-from anee_core.bench import policy_and_budget
+from anee_core.bench.options import policy_and_budget
+from anee_core.bench.records import Records, ending
 from anee_core.model import AdaptiveModel
-from anee_core.records import Records, ending
 
 
 def seconds(model: AdaptiveModel, prompt: Tensor) -> float:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 import anee
-from anee_core.bench import policy_and_budget
-from anee_core.records import ending
+from anee_core.bench.options import policy_and_budget
+from anee_core.bench.records import ending
 
 PROMPTS = (
     "The capital of France is",

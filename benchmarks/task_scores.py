@@ -19,12 +19,12 @@ from contenders import NAMES, contenders
 from rich.console import Console
 
 import anee
-from anee.evaluation import run_tasks
-from anee_core.bench import policy_and_budget
+from anee.lm_eval.run_tasks import run_tasks
+from anee_core.bench.options import policy_and_budget
+from anee_core.bench.records import Records, ending
+from anee_core.display import new_figure
 from anee_core.errors import BudgetError
 from anee_core.model import AdaptiveModel
-from anee_core.pictures import new_figure
-from anee_core.records import Records, ending
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 import anee
+from anee_core.bench.records import Records, ending
 from anee_core.evaluation import text_blocks, text_quality
-from anee_core.records import Records, ending
 
 POLICIES = {
     "window": "window:sinks=0,keep={keep}",

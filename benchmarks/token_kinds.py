@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from anee_core.display import new_figure
 from anee_core.model import AdaptiveModel
-from anee_core.pictures import new_figure
 
 KINDS = (
     "first four", "line break", "punctuation", "number", "name or sentence start", "frequent word", "other word",

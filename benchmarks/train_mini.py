@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from anee_core.training.data import Batches, token_blocks
-from anee_core.training.loop import Objective, RunOptions, accelerator_of, run_training
+from anee_core.training.loop import accelerator_of, run_training
+from anee_core.training.objective import Objective
+from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import trapezoid
 
 END = "<|endoftext|>"

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import anee
-from anee.evaluation import run_tasks
+from anee.lm_eval.run_tasks import run_tasks
 
 SENTENCES = {"The capital of France is": "Paris", "One, two, three, four,": "five", "Hot is the opposite of": "cold"}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import anee
-from anee_core.report import replay, write_report
+from anee_core.evaluation import replay, write_report
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="smollm2")

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from anee.cli import main
-from anee_core.native.step import NativeStep
+from anee_core.steps.native.step import NativeStep
 
 torch.set_num_threads(1)  # layers this small only get slower on several
 

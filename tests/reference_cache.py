@@ -1,4 +1,4 @@
-"""The slow, obvious twin of `anee_core.cache.AdaptiveCache`: lists of tokens, nothing shared, nothing preallocated."""
+"""The slow, obvious twin of `anee_core.cache.adaptive_cache.AdaptiveCache`: lists of tokens, nothing shared, nothing preallocated."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, ragged, tokens
 
-from anee_core.accounting import executed_work, layer_work, stored_bytes
+from anee_core.accounting.work import executed_work, layer_work, stored_bytes
 from anee_core.conformance.cost import counted
 
 POLICIES = [

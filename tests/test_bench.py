@@ -7,11 +7,12 @@ import torch
 from tiny import adaptive, build, gate_weights, tokens
 from transformers import GPT2Config
 
-from anee_core import bench, shapes
-from anee_core.bench import BenchOptions, Stopwatch
+from anee_core.bench import random_models as shapes
+from anee_core.bench import speed as bench
+from anee_core.bench.options import BenchOptions
+from anee_core.bench.timing import Stopwatch, TimedStep
 from anee_core.engine import Engine
 from anee_core.errors import InputError
-from anee_core.timed_step import TimedStep
 
 
 def test_bench_from_the_command_line(llama_folder, tmp_path, run_anee):

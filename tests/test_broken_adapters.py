@@ -9,9 +9,9 @@ from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
 from anee_adapters import Gemma2Adapter, Gemma3Adapter, GPT2Adapter, GPTJAdapter, LlamaAdapter, MixtralAdapter
-from anee_core.accounting import Work
-from anee_core.conformance import ADAPTER_CHECKS, Subject
-from anee_core.rotary import rotate
+from anee_core.conformance.subject import Subject
+from anee_core.conformance.suite import ADAPTER_CHECKS
+from anee_core.interfaces import Work, rotate
 
 CHECKS = {check.name: check for check in ADAPTER_CHECKS}
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from anee_core.conformance import POLICY_CHECKS, PolicySubject
+from anee_core.conformance.policies import POLICY_CHECKS
+from anee_core.conformance.policy_subject import PolicySubject
 from anee_core.interfaces import Action, CachePolicy, Controller
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, ragged, tokens
 
+from anee_core.accounting import Budget
+from anee_core.engine.ledger import Ledger
 from anee_core.errors import BudgetError, PolicyError
 from anee_core.interfaces import Action, Controller, DecisionContext
-from anee_core.ledger import Budget, Ledger
 
 SPENDTHRIFT = "random:p=0,protect=1 1"
 

@@ -16,11 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import anee
 from anee_core.cache import AdaptiveCache
+from anee_core.cache.layer_store import LayerStore
+from anee_core.cache.masks import MaskMaker, additive, visible
+from anee_core.cache.slots import Slots
+from anee_core.cache.token_logs import UNKNOWN, FeedbackLog
+from anee_core.cache.writer import CacheWriter
 from anee_core.errors import CacheError
-from anee_core.feedback import UNKNOWN, FeedbackLog
-from anee_core.layer_store import CacheWriter, LayerStore
-from anee_core.masks import MaskMaker, additive, visible
-from anee_core.slots import Slots
 
 LAYERS, HEADS, WIDTH = 3, 2, 4
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}

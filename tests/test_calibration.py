@@ -8,7 +8,8 @@ import torch
 from tiny import PLUGINS, adaptive, build, tokens
 
 import anee
-from anee_core.calibration import CalibrationOptions, calibrate, fingerprint
+from anee_core.calibration import CalibrationOptions, calibrate
+from anee_core.calibration.fingerprint import fingerprint
 from anee_core.errors import InputError, PolicyError
 from anee_core.interfaces import Calibration
 
@@ -62,7 +63,7 @@ def test_interrupted_calibration_goes_on_where_it_stopped(anee_cache, monkeypatc
     for file in anee_cache.glob("*.json"):
         file.unlink()
 
-    from anee_core import calibration as module
+    from anee_core.calibration import importance as module
 
     measured = module._logits
     count = 0

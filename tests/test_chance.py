@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anee_core.chance import uniform
+from anee_core.interfaces import uniform
 
 
 def drawn(layer, position, token, salt):

@@ -9,14 +9,13 @@ import torch
 from tiny import adaptive, build, gate_weights, tokens
 
 import anee
-from anee_core.deferral import DeferredStep
 from anee_core.engine import Engine
 from anee_core.errors import InputError, ModelError, PolicyError
-from anee_core.graphs import GraphStep
 from anee_core.interfaces import Action, Controller
-from anee_core.native.step import NativeStep
-from anee_core.policy import Policy
-from anee_core.shortcuts import LowRankShortcut
+from anee_core.policy import LowRankShortcut, Policy
+from anee_core.steps.deferred import DeferredStep
+from anee_core.steps.graphs.graph_step import GraphStep
+from anee_core.steps.native.step import NativeStep
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 

@@ -289,7 +289,7 @@ def test_corrupt_saved_policy_is_one_readable_line(run_anee, llama_folder, tmp_p
 
 def test_clash_of_plugins_is_one_readable_line(run_anee, install, llama_folder):
     source = """
-        from anee_core.controllers import DenseController
+        from anee_core.controllers.dense import DenseController
         from anee_core.hookspecs import hookimpl
 
         @hookimpl

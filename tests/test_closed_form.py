@@ -5,9 +5,10 @@ import torch
 from tiny import adaptive, build, tokens
 
 import anee
+from anee_core.calibration import closed_form
+from anee_core.calibration.closed_form import FitOptions, fit, relative_error
+from anee_core.calibration.ridge import Moments
 from anee_core.errors import CheckpointError, InputError
-from anee_core.training import closed_form
-from anee_core.training.closed_form import FitOptions, Moments, fit, relative_error
 
 
 def pairs(inputs=6, outputs=5, count=400):

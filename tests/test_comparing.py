@@ -8,9 +8,9 @@ import torch
 from tiny import adaptive, build, ragged, tokens
 
 import anee
-from anee_core.conformance import PolicyConformance
+from anee_core.cache.token_logs import ScoreLog, compared
+from anee_core.conformance.suite import PolicyConformance
 from anee_core.interfaces import Action, Controller
-from anee_core.score_log import ScoreLog, compared
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def by_hand(scores, window):
 
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_counts_are_those_of_the_tokens_before(window, monkeypatch):
-    monkeypatch.setattr("anee_core.score_log._PIECE", 5)
+    monkeypatch.setattr("anee_core.cache.token_logs._PIECE", 5)
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 17, generator=generator)
     scores[torch.rand(3, 17, generator=generator) < 0.3] = torch.nan

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from anee_core.conformance import ADAPTER_CHECKS
 from anee_core.conformance.scaffold import guess_layout
+from anee_core.conformance.suite import ADAPTER_CHECKS
 from anee_core.conformance.tiny import read_configs, small_config
 from anee_core.errors import InputError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import CONFIGS, build
 
-from anee_core.conformance import ADAPTER_CHECKS
+from anee_core.conformance.suite import ADAPTER_CHECKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, ragged, stepwise, tokens
 
-from anee_core.cache_policies import WindowCachePolicy
+from anee_core.cache_policies.window import WindowCachePolicy
 from anee_core.errors import CacheError
 from anee_core.interfaces import CachePolicy
 from anee_core.policy import Policy

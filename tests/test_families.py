@@ -16,7 +16,8 @@ from transformers import (
 
 import anee
 from anee_adapters import LlamaAdapter, anee_adapters
-from anee_core.conformance import ADAPTER_CHECKS, PolicyConformance, Subject
+from anee_core.conformance.subject import Subject
+from anee_core.conformance.suite import ADAPTER_CHECKS, PolicyConformance
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import AdapterError, InputError, ModelError
 from anee_core.model import AdaptiveModel

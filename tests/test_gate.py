@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
-from anee_core.controllers import GateController, GateWeights
+from anee_core.calibration.shares import from_one_score
+from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.errors import BudgetError, CheckpointError, PolicyError
 from anee_core.interfaces import Setting
 from anee_core.policy import Policy
-from anee_core.training.shares import from_one_score
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}
 

@@ -7,13 +7,13 @@ import torch
 from tiny import adaptive, build, tokens
 
 import anee
+from anee_core.calibration import GateCalibration, calibrate_gate
+from anee_core.calibration import gate as gate_calibration
+from anee_core.calibration.closed_form import FitOptions
+from anee_core.calibration.shares import spent
 from anee_core.conformance.cost import spent_by_token
-from anee_core.controllers import GateWeights
+from anee_core.controllers.gate import GateWeights
 from anee_core.errors import BudgetError, CheckpointError, InputError
-from anee_core.training import gate_calibration
-from anee_core.training.closed_form import FitOptions
-from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
-from anee_core.training.shares import spent
 
 SMALL = GateCalibration(sequences=24, length=32, fit=FitOptions(rank=8), progress=False)
 

@@ -9,16 +9,17 @@ from safetensors.torch import load_file
 from tiny import FEW, adaptive, build, gate_weights, tokens
 
 import anee
-from anee_core.controllers import GateController, GateWeights
+from anee_core.calibration.shares import from_trained
+from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.errors import CheckpointError, InputError, TrainingError
 from anee_core.training import gate_run
 from anee_core.training.data import read_text
 from anee_core.training.gate import GatedModel, GateOptions
 from anee_core.training.gate_run import GateTraining, spending, train_gate, write
-from anee_core.training.loop import RunOptions, accelerator_of
+from anee_core.training.loop import accelerator_of
 from anee_core.training.reinforce import Reinforce, ReinforceOptions
 from anee_core.training.rl_run import RlTraining, train_rl, with_samples
-from anee_core.training.shares import from_trained
+from anee_core.training.run_options import RunOptions
 
 
 def gated(network, folder, **options):

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import anee
-from anee_core.cache_names import CACHE
+from anee_core.adapter.cache_names import CACHE
 from anee_core.conformance.subject import without_layers
 from anee_core.errors import InputError
 

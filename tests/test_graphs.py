@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anee_core.engine import Engine
-from anee_core.fast_step import step_for
-from anee_core.graphs import GraphStep
-from anee_core.layer_step import ReferenceStep
+from anee_core.steps.choice import step_for
+from anee_core.steps.graphs.graph_step import GraphStep
+from anee_core.steps.reference import ReferenceStep
 
 RANDOM = "random:p=0.4,protect=0 0"
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from anee_core.controllers import GateController, GateWeights
+from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.errors import AdapterError, InputError, ModelError
 from anee_core.interfaces import Layout, ModelAdapter
 from anee_core.model import AdaptiveModel
@@ -94,13 +94,13 @@ def test_host_reads_of_a_gated_token_do_not_grow_with_depth(monkeypatch):
 
 
 def _block(model, cache):
-    from anee_core.inputs import read_block
+    from anee_core.model.inputs import read_block
 
     return read_block(model.parts, tokens(1, 1), None, None, None, cache, None)
 
 
 def _trace():
-    from anee_core.trace import Trace
+    from anee_core.accounting import Trace
 
     return Trace()
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import anee
 from anee.wrapper import ANEEWrapper
-from anee_core.calibration import CalibrationOptions, fingerprint
+from anee_core.calibration import CalibrationOptions
+from anee_core.calibration.fingerprint import fingerprint
 from anee_core.errors import AneeError, InputError, ModelError
 
 IDS = torch.randint(2, 97, (2, 11), generator=torch.Generator().manual_seed(0))

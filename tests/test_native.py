@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import anee
-from anee_core.deferral import DeferredStep
 from anee_core.engine import Engine
 from anee_core.errors import InputError, ModelError
-from anee_core.native.build import library
-from anee_core.native.pointers import KINDS, Pointers
-from anee_core.native.step import MAX_TOKENS, NativeStep
-from anee_core.quantised import Int4Linear, Int8Linear
+from anee_core.steps.deferred import DeferredStep
+from anee_core.steps.native.build import library
+from anee_core.steps.native.pointers import KINDS, Pointers
+from anee_core.steps.native.step import MAX_TOKENS, NativeStep
+from anee_core.steps.quantised import Int4Linear, Int8Linear
 
 
 def apply(matrix, states, dtype, threads=2):

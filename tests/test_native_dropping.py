@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
-from anee_core.cache_policies import AsaCachePolicy, AsaWeights
-from anee_core.deferral import DeferredStep
+from anee_core.cache_policies.asa import AsaCachePolicy, AsaWeights
 from anee_core.engine import Engine
 from anee_core.errors import CheckpointError
-from anee_core.native.step import NativeStep
 from anee_core.policy import Policy
+from anee_core.steps.deferred import DeferredStep
+from anee_core.steps.native.step import NativeStep
 
 RANK = 5
 LAYER_POLICIES = {"dense": ("dense", None), "random": ("random:p=0.4,protect=0 0", None), "gate": ("gate", 0.7)}

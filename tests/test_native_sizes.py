@@ -6,12 +6,11 @@ from tiny import adaptive, stepwise, tokens
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import anee
-from anee_core.cache_policies import AsaCachePolicy, AsaWeights
-from anee_core.controllers import GateController, GateWeights
+from anee_core.cache_policies.asa import AsaCachePolicy, AsaWeights
+from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.errors import CacheError, InputError
-from anee_core.native import layers
-from anee_core.policy import Policy
-from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
+from anee_core.policy import LowRankShortcut, Policy, ShortcutWeights
+from anee_core.steps.native import layers
 
 LAYERS = 4
 

@@ -15,12 +15,14 @@ import torch
 from tiny import build, tokens
 from transformers import AutoModelForCausalLM
 
-from anee_core.apart import Apart
-from anee_core.bench import BenchOptions, Stopwatch, measure
+from anee_core.bench.options import BenchOptions
+from anee_core.bench.peers.engines import peers
+from anee_core.bench.peers.gguf_file import write_gguf
+from anee_core.bench.peers.openvino_model import write_openvino
+from anee_core.bench.peers.own_process import Apart
+from anee_core.bench.speed import measure
+from anee_core.bench.timing import Stopwatch
 from anee_core.errors import MissingPackageError, ModelError
-from anee_core.gguf_file import write_gguf
-from anee_core.openvino_model import write_openvino
-from anee_core.peers import peers
 
 PACKAGES = ("llama_cpp", "xllamacpp", "ctranslate2", "openvino")
 here = partial(peers, apart=lambda start: start())
@@ -102,7 +104,7 @@ class CountingLlama:
 
 def test_llama_cpp_takes_part(llama_folder, tmp_path, monkeypatch):
     pretend(monkeypatch, "llama_cpp", Llama=CountingLlama)
-    monkeypatch.setattr("anee_core.bench.peers", here)
+    monkeypatch.setattr("anee_core.bench.speed.peers", here)
     run = here(build("llama"), None, tmp_path, 16)["llama.cpp"]
     watch = Stopwatch()
     run(torch.tensor([[4, 5]]), 3, watch)

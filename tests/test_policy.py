@@ -11,15 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import anee
-from anee_core.cache_policies import FullCachePolicy, WindowCachePolicy
+from anee_core.cache_policies.full import FullCachePolicy
+from anee_core.cache_policies.window import WindowCachePolicy
 from anee_core.calibration import CalibrationOptions
-from anee_core.controllers import DenseController, HeuristicController, RandomController, StaticController
+from anee_core.controllers.dense import DenseController
+from anee_core.controllers.heuristic import HeuristicController
+from anee_core.controllers.random import RandomController
+from anee_core.controllers.static import StaticController
 from anee_core.errors import CheckpointError, PolicyError
 from anee_core.hookspecs import hookimpl
 from anee_core.interfaces import Controller
 from anee_core.plugins import Plugins
-from anee_core.policy import Policy, make_policy, parse_policy
-from anee_core.profiler import SignalProfiler
+from anee_core.policy import Policy, SignalProfiler, load_policy, make_policy, parse_policy
 
 PLUGINS = Plugins.discover()
 QUICK = CalibrationOptions(sequences=1, length=8, progress=False)
@@ -316,7 +319,7 @@ def test_saved_policy_decides_alike(family, text, budget, request, tmp_path, mon
 def test_saved_policy_holds_what_calibration_found(tiny_llama, tmp_path):
     model = anee.load(tiny_llama, "heuristic:protect=1 1", 0.7, calibration=QUICK)
     model.policy.save(tmp_path)
-    again = Policy.load(tmp_path, PLUGINS)
+    again = load_policy(tmp_path, PLUGINS)
     found, expected = again.calibration, model.policy.calibration
     assert torch.equal(found.importance, expected.importance)
     assert torch.equal(found.confidence, expected.confidence)
@@ -335,7 +338,7 @@ def test_saved_policy_can_be_given_as_string_or_path(tiny_llama, tmp_path):
 def test_saving_again_replaces_what_was_there(tiny_llama, tmp_path):
     anee.load(tiny_llama, "heuristic:protect=1 1", 0.7, calibration=QUICK).policy.save(tmp_path)
     parse("static:skip=2").save(tmp_path)
-    again = Policy.load(tmp_path, PLUGINS)
+    again = load_policy(tmp_path, PLUGINS)
     assert again.controller == StaticController(skip=(2,))
     assert again.calibration is None
 
@@ -380,7 +383,7 @@ def write(path, **changes):
 def refusal(path):
     """Return the message of the one readable error that loading gives, as a folder and as a policy string."""
     with pytest.raises(CheckpointError) as caught:
-        Policy.load(path, PLUGINS)
+        load_policy(path, PLUGINS)
     text = str(caught.value)
     assert "\n" not in text
     assert str(path) in text
@@ -391,7 +394,7 @@ def refusal(path):
 
 def test_the_folder_that_these_tests_spoil_loads(tmp_path):
     write(tmp_path)
-    assert Policy.load(tmp_path, PLUGINS).calibration.confidence.shape == (101,)
+    assert load_policy(tmp_path, PLUGINS).calibration.confidence.shape == (101,)
 
 
 @pytest.mark.parametrize("name", ["policy.json", "policy.safetensors"])
@@ -399,13 +402,13 @@ def test_missing_file_is_named(tmp_path, name):
     write(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} is missing; a policy folder has policy.json and policy.safet"):
-        Policy.load(tmp_path, PLUGINS)
+        load_policy(tmp_path, PLUGINS)
     assert "policy.json" in refusal(tmp_path)
 
 
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere/policy\.json is missing"):
-        Policy.load(tmp_path / "nowhere", PLUGINS)
+        load_policy(tmp_path / "nowhere", PLUGINS)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +532,7 @@ def test_no_pickle_is_written_or_read(tmp_path, tiny_llama, monkeypatch):
             patch.setattr(torch, name, fail)
         model = anee.load(tiny_llama, "heuristic:protect=1 1", 0.7, calibration=QUICK)
         model.policy.save(tmp_path)
-        Policy.load(tmp_path, PLUGINS)
+        load_policy(tmp_path, PLUGINS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
 
     target = tmp_path / "boom"

@@ -8,7 +8,8 @@ from tiny import adaptive, build, tokens
 
 from anee_core.errors import PolicyError
 from anee_core.interfaces import Action, Controller, Observation
-from anee_core.profiler import SignalProfiler, distribution_signals
+from anee_core.policy import SignalProfiler
+from anee_core.policy.profiler import distribution_signals
 
 
 def observe(*names, **changes):

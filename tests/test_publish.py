@@ -7,10 +7,10 @@ import torch
 import yaml
 
 import anee
-from anee_core import hub
-from anee_core.cache_policies import AsaWeights
+from anee_core.cache_policies.asa import AsaWeights
 from anee_core.errors import CheckpointError, InputError
 from anee_core.evaluation import text_blocks, text_quality
+from anee_core.policy import hub
 
 
 @pytest.fixture

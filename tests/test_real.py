@@ -11,8 +11,8 @@ import torch
 
 import anee
 from anee_core.calibration import CalibrationOptions
-from anee_core.divergence import divergence
 from anee_core.errors import PolicyError
+from anee_core.evaluation.divergence import divergence
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[1]

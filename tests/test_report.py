@@ -9,7 +9,7 @@ import torch
 
 import anee
 from anee_core.errors import InputError
-from anee_core.report import replay, write_report
+from anee_core.evaluation import replay, write_report
 
 POLICY = "random:p=0.4,protect=1 1+window:sinks=1,recent=6"
 

@@ -8,9 +8,9 @@ import torch
 from tiny import build
 
 import anee
+from anee_core.calibration import GateCalibration, calibrate_gate
+from anee_core.calibration.closed_form import FitOptions
 from anee_core.evaluation import text_quality
-from anee_core.training.closed_form import FitOptions
-from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
 
 ROOT = Path(__file__).parents[1]
 

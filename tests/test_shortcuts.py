@@ -9,11 +9,10 @@ from tiny import FEW, adaptive, build, ragged, stepwise, tokens
 from torch import nn
 
 from anee_core.conformance.cost import expect_counted, spent_by_token
-from anee_core.controllers import StaticController
+from anee_core.controllers.static import StaticController
 from anee_core.errors import CheckpointError, PolicyError
-from anee_core.policy import Policy
-from anee_core.profiler import unit_norm
-from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
+from anee_core.interfaces.formulas import unit_norm
+from anee_core.policy import LowRankShortcut, Policy, ShortcutWeights
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}
 LAYERS, WIDTH, RANK = 6, 32, 4

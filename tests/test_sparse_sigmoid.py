@@ -7,7 +7,7 @@ import torch
 from entmax import entmax_bisect
 
 from anee_core.errors import InputError
-from anee_core.sparse_sigmoid import log_survival, slope, sparse_sigmoid
+from anee_core.training.sparse_sigmoid import log_survival, slope, sparse_sigmoid
 
 Z = torch.arange(-2000, 2001, dtype=torch.float64) * 1.5e-3
 

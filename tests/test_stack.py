@@ -9,12 +9,11 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
-from anee_core.deferral import DeferredStep
 from anee_core.engine import Engine
-from anee_core.native.build import library
-from anee_core.native.step import MAX_SKIPPING, NativeStep
-from anee_core.policy import Policy
-from anee_core.shortcuts import LowRankShortcut
+from anee_core.policy import LowRankShortcut, Policy
+from anee_core.steps.deferred import DeferredStep
+from anee_core.steps.native.build import library
+from anee_core.steps.native.step import MAX_SKIPPING, NativeStep
 
 RANDOM = "random:p=0.4,protect=0 0"
 
@@ -78,7 +77,7 @@ def test_logits_of_blocks(policy, learned, taken):
 @pytest.mark.parametrize("policy", [RANDOM, "learned", "learned, hard"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_long_blocks_that_skip_layers(policy, threads, learned, taken, monkeypatch):
-    monkeypatch.setattr("anee_core.native.layers._BYTES_PER_THREAD", 1)
+    monkeypatch.setattr("anee_core.steps.native.layers._BYTES_PER_THREAD", 1)
     network = build("llama")
     options = {"budget": None if policy == RANDOM else 0.7, "hard": "hard" in policy}
     chosen = RANDOM if policy == RANDOM else learned

@@ -5,10 +5,10 @@ import json
 import pytest
 
 import anee
+from anee_core.bench.records import Records, ending
+from anee_core.bench.sweep import SweepOptions, relative, run_sweep
 from anee_core.errors import InputError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
-from anee_core.records import Records, ending
-from anee_core.sweep import SweepOptions, relative, run_sweep
 
 SMALL = SweepOptions((0.7, 0.9), length=120, blocks=2, repeats=0)
 POLICIES = ["random:protect=1 1", "window:sinks=1,keep={budget},least=1"]

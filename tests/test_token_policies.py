@@ -7,14 +7,12 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, tokens
 
-from anee_core.cache_policies import (
-    H2OCachePolicy,
-    KeyNormCachePolicy,
-    RandomTokensCachePolicy,
-    SnapKVCachePolicy,
-    TovaCachePolicy,
-    WindowCachePolicy,
-)
+from anee_core.cache_policies.h2o import H2OCachePolicy
+from anee_core.cache_policies.knorm import KeyNormCachePolicy
+from anee_core.cache_policies.random_tokens import RandomTokensCachePolicy
+from anee_core.cache_policies.snapkv import SnapKVCachePolicy
+from anee_core.cache_policies.tova import TovaCachePolicy
+from anee_core.cache_policies.window import WindowCachePolicy
 from anee_core.errors import ModelError, PolicyError
 from anee_core.interfaces import CachePolicy, CacheView
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from anee_core.conformance import ADAPTER_CHECKS
+from anee_core.conformance.suite import ADAPTER_CHECKS
 
 pytestmark = pytest.mark.real  # a wheel and an environment for each distribution
 
@@ -174,7 +174,7 @@ def test_a_new_adapter_passes_as_written(environment):
 
 
 PROVIDER = """
-    from anee_core.controllers import RandomController
+    from anee_core.controllers.random import RandomController
     from anee_core.hookspecs import hookimpl
 
     @hookimpl

@@ -9,11 +9,11 @@ import torch
 import anee
 from anee_core.conformance.subject import Subject
 from anee_core.conformance.tiny import read_configs
-from anee_core.controllers import GateWeights
+from anee_core.controllers.gate import GateWeights
 from anee_core.interfaces import Calibration
 from anee_core.model import AdaptiveModel
 from anee_core.plugins import Plugins
-from anee_core.shortcuts import ShortcutWeights
+from anee_core.policy import ShortcutWeights
 
 PLUGINS = Plugins.discover()
 VOCABULARY = 97

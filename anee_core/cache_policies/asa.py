@@ -13,8 +13,10 @@ from torch import Tensor
 
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
-from anee_core.interfaces import CachePolicy, CacheView, LinearInteraction, Setting, Wants
-from anee_core.trained import weights_for
+from anee_core.interfaces.cache_policy import CachePolicy, CacheView, Wants
+from anee_core.interfaces.configurable import weights_for
+from anee_core.interfaces.formulas import LinearInteraction
+from anee_core.interfaces.setting import Setting
 
 _FORMAT = CheckpointFormat(
     name="asa",

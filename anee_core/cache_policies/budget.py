@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from anee_core.errors import PolicyError
-from anee_core.interfaces import CachePolicy, Setting
+from anee_core.interfaces.cache_policy import CachePolicy
+from anee_core.interfaces.setting import Setting
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from anee_core.interfaces import CachePolicy, CacheView
+from anee_core.interfaces.cache_policy import CachePolicy, CacheView
 
 
 @dataclass(frozen=True)

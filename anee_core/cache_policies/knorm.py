@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from anee_core.cache_policies.scoring import ScoringCachePolicy
-from anee_core.interfaces import CacheView, Wants
+from anee_core.interfaces.cache_policy import CacheView, Wants
 
 
 @dataclass(frozen=True)

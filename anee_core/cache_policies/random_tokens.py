@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from anee_core.cache_policies.scoring import ScoringCachePolicy
-from anee_core.chance import uniform
-from anee_core.interfaces import CacheView
+from anee_core.interfaces.cache_policy import CacheView
+from anee_core.interfaces.hashed_random import uniform
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anee_core.cache_policies.budget import BudgetedCachePolicy
 from anee_core.errors import PolicyError
-from anee_core.interfaces import CacheView, Wants
+from anee_core.interfaces.cache_policy import CacheView, Wants
 
 _SCORE = "score"
 _FIRST = 1e30

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from anee_core.cache_policies.scoring import AttentionCachePolicy
 from anee_core.errors import PolicyError
-from anee_core.interfaces import CacheView
+from anee_core.interfaces.cache_policy import CacheView
 
 
 @dataclass(frozen=True)

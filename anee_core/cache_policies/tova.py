@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anee_core.cache_policies.scoring import AttentionCachePolicy
-from anee_core.interfaces import CacheView
+from anee_core.interfaces.cache_policy import CacheView
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anee_core.cache_policies.budget import BudgetedCachePolicy
 from anee_core.errors import PolicyError
-from anee_core.interfaces import CachePolicy, CacheView, Setting
+from anee_core.interfaces.cache_policy import CachePolicy, CacheView
+from anee_core.interfaces.setting import Setting
 
 
 @dataclass(frozen=True)

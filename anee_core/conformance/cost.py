@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from anee_core.accounting.trace import Trace
 from anee_core.conformance.check import check, expect
 from anee_core.conformance.subject import Subject
-from anee_core.model import AdaptiveModel
-from anee_core.trace import Trace
+from anee_core.model.adaptive_model import AdaptiveModel
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from anee_core.cache_names import CACHE, LAYER_ARGUMENTS
+from anee_core.adapter.cache_names import CACHE, LAYER_ARGUMENTS
+from anee_core.adapter.layout import find
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, LOOSE, Subject, positions_of
-from anee_core.layout import find
 
 DTYPES = (torch.float32, torch.bfloat16)
 

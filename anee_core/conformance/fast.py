@@ -7,10 +7,10 @@ from torch import Tensor
 
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, LOOSE, Subject
-from anee_core.deferral import DeferredStep
-from anee_core.engine import Engine
-from anee_core.model import AdaptiveModel
-from anee_core.native.step import NativeStep
+from anee_core.engine.engine import Engine
+from anee_core.model.adaptive_model import AdaptiveModel
+from anee_core.steps.deferred import DeferredStep
+from anee_core.steps.native.step import NativeStep
 
 _FAST = (1e-4, 1e-3)
 """In fp32, where sums are taken in another order."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from anee_core.cache_names import CACHE
+from anee_core.adapter.cache_names import CACHE
+from anee_core.adapter.rotary import length_limit
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, Subject, code_of
 from anee_core.errors import AneeError
-from anee_core.model import AdaptiveModel
-from anee_core.rotary import length_limit
+from anee_core.model.adaptive_model import AdaptiveModel
 
 _MIXED = ("dense", "random:p=0.5,protect=0 0", "random:p=0.5,protect=0 0+window:sinks=1,recent=4")
 

@@ -8,10 +8,12 @@ from typing import Any
 from anee_core.conformance.subject import Subject
 from anee_core.conformance.tiny import small_config
 from anee_core.hookspecs import hookimpl
-from anee_core.interfaces import CachePolicy, Controller
-from anee_core.model import AdaptiveModel
+from anee_core.interfaces.cache_policy import CachePolicy
+from anee_core.interfaces.controller import Controller
+from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.plugins import Plugins
-from anee_core.policy import Policy, make_policy
+from anee_core.policy.policy import Policy
+from anee_core.policy.strings import make_policy
 
 FAMILIES = {"gpt2": 9, "llama": 6, "mistral": 4}
 """Number of layers, by family: learned positions; rotary ones and grouped queries; a sliding window."""

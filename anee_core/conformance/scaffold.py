@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from anee_core.cache_names import LAYER_ARGUMENTS, layer_argument
+from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import InputError
 
@@ -52,7 +52,8 @@ Its tests are ANEE's conformance suite: `pytest`, or `anee conformance anee_{nam
 _PACKAGE = '''"""{family} for ANEE."""
 
 from anee_core.hookspecs import hookimpl
-from anee_core.interfaces import Layout, ModelAdapter
+from anee_core.adapter.layout import Layout
+from anee_core.adapter.model_adapter import ModelAdapter
 
 
 class {Family}Adapter(ModelAdapter):
@@ -73,7 +74,7 @@ _TEST = '''"""The adapter keeps ANEE's promises."""
 
 from anee_{name} import {Family}Adapter
 
-from anee_core.conformance import AdapterConformance
+from anee_core.conformance.suite import AdapterConformance
 from anee_core.conformance.tiny import small_config
 
 

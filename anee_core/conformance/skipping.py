@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from anee_core.accounting import leaves
-from anee_core.cache_names import CACHE
+from anee_core.accounting.work import leaves
+from anee_core.adapter.cache_names import CACHE
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, LOOSE, Subject, stepwise, without_layers
-from anee_core.model import AdaptiveModel
+from anee_core.model.adaptive_model import AdaptiveModel
 
 POLICIES = (
     "static:skip=1 3",

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from anee_core.adapter import ModelAdapter
+from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.errors import AdapterError, InputError
-from anee_core.interfaces import Calibration
-from anee_core.model import AdaptiveModel
+from anee_core.interfaces.setting import Calibration
+from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.plugins import Plugins
-from anee_core.policy import Policy, make_policy
-from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
+from anee_core.policy.policy import Policy
+from anee_core.policy.shortcuts import LowRankShortcut, ShortcutWeights
+from anee_core.policy.strings import make_policy
 
 _GAIN = 0.45
 """Standard deviation of weights times the square root of their width: every layer matters, none explodes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from anee_core.adapter import ModelAdapter
+from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.conformance import cost, dense, fast, lifecycle, skipping
 from anee_core.conformance.check import Check
 from anee_core.conformance.policies import POLICY_CHECKS

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from anee_core.adapter import ModelAdapter
+from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.conformance.subject import Subject
 from anee_core.conformance.tiny import read_configs, small_config
 from anee_core.errors import AdapterError, InputError, suggestion

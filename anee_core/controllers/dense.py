@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anee_core.interfaces import Action, Controller, DecisionContext
+from anee_core.interfaces.controller import Action, Controller, DecisionContext
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anee_core.accounting import CostModel
+from anee_core.accounting.costs import CostModel
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import BudgetError, CheckpointError, PolicyError
-from anee_core.interfaces import Action, Controller, DecisionContext, LinearGate, Setting, protect_ends
-from anee_core.trained import weights_for
+from anee_core.interfaces.configurable import weights_for
+from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
+from anee_core.interfaces.formulas import LinearGate, ranks
+from anee_core.interfaces.setting import Setting
 
 _FORMAT = CheckpointFormat(
     name="gate",
@@ -229,11 +231,3 @@ class GateController(Controller):
         shares = self._shares[:, layer_idx].to(signals.device)
         skip = rank < shares[self._rows(context.position_ids)]
         return torch.where(skip, int(Action.SKIP), int(Action.PROCESS)).to(torch.uint8)[None]
-
-
-def ranks(score: Tensor, lower: Tensor, compared: Tensor, mean: Tensor, spread: Tensor, prior: float) -> Tensor:
-    """Return the share [B, T] of tokens with scores below ``score`` [B, T]: ``lower`` of the ``compared`` ones, and for
-    ``prior`` tokens what a normal distribution says.
-    """
-    below = torch.special.ndtr((score - mean) / spread)
-    return (lower + prior * below) / (compared + prior)

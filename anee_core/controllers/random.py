@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anee_core.accounting import CostModel
-from anee_core.chance import uniform
+from anee_core.accounting.costs import CostModel
 from anee_core.errors import PolicyError
-from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
+from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
+from anee_core.interfaces.hashed_random import uniform
+from anee_core.interfaces.setting import Setting
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anee_core.errors import PolicyError
-from anee_core.interfaces import Setting
+from anee_core.interfaces.setting import Setting
 
 
 def rank_layers(setting: Setting, protected: frozenset[int], policy: str) -> list[int]:
@@ -15,7 +15,7 @@ def rank_layers(setting: Setting, protected: frozenset[int], policy: str) -> lis
     if setting.calibration is None:
         raise PolicyError(
             f"{policy}: this policy needs a calibration; load the model with anee.load, or pass "
-            "calibration=anee_core.calibration.calibrate(model)"
+            "calibration=anee_core.calibration.importance.calibrate(model)"
         )
     importance = setting.calibration.importance.tolist()
     if len(importance) != setting.num_layers:

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anee_core.accounting import CostModel
+from anee_core.accounting.costs import CostModel
 from anee_core.controllers.ranking import rank_layers
 from anee_core.errors import BudgetError, PolicyError
-from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
+from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
+from anee_core.interfaces.setting import Setting
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from anee_core.adapter import ModelAdapter
+from anee_core.adapter.layout import Parts
+from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache_policies.asa import AsaWeights
-from anee_core.divergence import divergence
+from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.errors import InputError
-from anee_core.layout import Parts
-from anee_core.sparse_sigmoid import log_survival
-from anee_core.training.loop import Objective
+from anee_core.evaluation.divergence import divergence
+from anee_core.training.objective import Objective
 from anee_core.training.schedules import Schedule
-from anee_core.training.sequence import WholeSequences
+from anee_core.training.sparse_sigmoid import log_survival
 
 
 class Interactions(nn.Module):

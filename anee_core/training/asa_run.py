@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from anee_core.cache_policies.asa import AsaWeights
-from anee_core.calibration import fingerprint
+from anee_core.calibration.fingerprint import fingerprint
 from anee_core.errors import InputError, MissingPackageError
-from anee_core.model import AdaptiveModel
+from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.training.asa import Interactions, SparseAttention
 from anee_core.training.data import Batches, read_text
-from anee_core.training.loop import RunOptions, accelerator_of, run_training
+from anee_core.training.loop import accelerator_of, run_training
+from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import parse_schedule, trapezoid
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anee_core.errors import InputError, MissingPackageError
-from anee_core.model import AdaptiveModel
+from anee_core.model.adaptive_model import AdaptiveModel
 
 
 def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache: Path) -> Any:

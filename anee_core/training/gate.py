@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anee_core.accounting import CostModel
-from anee_core.adapter import ModelAdapter
-from anee_core.controllers.gate import GateController, GateWeights, ranks
-from anee_core.divergence import divergence, divergences
+from anee_core.accounting.costs import CostModel
+from anee_core.adapter.layout import Parts
+from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.cache.token_logs import compared
+from anee_core.controllers.gate import GateController, GateWeights
+from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.errors import InputError
-from anee_core.layout import Parts
-from anee_core.profiler import unit_norm
-from anee_core.score_log import compared
-from anee_core.shortcuts import ShortcutWeights
-from anee_core.training.loop import Objective
-from anee_core.training.sequence import WholeSequences
+from anee_core.evaluation.divergence import divergence, divergences
+from anee_core.interfaces.formulas import ranks, unit_norm
+from anee_core.policy.shortcuts import ShortcutWeights
+from anee_core.training.objective import Objective
 
 _MOST = 0.95
 """Largest budget with shares of its own: under one of 1 nothing is skipped, whatever the score."""

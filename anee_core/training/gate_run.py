@@ -12,21 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anee_core.calibration.closed_form import FitOptions
+from anee_core.calibration.gate import GateCalibration, calibrate_gate
+from anee_core.calibration.shares import from_trained
 from anee_core.controllers.gate import GateController, GateWeights
-from anee_core.engine import Engine
+from anee_core.display import progress_bar
+from anee_core.engine.engine import Engine
 from anee_core.errors import InputError
-from anee_core.evaluation import text_quality
-from anee_core.model import AdaptiveModel
-from anee_core.policy import Policy
-from anee_core.progress import progress_bar
-from anee_core.shortcuts import LowRankShortcut, ShortcutWeights
-from anee_core.training.closed_form import FitOptions
+from anee_core.evaluation.text_quality import text_quality
+from anee_core.model.adaptive_model import AdaptiveModel
+from anee_core.policy.policy import Policy
+from anee_core.policy.shortcuts import LowRankShortcut, ShortcutWeights
 from anee_core.training.data import Batches, read_text
 from anee_core.training.gate import GatedModel, GateOptions
-from anee_core.training.gate_calibration import GateCalibration, calibrate_gate
-from anee_core.training.loop import RunOptions, accelerator_of, run_training
+from anee_core.training.loop import accelerator_of, run_training
+from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import trapezoid
-from anee_core.training.shares import from_trained
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,7 @@ import json
 import logging
 import math
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,75 +14,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from anee_core.errors import CheckpointError, InputError, TrainingError
-from anee_core.progress import progress_bar
+from anee_core.display import progress_bar
+from anee_core.errors import CheckpointError, TrainingError
+from anee_core.training.checkpoints import lasting_settings, random_state, run_identity, set_random_state
 from anee_core.training.data import Batches
+from anee_core.training.objective import Objective
+from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
 _TRAINED, _SETTINGS, _STEP, _SCALER = "trained.safetensors", "run.json", "step.json", "scaler.pt"
-_CHANGEABLE = frozenset({"rate", "backbone_rate", "valid_blocks"})
-"""Settings that a run may go on with though they were others before."""
-
-
-class Objective(nn.Module, ABC):
-    """What is trained: a module whose forward is the loss."""
-
-    def begin(self, step: int) -> None:
-        """Set what changes with the step, before its forward."""
-
-    @abstractmethod
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of token ids [B, T], a scalar, and figures to log."""
-
-    def after(self, figures: dict[str, float]) -> None:
-        """See the figures of a step, after it."""
-
-    def adapted(self) -> dict[str, Tensor]:
-        """Return what changes in training without a gradient, by name; it is kept with what is trained."""
-        return dict(self.named_buffers(recurse=False))
-
-    def validate(self) -> dict[str, float]:
-        """Return figures of held-out text."""
-        return {}
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run goes.
-
-    Args:
-        folder: where checkpoints and logs go; a run found there is continued.
-        steps: optimiser steps; with 0 what the run starts from is written as it would be after training.
-        accumulate: batches per step.
-        clip: largest gradient norm; 0 for no clipping.
-        precision: "no", "bf16" or "fp16".
-        seed: of everything random.
-        validate_every: steps between validations; 0 for none but the last.
-        save_every: steps between checkpoints.
-        progress: whether to show a bar.
-    """
-
-    folder: Path
-    steps: int
-    accumulate: int = 1
-    clip: float = 1.0
-    precision: str = "no"
-    seed: int = 0
-    validate_every: int = 100
-    save_every: int = 100
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.accumulate < 1 or self.save_every < 1:
-            raise InputError("steps are at least 0, accumulate and save_every at least 1")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"a run is kept in a folder, and '{self.folder}' is a file; choose another name")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise InputError(f"precision is 'no', 'bf16' or 'fp16'; got '{self.precision}'")
 
 
 def accelerator_of(options: RunOptions) -> Accelerator:
@@ -165,7 +105,7 @@ class _Run:
         settings: Mapping[str, Any],
     ) -> None:
         # As it will be read back: tuples become lists.
-        self._identity = json.loads(json.dumps({**_identity(options, accelerator), **_lasting(settings)}))
+        self._identity = json.loads(json.dumps({**run_identity(options, accelerator), **lasting_settings(settings)}))
         self.objective, self.options, self.accelerator = objective, options, accelerator
         self.history: list[dict[str, float]] = []
         for optimizer in optimizers:
@@ -230,7 +170,7 @@ class _Run:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        torch.save(_random_state(), draft / f"random-{accelerator.process_index}.pt")
+        torch.save(random_state(), draft / f"random-{accelerator.process_index}.pt")
         if accelerator.is_main_process:
             save_file({k: p.detach().cpu().contiguous() for k, p in self.saved.items()}, draft / _TRAINED)
             for i, optimizer in enumerate(self.optimizers):
@@ -286,36 +226,7 @@ class _Run:
                 group["largest_lr"] = rate  # the one asked for now
         if scaler is not None:
             scaler.load_state_dict(scaled)
-        _set_random_state(chance)
+        set_random_state(chance)
         self.history = state["history"]
         logger.info("going on from step %d of %s", state["step"], folder)
         return int(state["step"])
-
-
-def _identity(options: RunOptions, accelerator: Accelerator) -> dict[str, Any]:
-    """Return what must be the same for a run to go on as if it had not stopped. More steps may be asked for."""
-    chosen = asdict(options)
-    same = {name: chosen[name] for name in ("accumulate", "clip", "precision", "seed")}
-    return {**same, "processes": accelerator.num_processes}
-
-
-def _lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings, nested ones too, that must stay as they are."""
-    return {
-        name: _lasting(value) if isinstance(value, Mapping) else value
-        for name, value in settings.items()
-        if name not in _CHANGEABLE
-    }
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from anee_core.divergence import divergences
+from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.errors import InputError
-from anee_core.profiler import unit_norm
+from anee_core.evaluation.divergence import divergences
+from anee_core.interfaces.formulas import unit_norm
 from anee_core.training.gate import GatedModel
-from anee_core.training.loop import Objective
-from anee_core.training.sequence import WholeSequences
+from anee_core.training.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anee_core.calibration.samples import own_samples
+from anee_core.display import progress_bar
 from anee_core.errors import InputError
-from anee_core.evaluation import dense_logits, text_quality
-from anee_core.model import AdaptiveModel
-from anee_core.progress import progress_bar
-from anee_core.samples import own_samples
+from anee_core.evaluation.text_quality import dense_logits, text_quality
+from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.training.data import Batches, read_text
 from anee_core.training.gate_run import GateTraining, deployed, gated_model, optimizer_of, train_gate, write
-from anee_core.training.loop import RunOptions, accelerator_of, run_training
+from anee_core.training.loop import accelerator_of, run_training
 from anee_core.training.reinforce import Reinforce, ReinforceOptions
+from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import trapezoid
 
 logger = logging.getLogger(__name__)

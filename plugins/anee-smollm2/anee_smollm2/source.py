@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from anee_core.calibration import cache_folder
 from anee_core.errors import MissingPackageError, ModelError
+from anee_core.files import cache_folder
 from anee_core.hookspecs import SourceRequest
 
 logger = logging.getLogger(__name__)

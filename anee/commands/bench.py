@@ -1,0 +1,138 @@
+"""The command that measures speed."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+_COLUMNS = (
+    "contender", "ms/token", "spread", "speedup", "layers run", "against ideal", "of bandwidth", "prompt ms",
+    "prompt speedup",
+)  # fmt: skip
+_PARTS = ("ms per token after the prompt", "layers", "of them attention", "policy", "head", "cache, Python")
+
+
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Model sources, ids, folders or shapes: gpt2-small, -medium, -large, -xl, llama-1.1b."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="May be repeated. Default: bfloat16.")] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="May be repeated. Default: 1.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option("--context", help="Tokens of the prompt; may be repeated. Default: 128.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", "-p", help="A further policy, like 'rl@0.7'; may be repeated.")
+    ] = None,
+    skipped: Annotated[
+        list[float] | None, typer.Option("--skipped", help="Share skipped at random; may be repeated.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="New tokens to time.")] = 24,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each contender; they take turns.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With transformers compiled, static cache: takes minutes.")
+    ] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="With llama.cpp, CTranslate2 and OpenVINO, where installed, at batch 1.")
+    ] = False,
+    weights: Annotated[
+        list[str] | None, typer.Option("--weights", help="With int8 or int4 weights too; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where to run, like cuda:0.")] = "cpu",
+    out: Annotated[Path, typer.Option("--json", help="Keeps what is measured; an interrupted run goes on.")] = Path(
+        "benchmarks/out/bench.json"
+    ),
+    plot: Annotated[Path | None, typer.Option("--plot", help="Save a picture here.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here too.")] = None,
+) -> None:
+    """Time ANEE against transformers, side by side: ms per token, and reading the prompt."""
+    import torch  # heavy: imported where used
+    import transformers
+
+    from anee_core.bench.options import BenchOptions
+    from anee_core.bench.records import Records, processor
+    from anee_core.bench.speed import draw, measure
+    from anee_core.display import progress_bar
+
+    shares = tuple(skipped) if skipped is not None else (0.25, 0.5, 0.58)
+    setting: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "skipped": shares, "policies": policy or []}
+    setting |= {
+        "compiled": compiled,
+        "peers": peers,
+        "weights": weights or [],
+        "device": device,
+        "transformers": transformers.__version__,
+    }
+    records = Records(out, setting)
+    machine = f"{processor()}, {torch.get_num_threads()} threads"
+    chosen = (models or ["smollm2"], dtype or ["bfloat16"], batch or [1], context or [128])
+    for model, kind, rows, length in itertools.product(*chosen):
+        title = f"{model}, {kind}, batch {rows}, context {length}"
+        if title in records:
+            continue
+        policies, quantised = tuple(policy or ()), tuple(weights or ())
+        options = BenchOptions(
+            model, kind, rows, length, tokens, repeats, shares, policies, compiled, peers, quantised, device
+        )
+        with progress_bar(True, transient=True) as bar:
+            task = bar.add_task(title, total=None)
+
+            def advance(name: str, bar: Any = bar, task: Any = task, title: str = title) -> None:
+                bar.update(task, advance=1, description=f"{title}: {name}")
+
+            found = measure(options, advance)
+        gpu = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
+        records.add(title, {"title": title, "machine": gpu + machine, **found})
+    console = Console(width=120)
+    for found in records.all():
+        for title, columns, lines in _tables(found):
+            table = Table(*columns, title=title)
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+    if markdown is not None:
+        markdown.write_text("\n".join(_written(*table) for found in records.all() for table in _tables(found)))
+    if plot is not None:
+        draw(records.all(), plot)
+
+
+def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
+    """Return title, columns and rows of the tables that show one size of a model."""
+    rows = [
+        [
+            r["contender"],
+            f"{r['ms_per_token']:.1f}",
+            f"{r['spread']:.0%}",
+            f"{r['speedup']:.2f}x",
+            f"{r['layers_run']:.0%}",
+            f"{r['ms_per_token'] / r['ideal_ms']:.2f}x" if r["parts"] else "",
+            f"{r['share_of_bandwidth']:.0%}",
+            f"{r['prompt_ms']:.0f}",
+            f"{r['prompt_speedup']:.2f}x",
+        ]
+        for r in found["records"]
+    ]
+    parts = [
+        [r["contender"], *(_number(r["parts"].get(name)) for name in ("layers", "attention", "policy", "head", "rest"))]
+        for r in found["records"]
+        if r["parts"]
+    ]
+    title = f"{found['title']} (memory is read at {found['read_gb_per_s']:.1f} GB/s)"
+    return [(title, _COLUMNS, rows), *([("", _PARTS, parts)] if parts else [])]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _written(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    heading = f"## {title}\n\n" if title else ""
+    lines = [f"| {' | '.join(row)} |" for row in (columns, ("---",) * len(columns), *rows)]
+    return heading + "\n".join(lines) + "\n"

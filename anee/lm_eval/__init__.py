@@ -1,0 +1,1 @@
+"""ANEE models for lm-eval, and the tasks that it can score without a hub."""

@@ -1,0 +1,27 @@
+"""lm-eval's own command line, with the model "anee": ``python -m anee.lm_eval.__main__ --model anee --model_args ...``.
+
+Versions of lm-eval that look for models in installed packages need no such help.
+"""
+
+from __future__ import annotations
+
+from anee_core.errors import MissingPackageError
+
+
+def main() -> None:
+    """Run lm-eval with the arguments of this process.
+
+    Raises:
+        MissingPackageError: lm-eval is not installed.
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import anee.lm_eval.harness  # noqa: F401  # registers the model
+    except ImportError as error:
+        raise MissingPackageError("evaluation needs lm-eval: pip install 'anee[eval]'") from error
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

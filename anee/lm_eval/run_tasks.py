@@ -1,0 +1,79 @@
+"""Scores of lm-eval's tasks under a policy, with what each took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from anee_core.errors import InputError, MissingPackageError
+
+
+def run_tasks(
+    model: Any,
+    tasks: list[str],
+    policy: str | None = None,
+    budget: float | None = None,
+    *,
+    tasks_dir: Path | None = None,
+    limit: int | None = None,
+    mode: str = "parallel",
+    batch: int = 1,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Return scores, their standard errors, and what was spent per token, task by task.
+
+    Args:
+        model: whatever `anee.load` takes, or an `AdaptiveModel` that has a policy already.
+        tasks: names of lm-eval's tasks, or of files in ``tasks_dir``.
+        policy: a policy string.
+        budget: share of the dense decoder-layer FLOPs that may be spent.
+        tasks_dir: folder with ``NAME.jsonl``; see `anee.lm_eval.local_tasks.local_task`.
+        limit: examples per task.
+        mode: ``"parallel"`` or ``"decode"``; see `anee.lm_eval.harness.AneeLM`.
+        batch: examples at once.
+        dtype: of the model.
+        device: where to run.
+
+    Raises:
+        MissingPackageError: lm-eval is not installed.
+        InputError: an unknown task, or a file that holds none.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        from anee.lm_eval.harness import AneeLM
+    except ImportError as error:
+        raise MissingPackageError("evaluation needs lm-eval: pip install 'anee[eval]'") from error
+    from anee.lm_eval.local_tasks import find_tasks
+
+    wanted = find_tasks(tasks, tasks_dir)
+    lm = AneeLM(model, policy, budget, mode=mode, dtype=dtype, device=device, batch_size=batch)  # type: ignore[arg-type]
+    # Reading the thousands of tasks that lm-eval has takes longer than scoring a few examples.
+    named = [task for task in wanted if isinstance(task, str)]
+    manager = TaskManager(include_defaults=bool(named))
+    unknown = [name for name in named if name not in manager.all_tasks]
+    if unknown:
+        raise InputError(f"lm-eval knows no task '{unknown[0]}', and it is no file in --tasks-dir")
+    found: dict[str, Any] = {}
+    for task in wanted:
+        lm.start_counting()
+        results = simple_evaluate(
+            lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+        )
+        for task_name, scores in results["results"].items():
+            values = {
+                key.split(",")[0]: v for key, v in scores.items() if isinstance(v, float) and "_stderr" not in key
+            }
+            errors = {
+                key.split(",")[0].removesuffix("_stderr"): v
+                for key, v in scores.items()
+                if isinstance(v, float) and "_stderr" in key
+            }
+            examples = results["n-samples"].get(task_name, {}).get("effective", 0)
+            found[task_name] = {"scores": values, "errors": errors, "examples": examples, "spent": lm.spent()}
+    adaptive = lm.model
+    source = model if isinstance(model, str) else type(adaptive.parts.model).__name__
+    facts = {"policy": str(adaptive.policy), "budget": adaptive.budget, "mode": mode, "limit": limit}
+    return {"model": source, **facts, "tasks": found}

@@ -1,0 +1,119 @@
+"""Where the parts of a model family are: a validated table of names, and the modules found by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from torch import nn
+
+from anee_core.errors import AdapterError, ModelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the parts of a model family are, as dotted paths, and how its decoder layer is called.
+
+    The first group of paths starts at the causal LM, the second at one decoder layer. ``None`` means that the family
+    has no such part, or that its adapter does not need it: only ``layers`` and ``attention`` are always needed.
+    """
+
+    layers: str
+    final_norm: str | None = None
+    rotary: str | None = None
+    """Module that maps (hidden states, position ids) to the (cos, sin) every layer receives."""
+    learned_positions: str | None = None
+    """Embedding that is added to the token embedding."""
+
+    attention: str
+    mlp: str | None = None
+    experts: str | None = None
+    """Module that holds the stacked weights of a mixture of experts; layers without one are dense."""
+    input_norm: str | None = None
+    """Norm in front of the key and value projections."""
+    key: str | None = None
+    value: str | None = None
+    """Separate key and value projections. With them a skipped layer computes no queries."""
+    fused: str | None = None
+    """Instead of those: one projection whose outputs end with all keys and then all values."""
+    key_norm: str | None = None
+    """Norm over each head's keys, before rotary."""
+
+    windows: Literal["all", "by type"] | None = None
+    """Which layers have the config's ``sliding_window``: all, or those that its ``layer_types`` say."""
+    cache_argument: str | None = None
+    """Argument of a layer that carries the cache; None to find it by the names that transformers uses."""
+    always_masked: bool = False
+    """Whether the layer wants a mask even where every slot is visible."""
+
+    def __post_init__(self) -> None:
+        if (self.key is None) != (self.value is None):
+            raise AdapterError("a Layout names both key and value projections, or neither")
+        if self.key is not None and self.fused is not None:
+            raise AdapterError("a Layout names separate key and value projections or a fused one, not both")
+        if self.windows not in (None, "all", "by type"):
+            raise AdapterError(f"Layout.windows is 'all', 'by type' or None; got '{self.windows}'")
+        for item in fields(self):
+            path = getattr(self, item.name)
+            if isinstance(path, str) and not path:
+                raise AdapterError(f"Layout.{item.name} is an empty path")
+
+    @property
+    def in_layer(self) -> dict[str, str]:
+        """The paths that every decoder layer has, by field."""
+        names = ("attention", "mlp", "input_norm", "key", "value", "fused", "key_norm")
+        return {name: path for name in names if (path := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one model that the engine calls, found by a `Layout`."""
+
+    # torch types whatever a Module returns or holds as "Tensor or Module"; Any says "a module, called as one".
+    model: Any
+    layout: Layout
+    embedding: Any
+    layers: tuple[nn.Module, ...]
+    final_norm: Any
+    head: Any
+    rotary: Any
+    learned_positions: Any
+    cache_argument: str
+    """Argument of a layer that carries the cache."""
+
+    @property
+    def config(self) -> Any:
+        """The model's transformers config."""
+        return self.model.config
+
+
+def find(module: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at a dotted path.
+
+    Raises:
+        AdapterError: it does not exist; the message names the part that failed and what exists there.
+    """
+    found = module
+    for name in path.split("."):
+        children = found._modules
+        if children.get(name) is None:
+            raise AdapterError(
+                f"no '{name}' (of path '{path}') in {type(found).__name__}; it has: {', '.join(children) or 'no parts'}"
+            )
+        found = children[name]  # type: ignore[assignment]
+    return found
+
+
+def attention_backend(config: Any) -> str:
+    """Return how a model's layers attend, "eager" or "sdpa".
+
+    Raises:
+        ModelError: it is another way, which takes no mask for each token.
+    """
+    backend: str = config._attn_implementation
+    if backend not in ("eager", "sdpa"):
+        raise ModelError(
+            f"attention backend '{backend}' cannot express per-token masks; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    return backend

@@ -1,0 +1,66 @@
+"""What a benchmark of speed measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anee_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured.
+
+    Args:
+        model: a model source, hub id, folder or one of `SHAPES`, which get random weights.
+        dtype: of the model.
+        batch: sequences at once.
+        context: tokens of each prompt.
+        tokens: new tokens whose times are taken.
+        repeats: how often each contender is run; they take turns.
+        skipped: shares of the layers to skip, at random for each token.
+        policies: further policy strings, each with a budget after an ``@`` if it takes one, as in ``rl@0.7``.
+        compiled: whether transformers compiled with a static cache takes part, which takes minutes to compile.
+        peers: whether other engines take part, where they are installed and the batch is 1.
+        weights: quantisations of the layers' weights that take part too, dense and with the last share skipped.
+        device: where it runs; other engines and quantised weights take part on the CPU alone.
+    """
+
+    model: str
+    dtype: str = "bfloat16"
+    batch: int = 1
+    context: int = 128
+    tokens: int = 24
+    repeats: int = 5
+    skipped: tuple[float, ...] = (0.25, 0.5, 0.58)
+    policies: tuple[str, ...] = ()
+    compiled: bool = False
+    peers: bool = False
+    weights: tuple[str, ...] = ()
+    device: str = "cpu"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the CPU."""
+        return self.device == "cpu"
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.context, self.repeats) < 1 or self.tokens < 2:
+            raise InputError("batch, context and repeats are at least 1, tokens at least 2")
+        if any(not 0 < share < 1 for share in self.skipped):
+            raise InputError(f"shares of layers to skip lie in (0, 1); got {self.skipped}")
+        if not self.on_cpu and (self.peers or self.weights):
+            raise InputError(f"other engines and int8 or int4 weights are for the CPU; leave them out on {self.device}")
+
+
+def policy_and_budget(text: str) -> tuple[str, float | None]:
+    """Read POLICY or POLICY@BUDGET.
+
+    Raises:
+        InputError: what stands after the @ is no number.
+    """
+    name, _, budget = text.partition("@")
+    try:
+        return name, float(budget) if budget else None
+    except ValueError as error:
+        raise InputError(f"'{text}' names no budget: write a number after the @, as in rl@0.7") from error

@@ -1,0 +1,1 @@
+"""Other engines that generate with the same weights, where installed."""

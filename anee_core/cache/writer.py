@@ -1,0 +1,29 @@
+"""What a decoder layer gets as its cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from anee_core.cache.adaptive_cache import AdaptiveCache
+
+
+class CacheWriter:
+    """What a decoder layer gets as its cache: puts its keys and values into slots already handed out.
+
+    The layer computes some tokens of the block: all of them, or those at ``rows`` [R, 1] x ``columns`` [R, C].
+    """
+
+    def __init__(
+        self, cache: AdaptiveCache, layer_idx: int, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> None:
+        self._cache, self._layer_idx, self._rows, self._columns = cache, layer_idx, rows, columns
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store [R, H, C, Dh] and return all the slots' keys and values for these rows, [R, H, S, Dh]."""
+        cache, rows = self._cache, self._rows
+        cache.write(self._layer_idx, keys, values, rows, self._columns)
+        held = cache.held(self._layer_idx)
+        return held if rows is None else (held[0][rows[:, 0]], held[1][rows[:, 0]])

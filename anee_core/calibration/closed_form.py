@@ -1,0 +1,210 @@
+"""Fits shortcuts and a gate in closed form: ridge regressions on each layer's input at unit norm.
+
+A shortcut is the reduced-rank regression of what the layer adds. The gate is the regression of how far the shortcut is
+off: the logarithm of its error relative to what the layer adds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anee_core.calibration.fingerprint import fingerprint
+from anee_core.calibration.ridge import Moments
+from anee_core.display import progress_bar
+from anee_core.engine.whole_sequences import WholeSequences
+from anee_core.errors import CheckpointError, InputError
+from anee_core.interfaces.formulas import unit_norm
+from anee_core.model.adaptive_model import AdaptiveModel
+from anee_core.policy.shortcuts import ShortcutWeights
+
+logger = logging.getLogger(__name__)
+
+_FIRST = 4
+"""Positions left out at the start of each sequence: their hidden states are outliers in norm."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How shortcuts and gate are fitted.
+
+    Args:
+        rank: width of the shortcuts.
+        ridge: added to the diagonal of the inputs' second moments, as a share of its mean.
+        skipped: share of (layer, token) pairs that take their new shortcut during the fit, so that later layers are
+            fitted on hidden states such as they will see.
+        batch: sequences at once.
+        seed: draws those pairs.
+    """
+
+    rank: int = 128
+    ridge: float = 1e-3
+    skipped: float = 0.25
+    batch: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.batch < 1:
+            raise InputError("rank and batch are at least 1")
+        if self.ridge <= 0 or not 0 <= self.skipped < 1:
+            raise InputError(f"ridge is above 0 and skipped lies in [0, 1); got {self.ridge:g} and {self.skipped:g}")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted: shortcuts, and of the gate all but its budgets; see `GateWeights`."""
+
+    shortcuts: ShortcutWeights
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    spread: Tensor
+
+
+def fit(
+    model: AdaptiveModel, blocks: Tensor, folder: str | Path, options: FitOptions | None = None, progress: bool = True
+) -> Fitted:
+    """Fit every layer of a model, one after the other.
+
+    Hidden states are kept on disk, in ``folder``, so memory does not grow with the text; what is fitted is kept there
+    too, and an interrupted fit goes on with the layer where it stopped.
+
+    Args:
+        model: what to fit for.
+        blocks: token ids [N, T].
+        folder: for what is kept meanwhile.
+        options: how.
+        progress: whether to show a bar.
+
+    Raises:
+        InputError: sequences are too short.
+        CheckpointError: the folder holds another fit.
+    """
+    options = options or FitOptions()
+    if blocks.shape[1] <= _FIRST:
+        raise InputError(f"sequences of more than {_FIRST} tokens are needed; got {blocks.shape[1]}")
+    layers = len(model.parts.layers)
+    with torch.no_grad(), progress_bar(progress) as bar:
+        run = _Fit(model, blocks, Path(folder), options)
+        task = bar.add_task("fitting shortcuts and gate", total=layers, completed=run.done)
+        while run.done < layers:
+            run.layer()
+            bar.update(task, completed=run.done)
+    return run.result()
+
+
+def relative_error(added: Tensor, estimate: Tensor) -> Tensor:
+    """Return how far estimates [..., D] are off, relative to what was really added [..., D]: [...], at least 1e-6."""
+    return ((added - estimate).norm(dim=-1) / added.norm(dim=-1).clamp(min=1e-12)).clamp(min=1e-6)
+
+
+class _Fit:
+    """A fit in progress: hidden states on disk in front of layer ``done``, and what was fitted for those before."""
+
+    def __init__(self, model: AdaptiveModel, blocks: Tensor, folder: Path, options: FitOptions) -> None:
+        self._model, self._blocks, self._folder, self._options = model, blocks, folder, options
+        self._identity = {
+            "model": fingerprint(model),
+            "tokens": [*blocks.shape, int(blocks.sum())],
+            **asdict(options),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        shape = (*blocks.shape, model.config.hidden_size)
+        new = not (folder / "state.json").exists()
+        # Two files: what a layer reads stays as it is until the layer is done.
+        self._states = [
+            np.lib.format.open_memmap(folder / f"states-{i}.npy", "w+" if new else "r+", np.float32, shape)
+            for i in (0, 1)
+        ]
+        self.done = 0
+        self._fitted: dict[str, Tensor] = {}
+        if new:
+            for rows in self._rows():
+                embedded = WholeSequences(model.adapter, model.parts, blocks[rows].to(model.device)).embedded
+                self._states[0][rows] = embedded.float().cpu().numpy()
+            self._keep()
+        else:
+            self._resume()
+
+    def layer(self) -> None:
+        """Fit one layer, and move the hidden states past it."""
+        model, options, layer_idx = self._model, self._options, self.done
+        before, after = self._states[layer_idx % 2], self._states[(layer_idx + 1) % 2]
+        width = before.shape[-1]
+        moments = Moments(width, width)
+        for rows in self._rows():
+            sequences = WholeSequences(model.adapter, model.parts, self._blocks[rows].to(model.device))
+            hidden_states = self._load(before, rows)
+            output = sequences.layer(layer_idx, hidden_states).float().cpu()
+            hidden_states = hidden_states.float().cpu()
+            pairs = unit_norm(hidden_states)[:, _FIRST:], (output - hidden_states)[:, _FIRST:]
+            moments.add(*(pair.flatten(0, 1) for pair in pairs))
+            after[rows] = output.numpy()
+        down, up, bias = (part.float() for part in moments.reduced(options.rank, options.ridge))
+        errors = moments.with_outputs(1)
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + layer_idx)
+        for rows in self._rows():
+            hidden_states, output = torch.from_numpy(before[rows]), torch.from_numpy(after[rows])
+            skipped = torch.rand(output.shape[:2], generator=generator) < options.skipped
+            skipped[:, :_FIRST] = False
+            unit = unit_norm(hidden_states)
+            estimate = unit @ down.T @ up.T + bias
+            error = relative_error(output - hidden_states, estimate)[:, _FIRST:].log()
+            errors.add_outputs(unit[:, _FIRST:].flatten(0, 1), error.flatten(0, 1)[:, None])
+            after[rows] = torch.where(skipped[..., None], hidden_states + estimate, output).numpy()
+        weight, offset, covariance = errors.solve(options.ridge)
+        weight, mean = weight[:, 0], errors.y[0] / errors.count
+        spread = (weight @ covariance @ weight).clamp(min=1e-12).sqrt()
+        gate = {"weight": weight, "offset": offset[0], "mean": mean, "spread": spread}
+        for name, part in {"down": down, "up": up, "bias": bias, **gate}.items():
+            part = part.float()
+            self._fitted[f"{name}.{layer_idx}"] = part.contiguous()
+        self.done += 1
+        self._keep()
+
+    def result(self) -> Fitted:
+        """Return what was fitted for all layers."""
+        names = {name.partition(".")[0] for name in self._fitted}
+        all_layers = {name: torch.stack([self._fitted[f"{name}.{i}"] for i in range(self.done)]) for name in names}
+        shortcuts = ShortcutWeights(all_layers["down"], all_layers["up"], all_layers["bias"], self._identity)
+        return Fitted(shortcuts, *(all_layers[name] for name in ("weight", "offset", "mean", "spread")))
+
+    def _rows(self) -> Iterator[slice]:
+        for start in range(0, len(self._blocks), self._options.batch):
+            yield slice(start, min(start + self._options.batch, len(self._blocks)))
+
+    def _load(self, states: Any, rows: slice) -> Tensor:
+        return torch.from_numpy(states[rows]).to(self._model.device, self._model.dtype)
+
+    def _keep(self) -> None:
+        for states in self._states:
+            states.flush()
+        draft = self._folder / "fitted.tmp"
+        save_file(self._fitted, draft)
+        draft.replace(self._folder / "fitted.safetensors")
+        state = self._folder / "state.tmp"
+        state.write_text(json.dumps({"done": self.done, "identity": self._identity}))
+        state.replace(self._folder / "state.json")
+
+    def _resume(self) -> None:
+        try:
+            state = json.loads((self._folder / "state.json").read_text())
+            self._fitted = load_file(self._folder / "fitted.safetensors")
+            identity, self.done = state["identity"], int(state["done"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the fit in {self._folder} cannot be continued ({error}); choose another folder"
+            ) from error
+        if identity != self._identity:
+            raise CheckpointError(f"{self._folder} holds the fit of another model, text or options; choose another")
+        logger.info("going on from layer %d of the fit in %s", self.done, self._folder)

@@ -1,0 +1,127 @@
+"""Makes shortcuts and a gate for a model without training: fits them in closed form."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anee_core.calibration.closed_form import FitOptions, fit
+from anee_core.calibration.fingerprint import fingerprint
+from anee_core.calibration.samples import own_samples, samples_of_file
+from anee_core.calibration.shares import from_one_score
+from anee_core.controllers.gate import GateController, GateWeights
+from anee_core.display import progress_bar
+from anee_core.engine.engine import Engine
+from anee_core.errors import CheckpointError, InputError
+from anee_core.files import cache_folder
+from anee_core.model.adaptive_model import AdaptiveModel
+from anee_core.policy.policy import Policy
+from anee_core.policy.shortcuts import LowRankShortcut
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = "tokens.pt"
+
+
+@dataclass(frozen=True)
+class GateCalibration:
+    """How a gate is calibrated.
+
+    Args:
+        text: a file to read instead of the model's own samples.
+        sequences: how many to fit on.
+        length: tokens of each.
+        fit: how shortcuts and gate are fitted.
+        progress: whether to show bars.
+    """
+
+    text: str | Path | None = None
+    sequences: int = 32
+    length: int = 512
+    fit: FitOptions = field(default_factory=FitOptions)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1:
+            raise InputError(f"a calibration takes at least 1 sequence; got {self.sequences}")
+        if self.text is not None and not Path(self.text).is_file():
+            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
+
+
+def calibrated_folder(model: AdaptiveModel, text: str | Path | None = None) -> Path:
+    """Return where the calibration of a model, on its own samples or on a text, is kept if nobody says otherwise."""
+    source = "" if text is None else "-" + hashlib.sha256(Path(text).read_bytes()).hexdigest()[:16]
+    return cache_folder() / f"gate-{fingerprint(model)}{source}"
+
+
+def fitted_for(model: AdaptiveModel, text: str | Path | None = None) -> Path:
+    """Return the folder with what is fitted for a model; fit it now if that was not done before.
+
+    Raises:
+        InputError, CheckpointError: see `calibrate_gate`.
+    """
+    folder = calibrated_folder(model, text)
+    if not (folder / "gate.json").exists():
+        logger.info("fitting gate and shortcuts for this model, once: minutes ('anee train supervised' does better)")
+        # On a narrow model a wider shortcut would cost as much as the layer.
+        rank = max(min(128, model.config.hidden_size // 4), 1)
+        calibrate_gate(model, folder, GateCalibration(text, sequences=16, length=256, fit=FitOptions(rank=rank)))
+    return folder
+
+
+def calibrate_gate(
+    model: AdaptiveModel, folder: Path, options: GateCalibration | None = None, tokens: Tensor | None = None
+) -> Path:
+    """Write shortcuts and a gate for a model into a folder, and return it. An interrupted calibration goes on.
+
+    ``tokens`` [N, T] are read, if given, in the place of a text.
+
+    Raises:
+        InputError: the text is too short, or the sizes do not fit the model.
+        CheckpointError: the folder holds another calibration, or cannot be written.
+    """
+    options = options or GateCalibration()
+    limit = model.adapter.max_positions(model.config)
+    length = min(options.length, limit or options.length)
+    work = folder / "work"
+    with torch.no_grad():
+        blocks = _tokens(model, options, length, work) if tokens is None else tokens.to(model.device)
+    fitted = fit(model, blocks, work, options.fit, options.progress)
+    fitted.shortcuts.save(folder)
+    nothing = torch.empty(0)
+    source = "own samples" if options.text is None else Path(options.text).name
+    facts = {"text": source if tokens is None else "tokens given", **asdict(options.fit)}
+    gate = GateWeights(fitted.weight, fitted.bias, fitted.mean, fitted.spread, nothing, nothing, facts)
+    controller = GateController()
+    costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(fitted.shortcuts))).costs
+    from_one_score(gate, costs, controller.protected(costs.num_layers)).save(folder)
+    shutil.rmtree(work)
+    logger.info("wrote %s", folder)
+    return folder
+
+
+def _tokens(model: AdaptiveModel, options: GateCalibration, length: int, work: Path) -> Tensor:
+    """Return token ids [N, T], drawn once."""
+    if options.text is not None:
+        return samples_of_file(model, Path(options.text), options.sequences, length)
+    kept = work / _TOKENS
+    if kept.exists():
+        try:
+            known: Tensor = torch.load(kept, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{kept} cannot be read ({error}); remove {work}") from error
+        if known.shape == (options.sequences, length):
+            return known
+    with progress_bar(options.progress) as bar:
+        task = bar.add_task("the model's own samples", total=length)
+        engine = Engine(model.adapter, model.parts, Policy())
+        drawn = own_samples(model, engine, options.sequences, length, options.fit.seed, lambda: bar.advance(task))
+    work.mkdir(parents=True, exist_ok=True)
+    torch.save(drawn.cpu(), kept)
+    return drawn.cpu()

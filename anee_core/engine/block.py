@@ -1,0 +1,60 @@
+"""The tokens of one forward, and those of them that run one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of one forward.
+
+    ``embeddings`` is [B, T, D]; ``input_ids`` (None if embeddings were given) and ``position_ids`` are [B, T];
+    ``real`` [B, T] is False for padding, None if there is none.
+    """
+
+    embeddings: Tensor
+    position_ids: Tensor
+    input_ids: Tensor | None = None
+    real: Tensor | None = None
+    phase: Literal["prefill", "decode"] = "decode"
+
+    def split(self, length: int) -> list[Block]:
+        """Return the block in pieces of at most ``length`` tokens."""
+        if length >= self.position_ids.shape[1]:
+            return [self]
+        return [self._piece(slice(t, t + length)) for t in range(0, self.position_ids.shape[1], length)]
+
+    def _piece(self, at: slice) -> Block:
+        return Block(
+            self.embeddings[:, at],
+            self.position_ids[:, at],
+            None if self.input_ids is None else self.input_ids[:, at],
+            None if self.real is None else self.real[:, at],
+            self.phase,
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens of a block that run one layer: ``all`` of them, ``none``, or ``some``.
+
+    Of some, ``run`` holds rows [R, 1] and columns [R, C] of those that run; a row with fewer than C repeats its last
+    one, which computes the same twice and so changes nothing. ``skip`` holds rows [1, N] and columns [1, N].
+    """
+
+    kind: Literal["all", "none", "some"]
+    run: tuple[Tensor, Tensor] | None = None
+    skip: tuple[Tensor, Tensor] | None = None
+
+    def counts(self, tokens: int) -> tuple[int, int]:
+        """Return how many of a block's ``tokens`` run the layer, counting what is computed twice, and how many skip."""
+        if self.run is not None and self.skip is not None:
+            return self.run[1].numel(), self.skip[1].numel()
+        return (tokens, 0) if self.kind == "all" else (0, tokens)
+
+
+ALL, NONE = Selection("all"), Selection("none")

@@ -1,0 +1,170 @@
+"""Token dropping in one layer: score, mask, attend, evict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anee_core.cache.adaptive_cache import AdaptiveCache
+from anee_core.cache.masks import additive, visible
+from anee_core.engine.attention_tap import AttentionTap
+from anee_core.engine.block import Block, Selection
+from anee_core.interfaces.cache_policy import CachePolicy, CacheView
+
+
+class Drop:
+    """What one layer drops because of one block.
+
+    A policy that needs nothing from inside the layer decides before it runs; one that wants the keys or the attention
+    of several tokens decides inside, between projection and attention; one that wants the keys because of a single
+    token, after it. In each case a token attends to what was held when its turn came.
+
+    Args:
+        policy: what decides.
+        layer_idx: which layer; None for all, under a policy that treats them alike.
+        states: [B, T, D] what its attention gets, normed; None for a policy that does not want it.
+        block: the new tokens.
+        selection: which of them run the layer.
+        cache: already holds slots for them.
+        window: how many positions back the layer sees, or None for all.
+    """
+
+    def __init__(
+        self,
+        policy: CachePolicy,
+        layer_idx: int | None,
+        states: Tensor | None,
+        block: Block,
+        selection: Selection,
+        cache: AdaptiveCache,
+        window: int | None,
+    ) -> None:
+        self._policy, self._cache, self._selection = policy, cache, selection
+        self._all, self._layer_idx = layer_idx is None, layer_idx or 0
+        self._slots, self._window = cache.slots[self._layer_idx], window
+        device = self._slots.died.device if states is None else states.device
+        self._positions = block.position_ids.to(device)
+        real = torch.ones_like(self._positions, dtype=torch.bool) if block.real is None else block.real.to(device)
+        view = CacheView(
+            layer_idx=self._layer_idx,
+            position_ids=self._slots.positions().to(device),
+            valid=self._slots.valid().to(device),
+            query_position=self._positions,
+            ran=_ran(selection, real),
+            real=real,
+            state={},
+            states=states,
+        )
+        if "keys" not in policy.wants:
+            self._remember(view)
+        self._view = replace(view, state=cache.state(self._layer_idx))
+        self._tap: AttentionTap | None = None
+        self._alive: Tensor | None = None
+        self._changed: dict[str, Tensor] = {}
+        several = self._positions.shape[1] > 1
+        attends = selection.kind != "none"
+        self._inside = attends and ("attention" in policy.wants or ("keys" in policy.wants and several))
+        if not policy.wants & {"keys", "attention"}:
+            self._decide(self._view)
+
+    def visible(self) -> Tensor | None:
+        """Return what of the layer's slots the policy lets each new token see, [B, T, S], if it is known by now and
+        hides anything that the cache still holds.
+        """
+        if self._alive is None:
+            return None
+        if self._policy.before_attention:
+            return self._alive
+        # What a token drops, it has still seen.
+        return _before(self._alive) if self._alive.shape[1] > 1 else None
+
+    def around(self, dtype: torch.dtype) -> AbstractContextManager[object]:
+        """Return what the layer is to run in; ``dtype`` is that of its masks."""
+        if not self._inside:
+            return nullcontext()
+        run = self._selection.run
+        tokens = self._positions.shape[1] if run is None else run[1].shape[1]
+        self._tap = AttentionTap(tokens, self._slots.used, lambda logits: self._answer(logits, dtype))
+        return self._tap
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether the policy wants to see what happens inside the layer's attention."""
+        return self._inside
+
+    @property
+    def flops(self) -> int:
+        """FLOPs that looking at the attention took."""
+        return 0 if self._tap is None else self._tap.flops
+
+    def finish(self) -> Tensor:
+        """Drop what is no longer wanted, now that the layer has run; return how many slots each token left, [B, T]."""
+        if self._alive is None:
+            self._decide(self._with_keys())
+        assert self._alive is not None
+        held = (self._alive & self._view.valid[:, None] & ~self._later).sum(2)
+        self._cache.evict(
+            None if self._all else self._layer_idx, self._alive.to(self._slots.died.device), self._changed
+        )
+        return held.to(self._slots.died.device)
+
+    def _answer(self, look: Callable[[], Tensor], dtype: torch.dtype) -> Tensor | None:
+        """Decide inside the layer and return the mask for the tokens that run."""
+        view = self._with_keys() if "keys" in self._policy.wants else self._view
+        seen = visible(self._slots, self._positions, self._window)
+        run = self._selection.run
+        if "attention" in self._policy.wants:
+            logits = look()
+            if run is not None:
+                rows, columns = run
+                whole = logits.new_zeros(*view.ran.shape, logits.shape[1], logits.shape[-1])
+                whole[rows, columns] = logits.transpose(1, 2)
+                logits = whole.transpose(1, 2)
+            view = replace(view, attention=logits.masked_fill(~seen, -torch.inf))
+        self._decide(view)
+        known = self.visible()
+        if known is None:
+            return None
+        mask = additive(seen & known[:, None], dtype)
+        return mask if run is None else mask[run[0], 0, run[1]].unsqueeze(1)
+
+    def _with_keys(self) -> CacheView:
+        view = replace(self._view, keys=self._cache.held(self._layer_idx)[0])
+        if "keys" in self._policy.wants:
+            self._remember(view)
+            view = replace(view, state=self._cache.state(self._layer_idx))
+        return view
+
+    def _remember(self, view: CacheView) -> None:
+        self._cache.remember(self._layer_idx, self._policy.remember(view))
+
+    def _decide(self, view: CacheView) -> None:
+        keep, changed = self._policy.decide(view)
+        batch, slots = view.valid.shape
+        tokens = view.query_position.shape[1]
+        born = slots - tokens + torch.arange(tokens, device=keep.device)[:, None]
+        places = torch.arange(slots, device=keep.device)
+        self._later = places > born
+        # Padding asks for nothing to be dropped; nor does a token drop itself, or one that is not there yet.
+        asked = (keep | ~view.real[:, :, None] | (places >= born)).expand(batch, tokens, slots)
+        self._alive = asked if tokens == 1 else asked.to(torch.uint8).cummin(1).values.bool()
+        self._changed = dict(changed)
+
+
+def _before(alive: Tensor) -> Tensor:
+    """Return what was held before each token of a block dropped anything."""
+    return torch.cat((torch.ones_like(alive[:, :1]), alive[:, :-1]), dim=1)
+
+
+def _ran(selection: Selection, real: Tensor) -> Tensor:
+    if selection.kind == "all":
+        return real
+    ran = torch.zeros_like(real)
+    if selection.run is not None:
+        rows, columns = selection.run
+        ran[rows, columns] = True
+    return ran

@@ -1,0 +1,237 @@
+"""One generation as a web page that needs no network: which token got which depth, what was kept, what was spent."""
+
+from __future__ import annotations
+
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anee_core.accounting.trace import Trace
+from anee_core.errors import InputError, MissingPackageError
+from anee_core.policy.profiler import ENTROPY, MAX_PROBABILITY, distribution_signals
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from anee_core.model.adaptive_model import AdaptiveModel
+
+
+_CONFIG = {"responsive": True, "displayModeBar": False}
+_HEIGHT = 16
+"""Pixels of a layer."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A sequence of T tokens as it was read and generated.
+
+    Args:
+        tokens: their text.
+        prompt: how many of them are the prompt.
+        trace: of the replay.
+        ran: which layers ran, [L, T] bool.
+        held: slots that each layer held after each token, [L, T].
+        change: how much each layer changed the hidden state, relative to its norm, [L, T]; the last layer's is unknown.
+        entropy: of the next-token distribution after each token, as a share of log(vocabulary), [T].
+        confidence: its largest probability, [T].
+        spent: what each token spent of a dense one's decoder-layer FLOPs, [T].
+    """
+
+    tokens: list[str]
+    prompt: int
+    trace: Trace
+    ran: Tensor
+    held: Tensor
+    change: Tensor
+    entropy: Tensor
+    confidence: Tensor
+    spent: Tensor
+
+
+@torch.inference_mode()
+def replay(model: AdaptiveModel, input_ids: Tensor, prompt: int) -> Replay:
+    """Run token ids [T] again as `generate` did: a prompt of ``prompt`` tokens, then one token after the other.
+
+    Raises:
+        InputError: there is no token, or the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise InputError("a report shows text: the model needs a tokenizer")
+    if input_ids.dim() != 1 or not 1 <= prompt <= len(input_ids):
+        raise InputError(
+            f"a report is of token ids [T] that begin with a prompt; got {list(input_ids.shape)}, {prompt}"
+        )
+    cache, states, logits = model.new_cache(len(input_ids)), [], []
+    with model.recording(cache) as trace:
+        for part in (input_ids[:prompt], *input_ids[prompt:].split(1)):  # type: ignore[no-untyped-call]
+            output = model(part[None], past_key_values=cache, output_hidden_states=True)
+            states.append(torch.stack([state[0] for state in output.hidden_states[:-1]]))
+            logits.append(output.logits[0])
+    inputs = torch.cat(states, dim=1).float().cpu()  # [L, T, D]
+    change = inputs.diff(dim=0).norm(dim=-1) / inputs[:-1].norm(dim=-1).clamp(min=1e-6)
+    signals = distribution_signals(torch.cat(logits)).cpu()
+    return Replay(
+        tokens=[model.tokenizer.decode([i]) for i in input_ids.tolist()],
+        prompt=prompt,
+        trace=trace,
+        ran=trace.ran[:, 0].cpu(),
+        held=trace.held[:, 0],
+        change=torch.cat((change, torch.full_like(change[:1], torch.nan))),
+        entropy=signals[:, ENTROPY],
+        confidence=signals[:, MAX_PROBABILITY],
+        spent=model.engine.costs.spent_shares(trace.ran)[0].cpu(),
+    )
+
+
+def write_report(model: AdaptiveModel, input_ids: Tensor, prompt: int, path: str | Path) -> Path:
+    """Write the page of a generated sequence of token ids [T], prompt included, and return its path.
+
+    Raises:
+        InputError: see `replay`.
+        MissingPackageError: plotly is not installed.
+    """
+    try:
+        import plotly.io as pio
+    except ImportError as error:
+        raise MissingPackageError("reports need plotly: pip install 'anee[report]'") from error
+    seen = replay(model, input_ids, prompt)
+    figures = {
+        "layers": _map(seen.ran.int(), seen, "ran", [[0, "#e8edf2"], [1, "#1f5f99"]], bar=False),
+        # First layers change the most by far, and would leave one colour for the rest.
+        "change": _map(seen.change, seen, "change", "Viridis", top=float(seen.change.nan_to_num().quantile(0.9))),
+        "kept": _map(seen.held, seen, "slots held", "Cividis"),
+        "budget": _budget(seen, model.budget),
+        "signals": _lines({"entropy": seen.entropy, "largest probability": seen.confidence}, seen),
+    }
+    parts: dict[str, str] = {}
+    for i, (name, figure) in enumerate(figures.items()):
+        source: Any = "inline" if i == 0 else False
+        parts[name] = pio.to_html(figure, full_html=False, include_plotlyjs=source, div_id=name, config=_CONFIG)
+    facts = {"model": type(model.parts.model).__name__, "policy": str(model.policy), "budget": model.budget or "none"}
+    page = _PAGE.substitute(
+        title=html.escape(f"{facts['policy']} on {facts['model']}"),
+        facts="".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items()),
+        totals=html.escape(str(seen.trace)),
+        text=_text(seen),
+        maps=json.dumps(["layers", "change", "kept"]),
+        **parts,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _text(seen: Replay) -> str:
+    """Return the tokens as spans, the darker the more layers ran."""
+    depth = seen.ran.float().mean(0)
+    spans = []
+    for i, (token, share) in enumerate(zip(seen.tokens, depth.tolist(), strict=True)):
+        kind = "prompt" if i < seen.prompt else "new"
+        note = f"{int(seen.ran[:, i].sum())} of {len(seen.ran)} layers, entropy after it {seen.entropy[i]:.2f}"
+        shown = html.escape(token).replace("\n", "\u21b5<br>")
+        style = f"background:rgba(31,95,153,{0.05 + 0.75 * share:.3f});color:{'#fff' if share > 0.6 else '#111'}"
+        spans.append(f'<span class="{kind}" data-token="{i}" style="{style}" title="{note}">{shown}</span>')
+    return "".join(spans)
+
+
+def _labels(seen: Replay) -> list[str]:
+    return [f"{i}: {token!r}" for i, token in enumerate(seen.tokens)]
+
+
+def _map(
+    values: Tensor, seen: Replay, name: str, colours: Any, bar: bool = True, top: float | None = None
+) -> go.Figure:
+    """Return a picture of values [L, T]; from ``top`` on they share one colour."""
+    import plotly.graph_objects as go
+
+    labels = [_labels(seen)] * len(values)
+    heat = go.Heatmap(
+        z=values.tolist(),
+        customdata=labels,
+        colorscale=colours,
+        showscale=bar,
+        zmin=0,
+        zmax=top,
+        hovertemplate="%{customdata}<br>layer %{y}<br>" + name + " %{z:.3~g}<extra></extra>",
+    )
+    figure = go.Figure(heat)
+    figure.update_layout(
+        height=110 + _HEIGHT * len(values), xaxis_title="token", yaxis_title="layer", margin={"t": 10, "b": 40}
+    )
+    return figure
+
+
+def _budget(seen: Replay, budget: float | None) -> go.Figure:
+    """Return what tokens spent, and the mean so far."""
+    mean = seen.spent.cumsum(0) / torch.arange(1, len(seen.spent) + 1)
+    figure = _lines({"this token": seen.spent, "mean so far": mean}, seen)
+    if budget is not None:
+        figure.add_hline(y=budget, line_dash="dash", annotation_text="budget")
+    figure.update_layout(yaxis_title="share of dense layer FLOPs")
+    return figure
+
+
+def _lines(values: dict[str, Tensor], seen: Replay) -> go.Figure:
+    """Return curves [T] over the tokens."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for name, curve in values.items():
+        figure.add_scatter(
+            y=curve.tolist(), name=name, customdata=_labels(seen), hovertemplate="%{customdata}<br>%{y:.3f}"
+        )
+    figure.add_vline(x=seen.prompt - 0.5, line_width=1, line_dash="dot", annotation_text="end of the prompt")
+    figure.update_layout(height=280, xaxis_title="token", margin={"t": 20, "b": 40})
+    return figure
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>$title</title>
+<link rel="icon" href="data:,">
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #111; }
+h2 { font-size: 1.1em; margin: 2em 0 .3em; }
+p.note { color: #555; margin: 0 0 .6em; }
+dl { display: grid; grid-template-columns: max-content auto; gap: 0 1em; } dt { color: #555; } dd { margin: 0; }
+pre { background: #f4f6f8; padding: .8em 1em; overflow-x: auto; }
+#text span { padding: .1em 0; cursor: default; } #text span.new { border-bottom: 2px solid #c0392b; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<dl>$facts</dl>
+<h2>Text</h2>
+<p class="note">The darker a token, the more layers ran for it. Generated tokens are underlined.</p>
+<div id="text">$text</div>
+<h2>Layers that ran</h2>$layers
+<h2>What each layer changed</h2>
+<p class="note">Length of what it added to the hidden state, relative to the hidden state's.</p>$change
+<h2>What each layer's cache held</h2>
+<p class="note">Slots after each token.</p>$kept
+<h2>Budget over time</h2>$budget
+<h2>How sure the model was of the next token</h2>$signals
+<h2>Totals</h2>
+<pre>$totals</pre>
+<script>
+for (const span of document.querySelectorAll("#text span")) {
+  span.addEventListener("mouseenter", () => {
+    const at = Number(span.dataset.token);
+    const shape = { type: "rect", xref: "x", yref: "paper", x0: at - 0.5, x1: at + 0.5, y0: 0, y1: 1,
+                    line: { color: "#c0392b", width: 1.5 } };
+    for (const name of $maps) Plotly.relayout(name, { shapes: [shape] });
+  });
+}
+</script>
+</body>
+</html>
+""")

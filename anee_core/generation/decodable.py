@@ -1,0 +1,44 @@
+"""What generation asks of a model."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from anee_core.accounting.trace import Trace
+from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.cache.adaptive_cache import AdaptiveCache
+
+
+class Decodable(Protocol):
+    """A model that reads tokens into a cache and says what may come next."""
+
+    adapter: ModelAdapter
+    config: Any
+    generation_config: Any
+    tokenizer: Any
+    last_trace: Trace | None
+
+    @property
+    def device(self) -> torch.device:
+        """Device where inputs go."""
+        ...
+
+    def new_cache(self, capacity: int | None = None) -> AdaptiveCache:
+        """Return an empty cache with room for ``capacity`` tokens."""
+        ...
+
+    def recording(self, cache: AdaptiveCache) -> AbstractContextManager[Trace]:
+        """Gather all forwards on a cache in one trace; the first of them reads a prompt."""
+        ...
+
+    def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache) -> Tensor:
+        """Return the logits [B, 1, V] after each row's last real token of [B, T]."""
+        ...
+
+    def generate(self, inputs: Any = None, **kwargs: Any) -> Any:
+        """Generate as transformers does."""
+        ...

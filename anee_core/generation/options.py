@@ -1,0 +1,117 @@
+"""Options of the lean decode loop, and the rules that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from anee_core.errors import InputError
+from anee_core.generation.decodable import Decodable
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Options of `decode`; None takes the model's generation config's value, then transformers' default."""
+
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    stop_strings: str | list[str] | None = None
+    streamer: Any = None
+    logits_processor: Sequence[Any] | None = None
+    stopping_criteria: Sequence[Any] | None = None
+    seed: int | None = None
+
+
+_BEYOND = frozenset(
+    {
+        "bad_words_ids", "begin_suppress_tokens", "constraints", "diversity_penalty", "encoder_repetition_penalty",
+        "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_bos_token_id",
+        "forced_eos_token_id", "guidance_scale", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size",
+        "num_beams", "num_return_sequences", "penalty_alpha", "sequence_bias", "suppress_tokens", "top_h", "typical_p",
+        "watermarking_config",
+    }
+)  # fmt: skip
+"""Settings that change what is generated and that `decode` does not know."""
+
+
+_DEFAULTS = {
+    "max_new_tokens": 20, "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
+}  # fmt: skip
+
+
+def choose_options(model: Decodable, options: dict[str, Any]) -> DecodeOptions:
+    unknown = set(options) - set(DecodeOptions.__dataclass_fields__)
+    if unknown:
+        raise InputError(f"no option '{min(unknown)}'; there are: {', '.join(DecodeOptions.__dataclass_fields__)}")
+    values = dict(options)
+    for name in DecodeOptions.__dataclass_fields__:
+        if values.get(name) is None:
+            configured = getattr(model.generation_config, name, None)
+            values[name] = configured if configured is not None else _DEFAULTS.get(name)
+    chosen = DecodeOptions(**values)
+    assert chosen.max_new_tokens is not None
+    assert chosen.temperature is not None
+    if not isinstance(chosen.max_new_tokens, int) or chosen.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is a whole number, at least 1; got {chosen.max_new_tokens}")
+    if chosen.do_sample and not chosen.temperature > 0:
+        raise InputError(
+            f"temperature is positive; got {chosen.temperature:g}. For greedy decoding use do_sample=False"
+        )
+    if chosen.top_p is not None and not 0.0 < chosen.top_p <= 1.0:
+        raise InputError(f"top_p lies in (0, 1]; got {chosen.top_p:g}")
+    if chosen.top_k is not None and (not isinstance(chosen.top_k, int) or chosen.top_k < 0):
+        raise InputError(f"top_k is a whole number, 0 for all tokens; got {chosen.top_k}")
+    if chosen.repetition_penalty is not None and not chosen.repetition_penalty > 0:
+        raise InputError(f"repetition_penalty is positive, 1 for none; got {chosen.repetition_penalty:g}")
+    if chosen.seed is not None and not 0 <= chosen.seed < 1 << 64:
+        raise InputError(f"seed lies between 0 and 2**64 - 1; got {chosen.seed}")
+    return chosen
+
+
+def decode_rules(
+    model: Decodable, chosen: DecodeOptions, device: torch.device
+) -> tuple[LogitsProcessorList, StoppingCriteriaList, Tensor]:
+    """Return the processors in transformers' order, the criteria, and the end-of-sequence ids."""
+    processors = LogitsProcessorList()
+    if chosen.repetition_penalty is not None and chosen.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(chosen.repetition_penalty))
+    processors.extend(chosen.logits_processor or [])
+    if chosen.do_sample:
+        if chosen.temperature not in (None, 1.0):
+            processors.append(TemperatureLogitsWarper(chosen.temperature))
+        if chosen.top_k:
+            processors.append(TopKLogitsWarper(chosen.top_k))
+        if chosen.top_p is not None and chosen.top_p < 1.0:
+            processors.append(TopPLogitsWarper(chosen.top_p))
+    criteria = StoppingCriteriaList(list(chosen.stopping_criteria or []))
+    if chosen.stop_strings:
+        if model.tokenizer is None:
+            raise InputError("stop_strings need a tokenizer: pass one to anee.load")
+        criteria.append(StopStringCriteria(model.tokenizer, chosen.stop_strings))
+    ids = chosen.eos_token_id
+    eos = torch.tensor([] if ids is None else ids if isinstance(ids, list) else [ids], dtype=torch.long, device=device)
+    return processors, criteria, eos
+
+
+def settings_beyond(model: Decodable) -> frozenset[str]:
+    """Return what the model's generation config sets and `decode` does not know."""
+    return _BEYOND & set(model.generation_config.to_diff_dict())

@@ -1,0 +1,106 @@
+"""Token policies: what decides which cached tokens a layer keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from anee_core.interfaces.configurable import Configurable
+from anee_core.interfaces.formulas import LinearInteraction
+from anee_core.interfaces.setting import Setting
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """One layer's cache as a `CachePolicy` sees it: S slots in the order of their tokens, the T newest at the end.
+
+    ``query_position`` [B, T] are the new tokens' positions, ``ran`` [B, T] says which of them run the layer and so
+    attend, ``real`` [B, T] which are no padding. ``position_ids`` and ``valid`` are [B, S]. ``state`` is what was
+    remembered of each slot, [B, S, ...].
+
+    Only for a policy that wants them: ``states`` [B, T, D], what the layer's attention gets of the new tokens, normed;
+    ``keys`` [B, H, S, Dh]; and ``attention`` [B, H, T, S], the logits before softmax: -inf where a new token cannot see
+    a slot, whatever was dropped. Of tokens that do not run, they say nothing.
+    """
+
+    layer_idx: int
+    position_ids: Tensor
+    valid: Tensor
+    query_position: Tensor
+    ran: Tensor
+    real: Tensor
+    state: Mapping[str, Tensor]
+    states: Tensor | None = None
+    keys: Tensor | None = None
+    attention: Tensor | None = None
+
+
+Wants = frozenset[Literal["states", "keys", "attention"]]
+"""Costly parts of a `CacheView`."""
+
+
+class CachePolicy(Configurable, ABC):
+    """Decides which cached tokens a layer keeps.
+
+    Tokens are taken in order: each attends to what is held, then the layer drops what the policy no longer wants. What
+    was dropped once stays dropped.
+    """
+
+    name: ClassVar[str]
+    wants: ClassVar[Wants] = frozenset()
+    """Which of them it needs."""
+    before_attention: ClassVar[bool] = False
+    """Whether what a token makes the layer drop is hidden from that token's own attention already."""
+    rewrites: ClassVar[bool] = False
+    """Whether `decide` changes what is remembered of slots."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is ever dropped, so that the engine need not ask."""
+        return False
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers keep the same tokens, by their positions alone; nothing is remembered then, and one
+        decision serves all layers.
+        """
+        return False
+
+    @property
+    def interaction(self) -> LinearInteraction | None:
+        """The formula that `decide` follows, if it is that of a linear interaction, once bound."""
+        return None
+
+    def bind(self, setting: Setting) -> CachePolicy:
+        """Return a policy for one model; this one stays as it is and can serve others.
+
+        Raises:
+            PolicyError: the options or the weights do not fit the model.
+        """
+        return self
+
+    def work(self, layer_idx: int) -> tuple[int, int]:
+        """Return the FLOPs of matrix products that it executes per new token, and per pair of new token and slot."""
+        return 0, 0
+
+    def remember(self, view: CacheView) -> Mapping[str, Tensor]:
+        """Return what to store of the new tokens beside their keys and values, by name, [B, T, ...].
+
+        ``view.state`` and ``view.attention`` are not there yet.
+        """
+        return {}
+
+    @abstractmethod
+    def retain(self, view: CacheView) -> Tensor:
+        """Return what to keep after each new token, a bool tensor that broadcasts to [B, T, S].
+
+        The newest token's own slot is kept in any case, and later ones are not asked about.
+        """
+
+    def decide(self, view: CacheView) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return what `retain` does, and what is remembered of slots from now on, [B, S, ...], where that changes."""
+        return self.retain(view), {}

@@ -1,0 +1,121 @@
+"""Reads and checks what a forward is given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anee_core.adapter.layout import Parts
+from anee_core.cache.adaptive_cache import AdaptiveCache
+from anee_core.engine.block import Block
+from anee_core.errors import InputError
+
+
+def read_block(
+    parts: Parts,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    cache: AdaptiveCache,
+    position_limit: int | None,
+) -> Block:
+    """Return the block of new tokens; see `AdaptiveModel.forward` for the shapes.
+
+    Raises:
+        InputError: something is missing, of the wrong shape, or too long for the model.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("give either input_ids or inputs_embeds")
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
+    if given.dim() != (2 if input_ids is not None else 3) or given.shape[0] == 0 or given.shape[1] == 0:
+        raise InputError(
+            "input_ids is [batch, tokens] and inputs_embeds [batch, tokens, width], none empty; "
+            f"got {tuple(given.shape)}"
+        )
+    batch, tokens = given.shape[:2]
+    device = parts.embedding.weight.device
+    real = _real_tokens(attention_mask, batch, tokens, cache, device)
+    given_positions = position_ids is not None
+    if position_ids is None:
+        position_ids = _count_positions(real, attention_mask, batch, tokens, cache, device)
+    elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
+        raise InputError(f"position_ids is [{batch}, {tokens}] like the tokens; got {tuple(position_ids.shape)}")
+    else:
+        position_ids = position_ids.to(device).expand(batch, -1)
+    if position_limit is not None and cache.seen + tokens > position_limit:
+        raise InputError(
+            f"{cache.seen + tokens} tokens do not fit the model's context of {position_limit}; shorten the prompt"
+        )
+    if position_limit is not None and given_positions and (cache.seen == 0 or tokens > 1):
+        furthest = int(position_ids.max())
+        if furthest >= position_limit:
+            raise InputError(f"position {furthest} does not exist: the model's context is {position_limit}")
+    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
+        raise InputError(f"input_ids are whole numbers; got {input_ids.dtype}")
+    if inputs_embeds is not None and inputs_embeds.shape[2] != parts.embedding.weight.shape[1]:
+        width = parts.embedding.weight.shape[1]
+        raise InputError(f"inputs_embeds is [batch, tokens, {width}]; got {tuple(inputs_embeds.shape)}")
+    if input_ids is not None and (cache.seen == 0 or tokens > 1):
+        _check_ids(input_ids, parts.embedding.weight.shape[0])
+    embeddings = parts.embedding(input_ids.to(device)) if input_ids is not None else inputs_embeds
+    assert embeddings is not None
+    return Block(
+        embeddings=embeddings,
+        position_ids=position_ids,
+        input_ids=None if input_ids is None else input_ids.to(device),
+        real=real,
+        phase="prefill" if cache.seen == 0 or tokens > 1 else "decode",
+    )
+
+
+def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
+    """Raise unless all ids are in the vocabulary. Not asked of single tokens: what is generated is in it."""
+    low, high = torch.stack(input_ids.aminmax()).tolist()
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise InputError(
+            f"token id {wrong} is not in the vocabulary of {vocabulary}: is the tokenizer the model's own?"
+        )
+
+
+def _real_tokens(
+    mask: Tensor | None, batch: int, tokens: int, cache: AdaptiveCache, device: torch.device
+) -> Tensor | None:
+    """Return which of the new tokens are real, [B, T] bool, or None if all are."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise InputError(f"attention_mask is [batch, tokens] with 0 for padding; got {tuple(mask.shape)}")
+    if mask.shape[0] != batch or mask.shape[1] not in (cache.seen + tokens, tokens):
+        raise InputError(
+            f"attention_mask is [{batch}, {cache.seen + tokens}] for {cache.seen} tokens seen and {tokens} new ones; "
+            f"got {tuple(mask.shape)}"
+        )
+    real = mask[:, -tokens:].to(device) != 0
+    some = real.any(1)
+    if cache.seen == 0 and not bool(some.all()):
+        row = int((~some).nonzero()[0])
+        raise InputError(f"row {row} of the batch is all padding; leave it out")
+    return None if bool(real.all()) else real
+
+
+def _count_positions(
+    real: Tensor | None,
+    mask: Tensor | None,
+    batch: int,
+    tokens: int,
+    cache: AdaptiveCache,
+    device: torch.device,
+) -> Tensor:
+    """Count positions over the real tokens of each row, [B, T]; padding gets the position before it, at least 0."""
+    before = torch.full((batch, 1), cache.seen, device=device)
+    if mask is not None and mask.shape[1] == cache.seen + tokens:
+        before = (mask[:, : cache.seen] != 0).sum(1, keepdim=True).to(device)
+    elif cache.slots and (cache.slots[0].gaps or not cache.slots[0].full):
+        before = cache.next_positions()
+    if tokens == 1 and real is None:
+        return before
+    ahead = torch.arange(1, tokens + 1, device=device).expand(batch, -1) if real is None else real.cumsum(1)
+    return (before + ahead - 1).clamp(min=0)

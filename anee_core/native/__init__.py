@@ -1,1 +1,0 @@
-"""The native layer step, in C++ for the CPU."""

@@ -1,0 +1,160 @@
+"""Policy strings, and whatever else a user may pass as a policy."""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from anee_core.accounting.budget import check_budget
+from anee_core.controllers.dense import DenseController
+from anee_core.errors import CheckpointError, PolicyError, suggestion
+from anee_core.interfaces.cache_policy import CachePolicy
+from anee_core.interfaces.controller import Controller
+from anee_core.interfaces.setting import Calibration
+from anee_core.plugins import Plugins, Registry
+from anee_core.policy.hub import fetch, is_repository
+from anee_core.policy.options import configure, raw_options
+from anee_core.policy.policy import POLICY_FORMAT, Policy
+
+_PLURALS = {"controller": "layer policies", "cache_policy": "token policies", "shortcut": "shortcuts"}
+
+
+def make_policy(given: str | Path | Policy | Controller | CachePolicy | None, plugins: Plugins) -> Policy:
+    """Return a policy from whatever a user may pass: a string, a folder, a policy or one of its parts."""
+    match given:
+        case None:
+            return Policy()
+        case Policy():
+            return given
+        case Controller():
+            return Policy(controller=given)
+        case CachePolicy():
+            return Policy(cache_policy=given)
+        case str():
+            return parse_policy(given, plugins)
+        case Path():
+            return load_policy(given, plugins)
+    got = f"the class {given.__name__}: pass an instance" if isinstance(given, type) else type(given).__name__
+    raise PolicyError(f"a policy is a string, a folder, a Policy, a Controller or a CachePolicy; got {got}")
+
+
+def parse_policy(text: str, plugins: Plugins) -> Policy:
+    """Read a policy string: ``name[:option=value,...]``, a layer policy, shortcuts and a token policy joined by ``+``.
+
+    A string that names a folder with a saved policy loads it, and so does one that names a repository on the hub.
+
+    Raises:
+        PolicyError: unknown name or option, wrong value, two policies of one kind, or shortcuts with nothing to skip.
+        CheckpointError: the folder's policy cannot be read.
+    """
+    if os.path.isfile(
+        os.path.join(text, POLICY_FORMAT.header)
+    ):  # unlike Path.is_file, False for a name that is too long
+        return load_policy(text, plugins)
+    found: dict[str, Any] = {}
+    # A plus that joins stands before a name; that of a number like 1e+3 does not.
+    parts = _joined_folders(re.split(r"\+(?!\d)", text))
+    for piece in parts:
+        name, _, options = piece.partition(":")
+        name = name.strip()
+        if not name:
+            raise PolicyError(f"'{text}' has an empty part; a policy string is like 'heuristic' or 'static:skip=5 14'")
+        registry = plugins.policy_part(name)
+        if registry is None and os.path.isdir(text):
+            raise CheckpointError(f"the folder '{text}' holds no saved policy: it has no {POLICY_FORMAT.header}")
+        if registry is None and is_repository(text):
+            return load_policy(fetch(text), plugins)
+        if registry is None:
+            known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies, *plugins.shortcuts]
+            raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")
+        if registry is plugins.policies and len(parts) == 1:
+            return _bundle(registry[name], name, options)
+        for kind, part in _parts(registry, name, options, plugins).items():
+            if kind in found:
+                raise PolicyError(f"'{text}' names two {_PLURALS[kind]}; join one layer policy and one token policy")
+            found[kind] = part
+    if "shortcut" in found and found.get("controller", DenseController()).runs_all:
+        raise PolicyError(
+            f"'{text}' has shortcuts but skips no layer: join them with a layer policy, as in 'random:p=0.3+shortcuts'"
+        )
+    return Policy(**found)
+
+
+def _joined_folders(pieces: list[str]) -> list[str]:
+    """Join again what was a folder with a plus in its name."""
+    found: list[str] = []
+    for piece in pieces:
+        if found and ":" in found[-1] and os.path.isdir(f"{found[-1]}+{piece}".partition(":")[2]):
+            found[-1] += f"+{piece}"
+        else:
+            found.append(piece)
+    return found
+
+
+def _parts(registry: Registry, name: str, options: str, plugins: Plugins) -> dict[str, Any]:
+    """Return what one part of a policy string brings, by field of `Policy`."""
+    if registry is plugins.controllers:
+        return {"controller": configure(registry[name], name, options)}
+    if registry is plugins.cache_policies:
+        return {"cache_policy": configure(registry[name], name, options)}
+    if registry is plugins.shortcuts:
+        return {"shortcut": configure(registry[name], name, options)}
+    whole = _bundle(registry[name], name, options)
+    parts: dict[str, Any] = {}
+    if not isinstance(whole.controller, DenseController):
+        parts["controller"] = whole.controller
+    if not whole.cache_policy.keeps_all:
+        parts["cache_policy"] = whole.cache_policy
+    if whole.shortcut is not None:
+        parts["shortcut"] = whole.shortcut
+    return parts
+
+
+def _bundle(factory: Any, name: str, options: str) -> Policy:
+    try:
+        return typing.cast(Policy, factory(**raw_options(name, options)))
+    except TypeError as error:
+        raise PolicyError(f"{name}: {error}") from error
+
+
+def load_policy(folder: str | Path, plugins: Plugins) -> Policy:
+    """Read what `Policy.save` wrote; nothing missing, nothing extra.
+
+    Raises:
+        CheckpointError: a file is missing, corrupt or of another schema.
+    """
+    path = Path(folder)
+    header, tensors = POLICY_FORMAT.read(path)
+    wanted = {"importance", "confidence"} if "calibration" in header else set()
+    optional = {"calibration", "shortcut"} & set(header)
+    expected = {"layers", "tokens", "budget", "hard"} | optional
+    if set(tensors) != wanted or set(header) != expected:
+        raise CheckpointError(
+            f"the policy in {path} has keys {sorted(header)} and tensors {sorted(tensors)}, "
+            f"expected {sorted(expected)} and {sorted(wanted)}"
+        )
+    try:
+        shortcut = f"+{header['shortcut']}" if "shortcut" in header else ""
+        policy = parse_policy(f"{header['layers']}+{header['tokens']}{shortcut}", plugins)
+    except PolicyError as error:
+        raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
+    policy = policy.with_folders(lambda name, inside: path / inside)
+    budget, hard = header["budget"], header["hard"]
+    if budget is not None:
+        check_budget(budget)
+    if not isinstance(hard, bool):
+        raise CheckpointError(f"'hard' of the policy in {path} is neither true nor false; save it again")
+    if not wanted:
+        return replace(policy, budget=budget, hard=hard)
+    origin = header["calibration"]
+    if not isinstance(origin, dict) or set(origin) != {"fingerprint", "source"}:
+        raise CheckpointError(f"the policy in {path} does not say what its calibration is of; save it again")
+    for name, tensor in tensors.items():
+        if tensor.dim() != 1 or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise CheckpointError(f"'{name}' of the policy in {path} is no list of finite numbers; save it again")
+    calibration = Calibration(tensors["importance"], tensors["confidence"], **origin)
+    return replace(policy, calibration=calibration, budget=budget, hard=hard)

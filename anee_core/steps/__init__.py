@@ -1,0 +1,1 @@
+"""Ways to run a layer: by the model's own modules, in C++, as captured graphs; now or deferred."""

@@ -1,0 +1,32 @@
+"""Whether a model's layers can be captured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anee_core.adapter.instrumentation import hooked
+from anee_core.adapter.layout import Parts
+from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.steps.reference import devices_of
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Why a model's layers cannot be captured, if they cannot, and where their weights lie."""
+
+    unfit: str | None
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def look(cls, adapter: ModelAdapter, parts: Parts) -> Captured:
+        layers, recipe = parts.layers, adapter.recipe(parts.config)
+        unfit = None
+        if recipe is None or type(layers[0]).__name__ not in recipe.layers:
+            unfit = f"{type(adapter).__name__} has no recipe for it"
+        elif len(set(devices_of(parts))) > 1:
+            unfit = "its layers lie on several devices"
+        elif any(hooked(module) for layer in layers for module in layer.modules()):
+            unfit = "some of its modules are hooked"
+        elif any(layer.training for layer in layers):
+            unfit = "it is in training mode"
+        return cls(unfit, tuple(p.data_ptr() for layer in layers for p in layer.parameters()))

@@ -1,0 +1,122 @@
+"""The seam behind which faster ways to run a layer can stand."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from anee_core.adapter.layer_call import LayerCall
+from anee_core.cache.adaptive_cache import AdaptiveCache
+from anee_core.steps.calls import Places, Stack
+
+
+class LayerStep(Protocol):
+    """Runs decoder layers, writes the keys and values of tokens that skip them, and applies the head.
+
+    An implementation may fuse, compile or capture; `ReferenceStep` is what it must agree with.
+    """
+
+    @property
+    def slow_because(self) -> str | None:
+        """Why layers run by their own modules; None if they do not."""
+        ...
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether the block that was begun may be given to `all_layers`."""
+        ...
+
+    def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
+        """Look at a block [B, T, D] before its layers run."""
+        ...
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Take a block [B, T, D] through all layers; None if they have to be taken one by one."""
+        ...
+
+    def run(
+        self,
+        layer_idx: int,
+        hidden_states: Tensor,
+        call: LayerCall,
+        cache: AdaptiveCache,
+        places: Places | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Run a layer for a block [B, T, D], or for its tokens at ``places`` [R, C], and return their new states.
+
+        Their keys and values go into the cache. ``mask`` is the block's additive mask [B, 1, T, S], or None if each
+        token sees every slot up to its own.
+        """
+        ...
+
+    def propagate(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
+    ) -> None:
+        """Write the keys and values of a block [B, T, D], or of its tokens at ``places``, which skip the layer."""
+        ...
+
+    def settle(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
+    ) -> None:
+        """Write the keys and values of tokens [B, P, D] that skipped the layer before, into slots [P]."""
+        ...
+
+    def norm(self, hidden_states: Tensor) -> Tensor:
+        """Apply the final norm to what the layers gave, [B, T, D]."""
+        ...
+
+    def head(self, hidden_states: Tensor) -> Any:
+        """Return what to apply to normed hidden states [B, T, D] as the model's head."""
+        ...
+
+
+class StepAround:
+    """Leaves everything to another step: what wraps one overrides what it changes."""
+
+    def __init__(self, step: LayerStep) -> None:
+        self._step = step
+
+    @property
+    def inner(self) -> LayerStep:
+        """The step."""
+        return self._step
+
+    @property
+    def slow_because(self) -> str | None:
+        """What the step says."""
+        return self._step.slow_because
+
+    @property
+    def takes_all(self) -> bool:
+        """What the step says."""
+        return self._step.takes_all
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        """Let the step look at a block."""
+        self._step.begin(*args, **kwargs)
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Let the step take all layers."""
+        return self._step.all_layers(hidden_states, stack, cache)
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Let the step run a layer."""
+        return self._step.run(*args, **kwargs)
+
+    def propagate(self, *args: Any, **kwargs: Any) -> None:
+        """Let the step write keys and values."""
+        self._step.propagate(*args, **kwargs)
+
+    def settle(self, *args: Any, **kwargs: Any) -> None:
+        """Let the step write keys and values of tokens that skipped the layer before."""
+        self._step.settle(*args, **kwargs)
+
+    def norm(self, hidden_states: Tensor) -> Tensor:
+        """Apply the step's norm."""
+        return self._step.norm(hidden_states)
+
+    def head(self, hidden_states: Tensor) -> Any:
+        """Return the step's head."""
+        return self._step.head(hidden_states)

@@ -1,0 +1,3 @@
+"""The native layer step, in C++ for the CPU."""
+
+from __future__ import annotations

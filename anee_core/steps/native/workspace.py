@@ -1,0 +1,54 @@
+"""What one thread's forward works with, and where its tokens are."""
+
+from __future__ import annotations
+
+import threading
+from ctypes import addressof
+
+import torch
+from torch import Tensor
+
+from anee_core.adapter.layer_call import LayerCall
+from anee_core.steps.calls import Places
+from anee_core.steps.native.head import NativeHead, NativeNorm
+from anee_core.steps.native.layers import NativeLayer
+from anee_core.steps.native.stack import NativeStack
+from anee_core.steps.native.structs import Tokens
+
+Angles = tuple[Tensor, Tensor, int, int]
+"""Cosines and sines [B, T, R], and where they lie."""
+
+
+class Workspace(threading.local):
+    """What one thread's forward works with: several threads may run one model, each on a cache of its own."""
+
+    def __init__(self) -> None:
+        self.layers: list[NativeLayer] = []
+        """Those of the forward under way; none if it goes through the model's modules."""
+        self.possible = False
+        """Whether nothing but the model itself may speak against the library."""
+        self.following: list[NativeNorm | NativeHead] | None = None
+        """What follows the layers, if it can be computed in the library; None before that was looked at."""
+        self.few = True
+        """Whether it has so few tokens that the library is always sooner done."""
+        self.threads = 1
+        self.scratch = torch.empty(0)
+        self.tokens = Tokens()
+        self.address = addressof(self.tokens)
+        self.stack: NativeStack | None = None
+        self.whole: dict[tuple[int, int], Where] = {}
+        self.turned: tuple[LayerCall, Angles | None] | None = None
+
+
+class Where:
+    """Where some tokens of a block are: numbers for each, in memory, and the shape that they came in."""
+
+    def __init__(self, place: Tensor, row: Tensor, column: Tensor, shape: torch.Size) -> None:
+        self.place, self.row, self.column, self.count, self.shape = place, row, column, place.numel(), shape
+        self.pointers = place.data_ptr(), row.data_ptr(), column.data_ptr()
+
+    @classmethod
+    def at(cls, places: Places, length: int) -> Where:
+        rows, columns = places
+        rows = rows.expand_as(columns)
+        return cls((rows * length + columns).contiguous(), rows.contiguous(), columns.contiguous(), columns.shape)

@@ -1,0 +1,87 @@
+"""The step that calls the model's own modules: what every faster one must agree with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anee_core.adapter.layer_call import LayerCall
+from anee_core.adapter.layout import Parts
+from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.cache.adaptive_cache import AdaptiveCache
+from anee_core.cache.writer import CacheWriter
+from anee_core.steps.calls import Places, Stack
+
+
+class ReferenceStep:
+    """Calls the model's own modules, wherever they are and whatever wraps them."""
+
+    def __init__(self, adapter: ModelAdapter, parts: Parts) -> None:
+        self._adapter, self._parts = adapter, parts
+
+    @property
+    def slow_because(self) -> str | None:
+        """That this is what was asked for."""
+        return "fast=False"
+
+    @property
+    def takes_all(self) -> bool:
+        """No."""
+        return False
+
+    def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
+        """Do nothing."""
+
+    def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
+        """Leave it to `run` and `propagate`."""
+        return None
+
+    def run(
+        self,
+        layer_idx: int,
+        hidden_states: Tensor,
+        call: LayerCall,
+        cache: AdaptiveCache,
+        places: Places | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Run the decoder layer itself."""
+        writer = CacheWriter(cache, layer_idx)
+        if places is not None:
+            rows, columns = places
+            hidden_states, call = hidden_states[rows, columns], call.select(rows, columns)
+            writer = CacheWriter(cache, layer_idx, rows, columns)
+            mask = None if mask is None else mask[rows, 0, columns].unsqueeze(1)
+        return self._adapter.run(self._parts, layer_idx, hidden_states, call.with_mask(mask), writer)
+
+    def propagate(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
+    ) -> None:
+        """Project through the layer's own norm and projections."""
+        if places is not None:
+            hidden_states, call = hidden_states[places], call.select(*places)
+        keys, values = self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
+        cache.write(layer_idx, keys, values, *(places or ()))
+
+    def settle(
+        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
+    ) -> None:
+        """Project all of them at once."""
+        keys, values = self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
+        cache.write_slots(layer_idx, keys, values, slots)
+
+    def norm(self, hidden_states: Tensor) -> Tensor:
+        """Apply the norm itself."""
+        normed: Tensor = self._parts.final_norm(hidden_states)
+        return normed
+
+    def head(self, hidden_states: Tensor) -> Any:
+        """Return the head itself."""
+        return self._parts.head
+
+
+def devices_of(parts: Parts) -> tuple[torch.device, ...]:
+    """Return the device of each layer."""
+    return tuple(next(layer.parameters()).device for layer in parts.layers)

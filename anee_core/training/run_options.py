@@ -1,0 +1,43 @@
+"""How a training run goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from anee_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes.
+
+    Args:
+        folder: where checkpoints and logs go; a run found there is continued.
+        steps: optimiser steps; with 0 what the run starts from is written as it would be after training.
+        accumulate: batches per step.
+        clip: largest gradient norm; 0 for no clipping.
+        precision: "no", "bf16" or "fp16".
+        seed: of everything random.
+        validate_every: steps between validations; 0 for none but the last.
+        save_every: steps between checkpoints.
+        progress: whether to show a bar.
+    """
+
+    folder: Path
+    steps: int
+    accumulate: int = 1
+    clip: float = 1.0
+    precision: str = "no"
+    seed: int = 0
+    validate_every: int = 100
+    save_every: int = 100
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.accumulate < 1 or self.save_every < 1:
+            raise InputError("steps are at least 0, accumulate and save_every at least 1")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"a run is kept in a folder, and '{self.folder}' is a file; choose another name")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise InputError(f"precision is 'no', 'bf16' or 'fp16'; got '{self.precision}'")
