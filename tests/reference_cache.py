@@ -1,4 +1,4 @@
-"""The slow, obvious twin of `anee_core.cache.adaptive_cache.AdaptiveCache`: lists of tokens, nothing shared, nothing preallocated."""
+"""The slow, obvious twin of `AdaptiveCache`: lists of tokens, nothing shared, nothing preallocated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ReferenceCache:
     def __init__(self, num_layers):
         self.layers = [[] for _ in range(num_layers)]
         self.batch = self.seen = self.pending = self.horizon = 0
-        self.recording = False
+        self.keeps_dropped = False
 
     def begin(self, position_ids, real):
         """Open a forward over tokens [B][T]; ``real`` [B][T] is False for padding, None for no padding."""
@@ -61,7 +61,7 @@ class ReferenceCache:
     def commit(self):
         """Close the forward, and free what was dropped unless recording."""
         self.seen, self.pending = self.seen + self.pending, 0
-        if self.recording:
+        if self.keeps_dropped:
             return
         for row in self._rows():
             self.horizon = max([self.horizon, *(t.dropped_at for t in row if t.dropped_at is not None)])

@@ -11,7 +11,6 @@ from anee_core.bench import random_models as shapes
 from anee_core.bench import speed as bench
 from anee_core.bench.options import BenchOptions
 from anee_core.bench.timing import Stopwatch, TimedStep
-from anee_core.engine import Engine
 from anee_core.errors import InputError
 
 
@@ -120,7 +119,7 @@ def test_what_is_decided_within_the_library_is_told_apart(tmp_path):
         part.save(tmp_path)
     model = adaptive(build("llama"), f"gate:{tmp_path},protect=1 1", 0.7)
     timed = TimedStep(model.engine.step)
-    model.engine = Engine(model.adapter, model.parts, model.engine.policy, step=timed)
+    model.use_step(timed)
     model.decode(tokens(1, 9), max_new_tokens=6, eos_token_id=[])
     inside, taken = timed.inside.decisions, timed.close()
     assert 0 < inside < taken["policy"]

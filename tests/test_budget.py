@@ -115,7 +115,7 @@ def test_overridden_actions_are_charged_as_what_is_executed():
     ledger = Ledger(Budget(costs, frozenset({0, 5}), None, False), torch.zeros(1, 2, dtype=torch.long))
     first, second = [Action.SKIP] * 6, [Action.PROCESS, Action.EXIT, *[Action.PROCESS] * 4]
     actions = torch.tensor([first, second], dtype=torch.uint8).T[:, None, :]
-    run = ledger.settle(actions, 0)
+    run = ledger.admit(actions, 0)
     assert run[:, 0, 0].tolist() == [True, False, False, False, False, True]
     assert run[:, 0, 1].tolist() == [True, False, False, False, False, True]
     run_shares, skip_shares = costs.token_shares(torch.tensor(0))

@@ -48,7 +48,7 @@ def attend(cache, layer, query, position, window=None, held=None, rows=None):
     everywhere = position.new_zeros(cache.batch, position.shape[1])
     everywhere[rows] = position
     mask = additive(visible(slots, everywhere, window)[rows], query.dtype)
-    return scaled_dot_product_attention(query, *(held or cache.held(layer)), attn_mask=mask)
+    return scaled_dot_product_attention(query, *(held or cache.keys_values(layer)), attn_mask=mask)
 
 
 # Against the twin.
@@ -241,7 +241,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(on=st.booleans())
     def record(self, on):
-        self.cache.recording = self.twin.recording = on
+        self.cache.keeps_dropped = self.twin.keeps_dropped = on
 
     @invariant()
     def holds_the_same_tokens(self):
@@ -261,7 +261,7 @@ class CacheMachine(RuleBasedStateMachine):
             # A forward that is open or failed may not have written all its tokens.
             written = [i for i, t in enumerate(tokens) if t.key is not None]
             if written:
-                keys, values = (states[row][:, valid][:, written] for states in cache.held(layer))
+                keys, values = (states[row][:, valid][:, written] for states in cache.keys_values(layer))
                 assert torch.equal(keys, torch.stack([tokens[i].key for i in written], dim=1))
                 assert torch.equal(values, torch.stack([tokens[i].value for i in written], dim=1))
 
@@ -323,7 +323,7 @@ def snapshot(cache):
     rows = []
     for layer, row in itertools.product(range(len(cache.slots)), range(cache.batch)):
         valid = cache.slots[layer].valid()[row]
-        keys, values = cache.held(layer)
+        keys, values = cache.keys_values(layer)
         rows.append((cache.slots[layer].positions()[row, valid], keys[row][:, valid], values[row][:, valid]))
     return cache.get_seq_length(), [tuple(t.clone() for t in row) for row in rows]
 
@@ -386,7 +386,7 @@ def test_dtype_and_bits_survive_growth_compaction_and_reordering(dtype):
     cache.commit()
     cache.reorder(torch.tensor([1, 0, 1]))
     for layer in range(LAYERS):
-        for held, given in zip(cache.held(layer), written[layer], strict=True):
+        for held, given in zip(cache.keys_values(layer), written[layer], strict=True):
             assert held.dtype == dtype
             assert torch.equal(held[:, :, :5], given[[1, 0, 1], :, -5:])
     assert cache.nbytes() == storage_bytes(3, cache.slots[0].capacity, itemsize=dtype.itemsize)
@@ -478,7 +478,7 @@ def test_a_rollback_that_needs_no_freed_token_works_after_compaction(padded):
     evict_but_last(cache, 4)
     feed(cache, 2, seed=1)
     feed(cache, 3, seed=2, real=real)
-    cache.recording = False
+    cache.keeps_dropped = False
     feed(cache, 1, seed=3)
     assert cache.slots[0].capacity < 40
     cache.rollback(4)
@@ -571,7 +571,7 @@ def test_a_failed_forward_leaves_no_trace(reached, recording):
     cache, undisturbed = AdaptiveCache(LAYERS), AdaptiveCache(LAYERS)
     real = torch.tensor([[False] * 3 + [True] * 17, [True] * 20])
     for each in (cache, undisturbed):
-        each.recording = recording
+        each.keeps_dropped = recording
         feed(each, 20, real=real)
         open_block(each, 1, seed=1)
         evict_but_last(each, 8)
@@ -691,7 +691,7 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(change, trained):
     cache = AdaptiveCache(LAYERS, capacity=45 if change == "growth" else 100)
     with torch.inference_mode():
         feed(cache, 40)
-        cache.recording = change == "a drop"
+        cache.keeps_dropped = change == "a drop"
         if change in ("a drop", "compaction"):
             cache.evict(1, torch.arange(40).expand(2, 1, -1) > 25)
         cache.commit()
@@ -717,7 +717,7 @@ def test_compaction_does_not_touch_tensors_handed_out_before():
         new = [some(2, HEADS, 1, WIDTH, seed=50 + i) for i in (0, 1)]
         handed_out += CacheWriter(cache, layer, *rows).update(*new, layer)
     for layer in range(LAYERS):
-        handed_out += cache.held(layer)
+        handed_out += cache.keys_values(layer)
     copies = [t.clone() for t in handed_out]
     evict_but_last(cache, 5)
     cache.commit()
@@ -742,21 +742,21 @@ def test_slots_that_were_never_written_give_no_nan(dtype):
             assert torch.isfinite(attend(cache, 0, query, position)).all()
         cache.commit()
         cache.begin(torch.arange(6, 6 + count).expand(2, -1), None)
-        assert all(torch.isfinite(states).all() for states in cache.held(0))
+        assert all(torch.isfinite(states).all() for states in cache.keys_values(0))
 
 
 def test_rows_can_be_repeated_selected_and_followed():
     cache = AdaptiveCache(LAYERS)
     feed(cache, 4, real=torch.tensor([[False, True, True, True], [True, True, True, True]]))
     cache.feedback = FeedbackLog(2, torch.device("cpu"), 4, 0.5)
-    cache.feedback.note(4, torch.tensor([[0.25], [0.75]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]]), None)
+    cache.feedback.record(4, torch.tensor([[0.25], [0.75]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]]), None)
     spent = [2.25, 2.75]
     rows = snapshot(cache)[1]
 
     def assert_rows(order):
         length, after = snapshot(cache)
         assert_same((4, [rows[2 * layer + row] for layer in range(LAYERS) for row in order]), (length, after))
-        assert cache.feedback.at(5)[:, 0, 2].tolist() == [spent[row] for row in order]
+        assert cache.feedback.entry(5)[:, 0, 2].tolist() == [spent[row] for row in order]
 
     cache.batch_repeat_interleave(2)
     assert_rows([0, 0, 1, 1])
@@ -926,52 +926,52 @@ def test_feedback_is_what_a_naive_log_holds():
     for count in [3, 1, 1, 2, 1, 5] + [1] * 80 + [200]:
         spent, drawn = torch.rand(3, count, generator=generator), torch.rand(3, 2, generator=generator)
         real = torch.rand(3, count, generator=generator) < 0.6 if len(blocks) % 3 else None
-        log.note(index, spent, drawn, real)
+        log.record(index, spent, drawn, real)
         index += count
         blocks.append((spent, drawn, torch.ones(3, count, dtype=torch.bool) if real is None else real))
     for row in range(3):
         wanted = naive_log(4, 0.5, [tuple(part[row].tolist() for part in block) for block in blocks])
         for at, entry in wanted.items():
-            assert log.at(at)[row, 0].tolist() == pytest.approx(entry, abs=1e-3)
+            assert log.entry(at)[row, 0].tolist() == pytest.approx(entry, abs=1e-3)
 
 
 def test_a_row_of_padding_keeps_what_it_had():
     log = FeedbackLog(2, torch.device("cpu"), 0, 1.0)
-    log.note(0, torch.ones(2, 2), torch.tensor([[0.1, 0.9], [0.2, 0.8]]), None)
-    log.note(2, torch.ones(2, 1), torch.tensor([[0.3, 0.7], [0.4, 0.6]]), torch.tensor([[True], [False]]))
-    assert log.at(3)[:, 0].tolist() == [pytest.approx([0.3, 0.7, 3.0]), pytest.approx([0.2, 0.8, 2.0])]
+    log.record(0, torch.ones(2, 2), torch.tensor([[0.1, 0.9], [0.2, 0.8]]), None)
+    log.record(2, torch.ones(2, 1), torch.tensor([[0.3, 0.7], [0.4, 0.6]]), torch.tensor([[True], [False]]))
+    assert log.entry(3)[:, 0].tolist() == [pytest.approx([0.3, 0.7, 3.0]), pytest.approx([0.2, 0.8, 2.0])]
 
 
 def test_tokens_seen_before_the_log_count_as_having_cost_the_budget():
     log = FeedbackLog(1, torch.device("cpu"), 4, 0.5)
-    assert [log.at(index)[0, 0].tolist() for index in range(5)] == [[*UNKNOWN, 0.5 * index] for index in range(5)]
+    assert [log.entry(index)[0, 0].tolist() for index in range(5)] == [[*UNKNOWN, 0.5 * index] for index in range(5)]
 
 
 def test_feedback_grows_seldom():
     log = FeedbackLog(1, torch.device("cpu"), 0, 1.0)
     places = set()
     for index in range(1000):
-        log.note(index, torch.ones(1, 1), torch.ones(1, 2), None)
+        log.record(index, torch.ones(1, 1), torch.ones(1, 2), None)
         places.add(log._entries.shape[1])
     assert len(places) <= 6
-    assert log.at(1000)[0, 0, 2] == 1000
+    assert log.entry(1000)[0, 0, 2] == 1000
 
 
 def test_feedback_noted_again_after_a_rollback_replaces_the_old():
     log = FeedbackLog(1, torch.device("cpu"), 0, 1.0)
     for cost in (0.5, 0.25):
-        log.note(0, torch.full((1, 3), cost), torch.full((1, 2), cost), None)
-    assert [log.at(i)[0, 0, 2].item() for i in range(4)] == [0.0, 0.25, 0.5, 0.75]
-    assert log.at(3)[0, 0, :2].tolist() == [0.25, 0.25]
+        log.record(0, torch.full((1, 3), cost), torch.full((1, 2), cost), None)
+    assert [log.entry(i)[0, 0, 2].item() for i in range(4)] == [0.0, 0.25, 0.5, 0.75]
+    assert log.entry(3)[0, 0, :2].tolist() == [0.25, 0.25]
 
 
 def test_feedback_follows_rows_and_copies_go_their_own_way():
     log = FeedbackLog(2, torch.device("cpu"), 0, 1.0)
-    log.note(0, torch.tensor([[1.0], [2.0]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]]), None)
+    log.record(0, torch.tensor([[1.0], [2.0]]), torch.tensor([[0.1, 0.2], [0.3, 0.4]]), None)
     log.reorder(torch.tensor([1, 1, 0]))
-    log.note(1, torch.tensor([[1.0], [10.0], [100.0]]), torch.ones(3, 2), None)
-    assert log.at(1)[:, 0, 2].tolist() == [2.0, 2.0, 1.0]
-    assert log.at(2)[:, 0, 2].tolist() == [3.0, 12.0, 101.0]
+    log.record(1, torch.tensor([[1.0], [10.0], [100.0]]), torch.ones(3, 2), None)
+    assert log.entry(1)[:, 0, 2].tolist() == [2.0, 2.0, 1.0]
+    assert log.entry(2)[:, 0, 2].tolist() == [3.0, 12.0, 101.0]
 
 
 @pytest.mark.parametrize("change", ["nothing", "growth", "a reordering"])
@@ -979,17 +979,17 @@ def test_feedback_of_inference_mode_goes_on_outside(change):
     with torch.inference_mode():
         log = FeedbackLog(2, torch.device("cpu"), 3, 1.0)
         if change == "growth":
-            log.note(3, torch.ones(2, 1), torch.ones(2, 2), None)
+            log.record(3, torch.ones(2, 1), torch.ones(2, 2), None)
         elif change == "a reordering":
             log.reorder(torch.tensor([1, 0]))
-    log.note(2, torch.ones(2, 1), torch.ones(2, 2), None)
-    assert log.at(3)[:, 0].tolist() == [[1.0, 1.0, 3.0]] * 2
+    log.record(2, torch.ones(2, 1), torch.ones(2, 2), None)
+    assert log.entry(3)[:, 0].tolist() == [[1.0, 1.0, 3.0]] * 2
 
 
 def test_feedback_keeps_no_graph():
     log = FeedbackLog(2, torch.device("cpu"), 0, 1.0)
-    log.note(0, torch.ones(2, 1), torch.rand(2, 2, requires_grad=True) * 2, None)
-    assert not log.at(1).requires_grad
+    log.record(0, torch.ones(2, 1), torch.rand(2, 2, requires_grad=True) * 2, None)
+    assert not log.entry(1).requires_grad
 
 
 def test_the_twin_is_told_apart_by_a_single_missing_token():

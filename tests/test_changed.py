@@ -9,10 +9,10 @@ import torch
 from tiny import adaptive, build, gate_weights, tokens
 
 import anee
-from anee_core.engine import Engine
 from anee_core.errors import InputError, ModelError, PolicyError
 from anee_core.interfaces import Action, Controller
 from anee_core.policy import LowRankShortcut, Policy
+from anee_core.steps.calls import LayerInput
 from anee_core.steps.deferred import DeferredStep
 from anee_core.steps.graphs.graph_step import GraphStep
 from anee_core.steps.native.step import NativeStep
@@ -102,7 +102,7 @@ def capturing(model):
 def test_a_copy_runs_by_itself(step):
     model, ids = adaptive(build("llama"), "random:p=0.4,protect=0 0"), tokens()
     if step is not None:
-        model.engine = Engine(model.adapter, model.parts, model.policy, step=step(model))
+        model.use_step(step(model))
     with torch.no_grad():
         model.decode(ids, max_new_tokens=2)
         before = model(ids).logits
@@ -167,11 +167,11 @@ def test_debts_that_could_not_be_paid_are_still_owed():
     ids, cache, whole = tokens(1, 9), model.new_cache(), model.new_cache()
     owed = []
 
-    def pay(layer_idx, states, call, into, slots):
+    def pay(into, layer_idx, states, call, slots):
         owed.append(layer_idx)
         if len(owed) == 1:
             raise KeyboardInterrupt
-        model.engine.step.settle(layer_idx, states, call, into, slots)
+        model.engine.step.settle(LayerInput(layer_idx, states, call, into), slots)
 
     with torch.no_grad():
         for each in (cache, whole):
@@ -186,8 +186,8 @@ def test_debts_that_could_not_be_paid_are_still_owed():
         with pytest.raises(KeyboardInterrupt):
             cache.settle(1)
         cache.settle(1)
-        model.engine.step.propagate(1, hidden, calls[1], whole, None)
-        for mine, other in zip(cache.held(1), whole.held(1), strict=True):
+        model.engine.step.propagate(LayerInput(1, hidden, calls[1], whole))
+        for mine, other in zip(cache.keys_values(1), whole.keys_values(1), strict=True):
             assert torch.equal(mine, other)
     assert owed == [1, 1]
 

@@ -82,8 +82,8 @@ def test_the_budget_chooses_the_shares(gate):
     assert spent == sorted(spent)
     assert spent[0] < spent[2] < spent[4] == 1
     weights = GateWeights.load(gate)
-    torch.testing.assert_close(weights.at(torch.tensor(0.55)), torch.full((6,), 0.7))
-    assert torch.equal(weights.at(torch.tensor(1.0)), weights.shares[-1])
+    torch.testing.assert_close(weights.shares_at(torch.tensor(0.55)), torch.full((6,), 0.7))
+    assert torch.equal(weights.shares_at(torch.tensor(1.0)), weights.shares[-1])
 
 
 def test_what_the_first_tokens_spend_is_paid_back():

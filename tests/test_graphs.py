@@ -11,7 +11,6 @@ from tiny import FEW, adaptive, build, gate_weights, ragged, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from anee_core.engine import Engine
 from anee_core.steps.choice import step_for
 from anee_core.steps.graphs.graph_step import GraphStep
 from anee_core.steps.reference import ReferenceStep
@@ -87,7 +86,7 @@ def captured(network, policy="dense", budget=None, **options):
     captures = Captures()
     step = GraphStep(ReferenceStep(model.adapter, model.parts), model.adapter, model.parts, captures, "cpu")
     engine = model.engine
-    model.engine = Engine(model.adapter, model.parts, engine.policy, engine.budget.limit, engine.budget.hard, step=step)
+    model.use_step(step)
     return model, captures
 
 
@@ -127,7 +126,7 @@ def test_logits_and_cache_after_each_token(family):
             )
             torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
         for layer_idx in range(len(slow.parts.layers)):
-            for ours, theirs in zip(caches[1].held(layer_idx), caches[0].held(layer_idx), strict=True):
+            for ours, theirs in zip(caches[1].keys_values(layer_idx), caches[0].keys_values(layer_idx), strict=True):
                 torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
     layers = len(slow.parts.layers)
     assert captures.count <= 4 * layers
@@ -179,7 +178,7 @@ def test_keys_and_values_are_there_whether_a_row_or_nobody_runs_a_layer(fitted):
     assert {0, 1, 2} == set(torch.stack(ran).flatten().tolist())
     assert captures.replays == 28
     for layer_idx in range(len(slow.parts.layers)):
-        for ours, theirs in zip(caches[1].held(layer_idx), caches[0].held(layer_idx), strict=True):
+        for ours, theirs in zip(caches[1].keys_values(layer_idx), caches[0].keys_values(layer_idx), strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
@@ -191,7 +190,7 @@ def test_each_gate_is_captured_by_itself(fitted):
         for t, token in enumerate(ids.split(1, dim=1)):
             if t % 10 == 0:
                 policy = adaptive(network, GATED.format(fitted, "1 1" if t % 20 == 0 else "2 0"), 0.6).policy
-                fast.engine = Engine(fast.adapter, fast.parts, policy, 0.6, step=fast.engine.step)
+                fast.set_policy(policy, 0.6)
                 slow.set_policy(policy, 0.6)
             found, wanted = fast(token, past_key_values=cache).logits, slow(token, past_key_values=twin).logits
             torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
@@ -318,7 +317,7 @@ def test_a_layer_that_cannot_be_captured_runs_by_its_modules(caplog):
     model = adaptive(build("llama"), RANDOM, fast=False)
     step = GraphStep(ReferenceStep(model.adapter, model.parts), model.adapter, model.parts, refuse, "cpu")
     wanted = decoded(model, tokens(2, 6))[0]
-    model.engine = Engine(model.adapter, model.parts, model.engine.policy, step=step)
+    model.use_step(step)
     assert torch.equal(decoded(model, tokens(2, 6))[0], wanted)
     assert torch.equal(decoded(model, tokens(2, 6))[0], wanted)
     assert "not permitted" in model.slow_because
@@ -347,7 +346,7 @@ def test_the_step_follows_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     step = step_for(model.adapter, model.parts, fast=True)
     assert isinstance(step, GraphStep)
-    model.engine = Engine(model.adapter, model.parts, model.policy, step=step)
+    model.use_step(step)
     wanted = decoded(adaptive(network), tokens(1, 6))[0]
     assert torch.equal(decoded(model, tokens(1, 6))[0], wanted)  # on the CPU it leaves blocks to the native step
     assert step.slow_because is None
@@ -364,7 +363,7 @@ def test_a_graph_keeps_no_storage_alive():
 
     model = adaptive(build("llama"), fast=False)
     step = GraphStep(ReferenceStep(model.adapter, model.parts), model.adapter, model.parts, Nothing, "cpu")
-    model.engine = Engine(model.adapter, model.parts, model.engine.policy, step=step)
+    model.use_step(step)
     cache = model.new_cache(32)
     with torch.no_grad():
         for ids in tokens(1, 4).split(1, dim=1):

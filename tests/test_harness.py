@@ -141,7 +141,7 @@ def test_lm_evals_own_command_line(llama_folder, folder, tmp_path):
         "cpu",
     ]
     tasks = ["--tasks", "last_word", "--include_path", str(folder), "--output_path", str(tmp_path / "out")]
-    subprocess.run([sys.executable, "-m", "anee.lm_eval.__main__", *arguments, *tasks], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-m", "anee.lm_eval", *arguments, *tasks], check=True, cwd=tmp_path)
     (found,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(found.read_text())["n-samples"]["last_word"]["effective"] == 3
 

@@ -94,9 +94,9 @@ def test_host_reads_of_a_gated_token_do_not_grow_with_depth(monkeypatch):
 
 
 def _block(model, cache):
-    from anee_core.model.inputs import read_block
+    from anee_core.model.inputs import Inputs, read_block
 
-    return read_block(model.parts, tokens(1, 1), None, None, None, cache, None)
+    return read_block(model.parts, Inputs(tokens(1, 1)), cache, None)
 
 
 def _trace():
@@ -165,8 +165,7 @@ def test_failed_generation_leaves_model_and_cache_usable():
     cache = model.new_cache()
     with pytest.raises(RuntimeError, match="on purpose"):
         model.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=cache, logits_processor=[fail])
-    assert cache.trace is None
-    assert not cache.read_densely
+    assert not model._recordings
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
 
 

@@ -247,7 +247,7 @@ def test_lora_model_skips_and_its_skipped_layers_cache_what_lora_makes_of_them(r
     for cache, m in zip(caches, (model, anee.load(merged, "static:skip=1 2")), strict=True):
         m(IDS, past_key_values=cache)
     for layer in range(4):
-        for mine, expected in zip(caches[0].held(layer), caches[1].held(layer), strict=True):
+        for mine, expected in zip(caches[0].keys_values(layer), caches[1].keys_values(layer), strict=True):
             torch.testing.assert_close(mine, expected)
 
 

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import anee
-from anee_core.engine import Engine
 from anee_core.errors import InputError, ModelError
 from anee_core.steps.deferred import DeferredStep
 from anee_core.steps.native.build import library
@@ -204,7 +203,7 @@ def test_families_without_a_recipe_say_so():
 def deferred(network, policy):
     model = adaptive(network, policy)
     step = DeferredStep(NativeStep(model.adapter, model.parts))
-    model.engine = Engine(model.adapter, model.parts, model.policy, step=step)
+    model.use_step(step)
     return model
 
 
@@ -241,7 +240,7 @@ def test_a_failed_forward_owes_nothing(network, monkeypatch):
         model(ids[:, 6:], past_key_values=cache)
         twin(ids[:, 6:], past_key_values=other)
     for layer_idx in range(6):
-        for found, wanted in zip(cache.held(layer_idx), other.held(layer_idx), strict=True):
+        for found, wanted in zip(cache.keys_values(layer_idx), other.keys_values(layer_idx), strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 

@@ -5,7 +5,6 @@ import torch
 from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
 from anee_core.cache_policies.asa import AsaCachePolicy, AsaWeights
-from anee_core.engine import Engine
 from anee_core.errors import CheckpointError
 from anee_core.policy import Policy
 from anee_core.steps.deferred import DeferredStep
@@ -115,7 +114,7 @@ def test_keys_and_values_may_come_later(folder):
     network = build("llama")
     slow, fast = adaptive(network, policy, fast=False), adaptive(network, policy)
     step = DeferredStep(NativeStep(fast.adapter, fast.parts))
-    fast.engine = Engine(fast.adapter, fast.parts, fast.policy, step=step)
+    fast.use_step(step)
     with torch.no_grad():
         torch.testing.assert_close(stepwise(fast, tokens(3, 40)), stepwise(slow, tokens(3, 40)), atol=2e-5, rtol=1e-4)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
-from anee_core.engine import Engine
 from anee_core.policy import LowRankShortcut, Policy
 from anee_core.steps.deferred import DeferredStep
 from anee_core.steps.native.build import library
@@ -146,7 +145,7 @@ def test_a_gate_remembers_what_it_has_seen(learned):
             cache.reorder_cache(torch.tensor([1, 1]))
             for t in range(5, 12):
                 logits = model(ids[:, t : t + 1], past_key_values=cache).logits
-            found.append((logits, cache.scores.room(12)[:, 5:12]))
+            found.append((logits, cache.scores.entries(12)[:, 5:12]))
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
 
 
@@ -157,15 +156,15 @@ def test_keys_and_values_may_come_later(policy, learned, taken):
     policy = policy.replace("+shortcuts", f"+{learned.split('+')[1]}") if budget is None else policy
     slow, fast = adaptive(network, policy, budget, fast=False), adaptive(network, policy, budget)
     step = DeferredStep(NativeStep(fast.adapter, fast.parts))
-    fast.engine = Engine(fast.adapter, fast.parts, fast.policy, budget, step=step)
+    fast.use_step(step)
     ids, found = tokens(2, 9), []
     with torch.no_grad():
         for model in (fast, slow):
             cache = model.new_cache()
             for t in range(9):
                 logits = model(ids[:, t : t + 1], past_key_values=cache).logits
-            owed = [len(debts) for debts in cache._owed.values()]
-            found.append((logits, [cache.held(i) for i in range(6)]))
+            owed = [cache.debts.count(i) for i in cache.debts.layers()]
+            found.append((logits, [cache.keys_values(i) for i in range(6)]))
             if model is fast:
                 assert taken == [1] * 9
                 assert bool(owed) == (budget is None)
@@ -185,7 +184,7 @@ LATER = [
 def test_keys_and_values_may_come_later_with_exit_padding_dropping_and_beams(policy):
     network = build("llama")
     slow, fast = adaptive(network, policy, fast=False), adaptive(network, policy)
-    fast.engine = Engine(fast.adapter, fast.parts, fast.policy, step=DeferredStep(NativeStep(fast.adapter, fast.parts)))
+    fast.use_step(DeferredStep(NativeStep(fast.adapter, fast.parts)))
     ids, mask = ragged((9, 5), "left")
     new, logits, most = tokens(2, 40, seed=7), [], 0
     with torch.no_grad():
@@ -194,7 +193,7 @@ def test_keys_and_values_may_come_later_with_exit_padding_dropping_and_beams(pol
             steps = [model(ids, mask, past_key_values=cache).logits[:, -1:]]
             for t in range(40):
                 steps.append(model(new[:, t : t + 1], past_key_values=cache).logits)
-                most = max(most, sum(map(len, cache._owed.values())))
+                most = max(most, sum(map(cache.debts.count, range(len(cache.layers)))))
             logits.append(torch.cat(steps, dim=1))
     torch.testing.assert_close(*logits, atol=5e-5, rtol=1e-3)
     # Who looks at keys has to have them at once.

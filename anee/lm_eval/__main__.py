@@ -1,4 +1,4 @@
-"""lm-eval's own command line, with the model "anee": ``python -m anee.lm_eval.__main__ --model anee --model_args ...``.
+"""lm-eval's own command line, with the model "anee": ``python -m anee.lm_eval --model anee --model_args ...``.
 
 Versions of lm-eval that look for models in installed packages need no such help.
 """

@@ -101,8 +101,7 @@ class AneeLM(HFLM):  # type: ignore[misc]
                 logits: Tensor = model(inps, use_cache=False).logits
             else:
                 cache = model.new_cache(inps.shape[1])
-                with model.recording(cache):
-                    cache.read_densely = False  # the text is no prompt
+                with model.recording(cache, prompt=False):
                     steps = [model(column, past_key_values=cache).logits for column in torch.split(inps, 1, dim=1)]
                 logits = torch.cat(steps, dim=1)
         self._count(inps.numel())

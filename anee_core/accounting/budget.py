@@ -9,6 +9,9 @@ import torch
 from anee_core.accounting.costs import CostModel
 from anee_core.errors import BudgetError
 
+SLACK = 1e-6
+"""What a share may exceed a limit by, which is rounding."""
+
 
 class Budget:
     """The limit on what a token may spend, as a share of a dense token's decoder-layer FLOPs.

@@ -13,7 +13,6 @@ from transformers import CompileConfig
 
 from anee_core.bench.options import BenchOptions, policy_and_budget
 from anee_core.bench.timing import Stopwatch, TimedStep
-from anee_core.engine.engine import Engine
 from anee_core.load import load
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.steps.deferred import DeferredStep
@@ -50,12 +49,12 @@ class Contender:
         """
         if self.model is None:
             return {}
-        engine = self.model.engine
-        timed = TimedStep(engine.step)
-        self.model.engine = Engine(engine.adapter, engine.parts, engine.policy, step=timed, costs=engine.costs)
+        step = self.model.engine.step
+        timed = TimedStep(step)
+        self.model.use_step(timed)
         watch = Stopwatch(timed.reset)
         self.run(prompt, count, watch)
-        self.model.engine = engine
+        self.model.use_step(step)
         each = 1000 / (count - 1)
         known = {name: None if seconds is None else seconds * each for name, seconds in timed.close().items()}
         told = sum(known[name] or 0.0 for name in ("layers", "policy", "head"))
@@ -82,8 +81,7 @@ def contenders(options: BenchOptions, network: Any, tokenizer: Any = None) -> li
         for name, defers in (("at once", False), ("deferred", True)):
             model = load(network, _at_random(share), tokenizer=tokenizer)
             step = NativeStep(model.adapter, model.parts)
-            chosen = DeferredStep(step) if defers else step
-            model.engine = Engine(model.adapter, model.parts, model.policy, step=chosen)
+            model.use_step(DeferredStep(step) if defers else step)
             found.append(_lean(f"ANEE {share:.0%} skipped, K/V {name}", model))
     for weights in options.weights:
         small = load(copy.deepcopy(network), tokenizer=tokenizer, weights=weights)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anee_core.cache.adaptive_cache import AdaptiveCache
-from anee_core.steps.calls import Stack
+from anee_core.steps.calls import LayerInput, Stack
 from anee_core.steps.layer_step import LayerStep, StepAround
 from anee_core.steps.native.step import NativeStep
 from anee_core.steps.native.structs import Seconds
@@ -54,9 +54,9 @@ class TimedStep(StepAround):
             "head": self._taken["head"],
         }
 
-    def begin(self, *args: Any, **kwargs: Any) -> None:
+    def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Look at a block; what follows is between."""
-        super().begin(*args, **kwargs)
+        super().begin(hidden_states, cache)
         self._left = time.perf_counter()
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
@@ -64,14 +64,14 @@ class TimedStep(StepAround):
         output: Tensor | None = self._layers(super().all_layers, hidden_states, stack, cache)
         return output
 
-    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
         """Run a layer."""
-        output: Tensor = self._layers(super().run, *args, **kwargs)
+        output: Tensor = self._layers(super().run, given, mask)
         return output
 
-    def propagate(self, *args: Any, **kwargs: Any) -> None:
+    def propagate(self, given: LayerInput) -> None:
         """Write keys and values of tokens that skip a layer."""
-        self._layers(super().propagate, *args, **kwargs)
+        self._layers(super().propagate, given)
 
     def head(self, hidden_states: Tensor) -> Any:
         """Return the head, with a watch held to it."""

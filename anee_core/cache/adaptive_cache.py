@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from anee_core.adapter.layer_call import LayerCall
-from anee_core.cache.layer_store import LayerStore
+from anee_core.cache.debts import Debt, Debts
+from anee_core.cache.layer_store import Extent, LayerStore
+from anee_core.cache.remembered import Remembered, misfit
 from anee_core.cache.slots import Slots
 from anee_core.cache.token_logs import FeedbackLog, ScoreLog
 from anee_core.errors import CacheError
-
-if TYPE_CHECKING:
-    from anee_core.accounting.trace import Trace
-
 
 _FIRST_CAPACITY = 64
 _LOAD_FACTOR = 0.9
 """Compact a layer whose fullest row holds less than this share of the used slots."""
 _SLACK = 16
 """Free slots beyond those that fill up until the next compaction."""
+
+Pay = Callable[["AdaptiveCache", int, Tensor, LayerCall, Tensor], None]
+"""Writes keys and values that are owed: cache, layer, hidden states [B, P, D], call, slots [P]."""
 
 
 class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without types
@@ -37,34 +38,47 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
     """
 
     def __init__(self, num_layers: int, capacity: int | None = None) -> None:
-        super().__init__(layers=[LayerStore(self, i) for i in range(num_layers)])
-        self.seen = 0
-        self.batch = 0
-        self.capacity = capacity or 0
-        self.slots: list[Slots] = []
+        self._extent = Extent(capacity=capacity or 0)
+        nothing = _no_slots()
+        super().__init__(layers=[LayerStore(self._extent, nothing) for _ in range(num_layers)])
         self.feedback: FeedbackLog | None = None
         """For policies that feed back: what is known of each row's own output."""
         self.scores: ScoreLog | None = None
         """For policies that compare tokens: what each was given at each layer."""
-        self.trace: Trace | None = None
-        """Where the coming forwards are recorded, if someone gathers several."""
-        self.read_densely = False
-        """Whether the next forward runs every layer, whatever the policy: the prompt of a generation."""
-        self.recording = False
-        self.pay: Callable[[int, Tensor, LayerCall, AdaptiveCache, Tensor], None] | None = None
-        """Writes keys and values that are owed: layer, hidden states [B, P, D], call, cache, slots [P]."""
-        self._owed: dict[int, list[tuple[int, Tensor, LayerCall]]] = {}
+        self.keeps_dropped = False
+        """Whether dropped slots stay, so that a rollback can bring them back."""
+        self.pay: Pay | None = None
+        self.debts = Debts()
+        self._remembered = Remembered(self.layers)
         self._sets: list[Slots] = []
         """Each of the slots once, if that is known."""
         self._starts: list[int] = []
+        """Slot of the current block's first token, in each layer."""
+        self._pending = 0
+        """Tokens of the forward under way."""
         self._grown = False
+        """Whether slots have grown, and the storage has not yet."""
         self._attached = False
         """Whether keys or values that were written carry a gradient."""
-        self._pending = 0
         self._horizon = 0
+        """Tokens seen at the last drop whose slots are freed."""
         self._final = 0
-        self._staged: dict[int, dict[str, Tensor]] = {}
-        self._snapshots: dict[int, list[dict[str, Tensor]]] = {}
+        """Tokens seen up to which drops are not to be taken back."""
+
+    @property
+    def seen(self) -> int:
+        """Tokens processed, dropped ones included."""
+        return self._extent.seen
+
+    @property
+    def batch(self) -> int:
+        """Rows; 0 before the first forward."""
+        return self._extent.batch
+
+    @property
+    def slots(self) -> list[Slots]:
+        """Which tokens each layer holds; none before the first forward."""
+        return [layer.slots for layer in self.layers] if self._extent.batch else []
 
     @property
     def is_croppable(self) -> bool:
@@ -81,14 +95,16 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
             CacheError: the batch size is not that of the cache.
         """
         batch, count = position_ids.shape
-        if not self.slots:
-            self.batch = batch
-            self.capacity = max(self.capacity, count)
-            shared = Slots(batch, position_ids.device, self.capacity)
-            self.slots, self._sets = [shared] * len(self.layers), [shared]
-        if batch != self.batch:
+        extent = self._extent
+        if not extent.batch:
+            extent.batch, extent.capacity = batch, max(extent.capacity, count)
+            shared = Slots(batch, position_ids.device, extent.capacity)
+            for layer in self.layers:
+                layer.slots = shared
+            self._sets = [shared]
+        if batch != extent.batch:
             raise CacheError(
-                f"the cache holds {self.batch} rows and got {batch}: start a new cache, or reorder this one"
+                f"the cache holds {extent.batch} rows and got {batch}: start a new cache, or reorder this one"
             )
         self.abort()
         for slots in self._distinct():
@@ -99,18 +115,21 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 slots.grow(max(room, needed, _FIRST_CAPACITY))
                 self._grown = True  # until the storage follows, which may fail
         if self._grown:
-            self.capacity = max(s.capacity for s in self.slots)
-            for layer, slots in zip(self.layers, self.slots, strict=True):
-                layer.room(slots)
+            extent.capacity = max(slots.capacity for slots in self._distinct())
+            for layer in self.layers:
+                layer.grow()
             self._grown = False
         # Last: if memory runs out above, no slot has been handed out.
-        starts = {id(slots): slots.extend(position_ids, real, self.seen) for slots in self._distinct()}
-        self._starts = [starts[id(s)] for s in self.slots]
+        starts = {id(slots): slots.extend(position_ids, real, extent.seen) for slots in self._distinct()}
+        self._starts = [starts[id(layer.slots)] for layer in self.layers]
         self._pending = count
 
     def storage(self, layer_idx: int, heads: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return one layer's storage of keys and values, [B, H, capacity, Dh], in the dtype of ``like``, for a step
         that writes into it.
+
+        Raises:
+            CacheError: tokens before had other heads or another dtype.
         """
         store = self.layers[layer_idx]
         if store.keys is None:
@@ -119,43 +138,12 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         keys, values = store.keys, store.values
         wanted = heads, width, like.dtype
         if (keys.shape[1], keys.shape[3], keys.dtype) != wanted or values.dtype != like.dtype:
-            raise _misfit("keys and values", (*wanted[:2],), like.dtype)
-        return store.keys, store.values
+            raise misfit("keys and values", (heads, width), like.dtype)
+        return keys, values
 
     def span(self, layer_idx: int) -> tuple[int, int]:
         """Return the slot of the current block's first token in one layer, and the number of slots handed out."""
-        return self._starts[layer_idx], self.slots[layer_idx].used
-
-    def write_slots(self, layer_idx: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Store keys and values [B, H, P, Dh] in slots [P]."""
-        for target, new in zip(self._targets(layer_idx, keys, values), (keys, values), strict=True):
-            target.index_copy_(2, slots.to(new.device), new)
-
-    def owe(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> int:
-        """Note that the current tokens [B, 1, D] skipped a layer and have no keys and values there yet.
-
-        Returns how many slots of a row are without, now.
-        """
-        owed = self._owed.setdefault(layer_idx, [])
-        owed.append((self._starts[layer_idx], hidden_states, call))
-        return len(owed)
-
-    def settle(self, layer_idx: int) -> None:
-        """Write the keys and values that are owed to a layer."""
-        owed = self._owed.get(layer_idx)
-        if not owed:
-            return
-        assert self.pay is not None
-        starts, states, calls = zip(*owed, strict=True)
-        with torch.no_grad():
-            together = states[0] if len(owed) == 1 else torch.cat(states, dim=1)
-            self.pay(layer_idx, together, LayerCall.joined(calls), self, torch.tensor(starts))
-        del self._owed[layer_idx]
-
-    def settle_all(self) -> None:
-        """Write all keys and values that are owed."""
-        for layer_idx in list(self._owed):
-            self.settle(layer_idx)
+        return self._starts[layer_idx], self.layers[layer_idx].slots.used
 
     def write(
         self, layer_idx: int, keys: Tensor, values: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
@@ -169,6 +157,11 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 assert columns is not None
                 target[rows, :, columns + start] = new.transpose(1, 2)
 
+    def write_slots(self, layer_idx: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Store keys and values [B, H, P, Dh] in slots [P]."""
+        for target, new in zip(self._targets(layer_idx, keys, values), (keys, values), strict=True):
+            target.index_copy_(2, slots.to(new.device), new)
+
     def _targets(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return where one layer's keys and values lie, [B, H, capacity, Dh], for some like these to be written."""
         store = self.layers[layer_idx]
@@ -178,23 +171,40 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self._attached = self._attached or keys.requires_grad or values.requires_grad
         return store.keys, store.values
 
-    def held(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return one layer's keys and values, [B, H, S, Dh]."""
         self.settle(layer_idx)
-        held: tuple[Tensor, Tensor] = self.layers[layer_idx].held(self.slots[layer_idx].used)
-        return held
+        found: tuple[Tensor, Tensor] = self.layers[layer_idx].keys_values()
+        return found
 
-    @torch.inference_mode(False)
+    def owe(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> int:
+        """Note that the current tokens [B, 1, D] skipped a layer and have no keys and values there yet.
+
+        Return how many slots of a row are without, now.
+        """
+        return self.debts.add(layer_idx, Debt(self._starts[layer_idx], hidden_states, call))
+
+    def settle(self, layer_idx: int) -> None:
+        """Write the keys and values that are owed to a layer."""
+        if not self.debts.count(layer_idx):
+            return
+        assert self.pay is not None
+        with torch.no_grad():
+            self.pay(self, layer_idx, *self.debts.joined(layer_idx))
+        self.debts.drop(layer_idx)
+
+    def settle_all(self) -> None:
+        """Write all keys and values that are owed."""
+        for layer_idx in self.debts.layers():
+            self.settle(layer_idx)
+
     def remember(self, layer_idx: int, state: Mapping[str, Tensor]) -> None:
         """Store what a policy wants to know later of the current block's tokens, by name, [B, T, ...]."""
-        store, start = self.layers[layer_idx], self._starts[layer_idx]
-        for name, rows in state.items():
-            if name not in store.state:
-                capacity = self.slots[layer_idx].capacity
-                store.state[name] = rows.new_zeros(rows.shape[0], capacity, *rows.shape[2:])
-            if store.state[name].shape[2:] != rows.shape[2:] or store.state[name].dtype != rows.dtype:
-                raise _misfit(f"'{name}'", rows.shape[2:], rows.dtype)
-            store.state[name].narrow(1, start, rows.shape[1]).copy_(rows.detach())
+        self._remembered.append(layer_idx, self._starts[layer_idx], state)
+
+    def state(self, layer_idx: int) -> dict[str, Tensor]:
+        """Return what is remembered of one layer's slots, [B, S, ...]."""
+        return self._remembered.view(layer_idx)
 
     @torch.inference_mode(False)
     def dropping(self, name: str, width: int, like: Tensor) -> list[tuple[Slots, Tensor]]:
@@ -202,20 +212,11 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         ``like``, for a step that writes both: what it drops of the current block's forward, and of its tokens.
         """
         found = []
-        for layer_idx, store in enumerate(self.layers):
+        for layer_idx in range(len(self.layers)):
             slots = self._own_slots(layer_idx)
             slots.full, slots.evicting, slots.gaps = False, True, True
-            if name not in store.state:
-                store.state[name] = like.new_zeros(self.batch, slots.capacity, width)
-            if store.state[name].shape[2:] != (width,) or store.state[name].dtype != like.dtype:
-                raise _misfit(f"'{name}'", (width,), like.dtype)
-            found.append((slots, store.state[name]))
+            found.append((slots, self._remembered.storage(layer_idx, name, (width,), like)))
         return found
-
-    def state(self, layer_idx: int) -> dict[str, Tensor]:
-        """Return what is remembered of one layer's slots, [B, S, ...]."""
-        used = self.slots[layer_idx].used
-        return {name: known.narrow(1, 0, used) for name, known in self.layers[layer_idx].state.items()}
 
     @torch.inference_mode(False)
     def evict(self, layer_idx: int | None, alive: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
@@ -224,14 +225,14 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
         ``state`` is what is remembered of one layer from now on, [B, S, ...]. Memory is freed by `commit`.
         """
-        slots = self.slots[0] if layer_idx is None else self._own_slots(layer_idx)
+        slots = self.layers[0].slots if layer_idx is None else self._own_slots(layer_idx)
         if not self._pending:
             # Outside a forward: not final before the next one, unlike what fell at the end of the last.
             self._horizon, self._final = self._last_final_drop(), self.seen - 1
         slots.evict(alive, self.seen + self._pending)
         if state:
             assert layer_idx is not None
-            self._staged[layer_idx] = {name: known.detach() for name, known in state.items()}
+            self._remembered.stage(layer_idx, state)
 
     @property
     def alike(self) -> bool:
@@ -240,51 +241,40 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def _own_slots(self, layer_idx: int) -> Slots:
         """Return a layer's slots, which no other layer shares from now on."""
-        slots = self.slots[layer_idx]
-        if any(other is slots for i, other in enumerate(self.slots) if i != layer_idx):
-            slots = self.slots[layer_idx] = slots.clone()
+        slots: Slots = self.layers[layer_idx].slots
+        if any(layer.slots is slots for i, layer in enumerate(self.layers) if i != layer_idx):
+            slots = self.layers[layer_idx].slots = slots.clone()
             self._sets = []
         return slots
 
     @torch.inference_mode(False)
     def commit(self) -> None:
-        """End the forward: its tokens count as seen; dropped slots are freed unless `recording`."""
-        if self.recording and self._staged:
-            self._snapshots[self.seen] = [dict(layer.state) for layer in self.layers]
-            for layer_idx in self._staged:
-                store = self.layers[layer_idx]
-                store.state = {name: known.clone() for name, known in store.state.items()}
-        for layer_idx, state in self._staged.items():
-            for name, known in state.items():
-                self.layers[layer_idx].state[name].narrow(1, 0, known.shape[1]).copy_(known)
-        if not self.recording and (self._staged or self._snapshots):
-            # What was remembered before is overwritten.
-            self._horizon = self.seen + (self._pending if self._staged else 0)
-            self._snapshots = {}
-        self.seen += self._pending
-        self._staged = {}
+        """End the forward: its tokens count as seen; dropped slots are freed unless the cache `keeps_dropped`."""
+        replaced = self._remembered.staged
+        if self._remembered.commit(self.seen, self.keeps_dropped):
+            self._horizon = self.seen + (self._pending if replaced else 0)
+        self._extent.seen += self._pending
         self._pending = 0
         self._detach()
-        if not self.recording:
+        if not self.keeps_dropped:
             self._final = self.seen
             self._free()
 
     def abort(self) -> None:
         """Take back the slots of a forward that did not reach `commit`."""
         if self._pending:
-            for layer_idx, owed in self._owed.items():
-                owed[:] = [debt for debt in owed if debt[0] < self._starts[layer_idx]]
+            self.debts.abort(self._starts)
             for slots in self._distinct():
                 slots.rollback(self.seen, self.seen + self._pending)
             self._pending = 0
-            self._staged = {}
+            self._remembered.abort()
             self._detach()
 
     def _detach(self) -> None:
         """Let go of the autograd graph of the forward that wrote last."""
-        for layer in self.layers if self._attached else ():
-            if layer.keys is not None:
-                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        if self._attached:
+            for layer in self.layers:
+                layer.detach()
         self._attached = False
 
     def _distinct(self) -> list[Slots]:
@@ -313,13 +303,13 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Move what is held to the front, in all layers that have these slots, whose fullest and emptiest row hold
         ``most`` and ``least``.
         """
-        sharing = [i for i, other in enumerate(self.slots) if other is slots]
+        sharing = [i for i, layer in enumerate(self.layers) if layer.slots is slots]
         for layer_idx in sharing:
             self.settle(layer_idx)
         try:
             source = slots.compact(max(most, 1), slots.check_at, full=most == least > 0)
             for layer_idx in sharing:
-                self.layers[layer_idx].take(source, slots.capacity)
+                self.layers[layer_idx].compact(source)
         except BaseException:
             self.reset()  # some layers have moved, and others not
             raise
@@ -341,7 +331,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 f"cannot roll back to token {to}: what was dropped up to token {horizon} is freed; "
                 "call activate_past_recording() before the tokens that may be taken back"
             )
-        if to not in self._snapshots and any(seen > to for seen in self._snapshots):
+        if not self._remembered.knows(to):
             raise CacheError(
                 f"cannot roll back to token {to}: it lies inside a block, and what the "
                 "token policy remembers is known at its ends only; feed the tokens one by one"
@@ -349,43 +339,32 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self.settle_all()
         for slots in self._distinct():
             slots.rollback(to, self.seen)
-        self.seen = to
-        self._restore_state(to)
+        self._extent.seen = to
+        self._remembered.restore(to)
 
     def _last_final_drop(self) -> int:
         """Return the number of tokens seen at the last drop that cannot be taken back."""
         final = [slots.last_drop(self._final) for slots in self._distinct() if slots.evicting]
         return max([self._horizon, *torch.stack(final).tolist()]) if final else self._horizon
 
-    def _restore_state(self, to: int) -> None:
-        for layer, slots, state in zip(self.layers, self.slots, self._snapshots.get(to, ()), strict=False):
-            layer.state = state
-            layer.room(slots)  # which may have grown since
-        self._snapshots = {seen: states for seen, states in self._snapshots.items() if seen < to}
-
     @torch.inference_mode(False)
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row ``rows[i]`` everywhere; ``rows`` may be shorter or longer than the batch."""
         self.settle_all()
-        if self.slots:
+        if self._extent.batch:
             for slots in self._distinct():
                 slots.reorder(rows.to(slots.born.device))
-            self.batch = rows.shape[0]
-        if self.feedback is not None:
-            self.feedback.reorder(rows)
-        if self.scores is not None:
-            self.scores.reorder(rows)
+            self._extent.batch = rows.shape[0]
+        for log in (self.feedback, self.scores):
+            if log is not None:
+                log.reorder(rows)
         for layer in self.layers:
-            if layer.keys is not None:
-                index = rows.to(layer.keys.device)
-                layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
-                layer.state = _rows(layer.state, rows)
-        for states in self._snapshots.values():
-            states[:] = [_rows(state, rows) for state in states]
+            layer.reorder(rows)
+        self._remembered.reorder(rows)
 
     def next_positions(self) -> Tensor:
         """Return the position after the last held token of each row, [B, 1]. The newest token is never dropped."""
-        slots = self.slots[0]
+        slots = self.layers[0].slots
         if not slots.used:
             return slots.position.new_zeros(self.batch, 1)
         return torch.where(slots.valid(), slots.positions(), -1).amax(1, keepdim=True) + 1
@@ -394,10 +373,10 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return the bytes that each layer has allocated for keys, values and what its policy remembers of them, the
         hidden states of tokens whose keys and values it is owed included.
         """
-        held = [layer.nbytes() for layer in self.layers]
-        for layer_idx, owed in self._owed.items():
-            held[layer_idx] += sum(states.nbytes for _, states, _ in owed)
-        return held
+        found = [layer.nbytes() for layer in self.layers]
+        for layer_idx in self.debts.layers():
+            found[layer_idx] += self.debts.nbytes(layer_idx)
+        return found
 
     def nbytes(self) -> int:
         """Return the bytes allocated for keys, values and what a policy remembers of them."""
@@ -418,24 +397,18 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 valid = slots.valid()
                 counts[id(slots)] = valid[:, :before].sum(1, keepdim=True) + valid[:, before:].cumsum(1)
         if len(counts) == 1:
-            return next(iter(counts.values())).expand(len(self.slots), -1, -1)
-        return torch.stack([counts[id(slots)] for slots in self.slots])
+            return next(iter(counts.values())).expand(len(self.layers), -1, -1)
+        return torch.stack([counts[id(layer.slots)] for layer in self.layers])
 
     def kept(self) -> Tensor:
         """Return the number of valid slots of each layer and row, [L, B], on the host."""
-        counts = {id(s): s.held() for s in self._distinct()}
-        return torch.stack([counts[id(s)].cpu() for s in self.slots]) if self.slots else torch.zeros(0, 0)
+        counts = {id(slots): slots.held() for slots in self._distinct()}
+        return torch.stack([counts[id(slots)].cpu() for slots in self.slots]) if counts else torch.zeros(0, 0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: nothing is owed, and no model hangs on it."""
         self.settle_all()
         return {**self.__dict__, "pay": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, with layers of its own."""
-        self.__dict__.update(state)
-        for layer in self.layers:
-            layer.belong_to(self)
 
     def __copy__(self) -> AdaptiveCache:
         """Return a deep copy: a layer belongs to one cache."""
@@ -458,12 +431,13 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         so slots dropped because of it are freed.
         """
         self.rollback(max(self.seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)
-        self._final, self._snapshots = self.seen, {}
+        self._final = self.seen
+        self._remembered.forget_earlier()
         self._free()
 
     def activate_past_recording(self) -> None:
         """Keep dropped slots until the next `crop`, so that they can be brought back."""
-        self.recording = True
+        self.keeps_dropped = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search's choice of rows."""
@@ -479,22 +453,17 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
-        self.seen = self.batch = self.capacity = self._pending = self._horizon = self._final = 0
-        self.slots, self._sets, self.feedback, self.scores = [], [], None, None
-        self._staged, self._snapshots, self._owed = {}, {}, {}
+        extent = self._extent
+        extent.batch = extent.capacity = extent.seen = 0
+        self._pending = self._horizon = self._final = 0
+        self._sets, self.feedback, self.scores = [], None, None
+        self.debts.clear()
+        self._remembered.clear()
+        nothing = _no_slots()
         for layer in self.layers:
-            layer.keys = layer.values = None
-            layer.state = {}
-            layer.is_initialized = False
+            layer.slots = nothing
+            layer.reset()
 
 
-def _misfit(what: str, shape: Sequence[int], dtype: torch.dtype) -> CacheError:
-    """Return the error for what of a new token does not fit that of the tokens held."""
-    return CacheError(
-        f"the cache holds other {what} than {list(shape)} in {dtype} of each token, which it gets now: start a new "
-        "cache for another model, dtype or policy"
-    )
-
-
-def _rows(state: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    return {name: known.index_select(0, rows.to(known.device)) for name, known in state.items()}
+def _no_slots() -> Slots:
+    return Slots(0, torch.device("cpu"), 0)

@@ -53,17 +53,13 @@ class MaskMaker:
         first_block = slots.used == tokens
         return tokens > 1 and (subset or not (first_block and self._implicit_causal))
 
-    def at(self, slots: Slots, window: int | None) -> Tensor | None:
-        """Return the mask of a layer that runs all tokens, or None if it needs none."""
-        return self.mask(slots, window) if self.needed(slots, window, subset=False) else None
-
-    def mask(self, slots: Slots, window: int | None, held: Tensor | None = None) -> Tensor:
+    def mask(self, slots: Slots, window: int | None, alive: Tensor | None = None) -> Tensor:
         """Return the additive mask [B, 1, T, S].
 
-        ``held`` [B, T, S] says what the layer still holds when each token's turn comes, if that is not all the same.
+        ``alive`` [B, T, S] says what the layer still holds when each token's turn comes, if that is not all the same.
         """
-        if held is not None:
-            return additive(visible(slots, self._query_position, window) & held[:, None], self._dtype)
+        if alive is not None:
+            return additive(visible(slots, self._query_position, window) & alive[:, None], self._dtype)
         key = (id(slots), window)
         if key not in self._made:
             self._made[key] = additive(visible(slots, self._query_position, window), self._dtype)

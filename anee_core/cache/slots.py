@@ -38,6 +38,11 @@ class Slots:
         self._aligned_from = 0
 
     @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.position.shape[0]
+
+    @property
     def capacity(self) -> int:
         """Number of slots there is room for."""
         return self.position.shape[1]

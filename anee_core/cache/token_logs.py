@@ -47,12 +47,12 @@ class FeedbackLog(TokenLog):
         super().__init__(torch.tensor([*UNKNOWN, 0.0], device=device).repeat(batch, start + 1, 1))
         self._entries[..., 2] = budget * torch.arange(start + 1, device=device)
 
-    def at(self, index: int) -> Tensor:
+    def entry(self, index: int) -> Tensor:
         """Return the entry of a token, [B, 1, 3]."""
         return self._entries[:, index : index + 1]
 
     @torch.inference_mode(False)
-    def note(self, index: int, spent: Tensor, distribution: Tensor, real: Tensor | None) -> None:
+    def record(self, index: int, spent: Tensor, distribution: Tensor, real: Tensor | None) -> None:
         """Record a block of tokens from ``index`` on.
 
         ``spent`` [B, T] is what each cost, ``distribution`` [B, 2] entropy and largest probability after each row's
@@ -99,8 +99,8 @@ class ScoreLog(TokenLog):
         Return how many of the ``window`` last tokens that a token is compared with have a lower score, and how many
         those are, both [B, T]. ``real`` [B, T] is False for padding.
         """
-        tokens = scores.shape[1]
-        kept = self.room(index + tokens)[:, : index + tokens, layer_idx]
+        end = index + scores.shape[1]
+        kept = self.entries(end)[:, :end, layer_idx]
         scores = scores.detach().to(kept.device, torch.float32)
         kept[:, index:] = scores if real is None else scores.where(real, torch.nan)
         return compared(kept, scores, window)
@@ -108,10 +108,10 @@ class ScoreLog(TokenLog):
     @torch.inference_mode(False)
     def skip(self, index: int, tokens: int) -> None:
         """Let no token be compared with ``tokens`` tokens from ``index`` on."""
-        self.room(index + tokens)[:, index : index + tokens] = torch.nan
+        self.entries(index + tokens)[:, index : index + tokens] = torch.nan
 
     @torch.inference_mode(False)
-    def room(self, length: int) -> Tensor:
+    def entries(self, length: int) -> Tensor:
         """Return the entries [B, S, L], with room for ``length`` tokens."""
         self._reserve(length)
         return self._entries

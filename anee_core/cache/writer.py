@@ -25,5 +25,5 @@ class CacheWriter:
         """Store [R, H, C, Dh] and return all the slots' keys and values for these rows, [R, H, S, Dh]."""
         cache, rows = self._cache, self._rows
         cache.write(self._layer_idx, keys, values, rows, self._columns)
-        held = cache.held(self._layer_idx)
-        return held if rows is None else (held[0][rows[:, 0]], held[1][rows[:, 0]])
+        found = cache.keys_values(self._layer_idx)
+        return found if rows is None else (found[0][rows[:, 0]], found[1][rows[:, 0]])

@@ -14,7 +14,7 @@ from torch import Tensor
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
 from anee_core.interfaces.cache_policy import CachePolicy, CacheView, Wants
-from anee_core.interfaces.configurable import weights_for
+from anee_core.interfaces.configurable import Trained, TrainedWeights
 from anee_core.interfaces.formulas import LinearInteraction
 from anee_core.interfaces.setting import Setting
 
@@ -31,12 +31,14 @@ _KEY = "interaction_key"
 
 
 @dataclass(frozen=True)
-class AsaWeights:
+class AsaWeights(TrainedWeights):
     """Interaction projections ``query`` and ``key`` [L, r, D], and the bias ``beta`` [L] of each layer.
 
     ``backbone`` names the model that was trained together with them, as its config does under ``anee_backbone``; None
     if the model stayed as it was. ``facts`` is what the training wants to be known: figures, settings.
     """
+
+    format: ClassVar[CheckpointFormat] = _FORMAT
 
     query: Tensor
     key: Tensor
@@ -44,33 +46,9 @@ class AsaWeights:
     backbone: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Number of layers and width."""
-        return self.query.shape[0], self.query.shape[2]
-
-    def save(self, folder: str | Path) -> None:
-        """Write safetensors and a JSON header.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
-        header = {"backbone": self.backbone, "facts": dict(self.facts)}
-        _FORMAT.write(folder, header, {"query": self.query, "key": self.key, "beta": self.beta})
-
-    @classmethod
-    def load(cls, folder: str | Path) -> AsaWeights:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: see `CheckpointFormat.read`.
-        """
-        header, tensors = _FORMAT.read(folder)
-        return cls(**{**header, **tensors})
-
 
 @dataclass(frozen=True)
-class AsaCachePolicy(CachePolicy):
+class AsaCachePolicy(Trained[AsaWeights], CachePolicy):
     """Drop what trained interaction projections say: token i keeps slot j while q_i . k_j / sqrt(r) + beta > 0.
 
     What a token drops is hidden from its own attention already. A token that skips the layer drops nothing, but gets
@@ -85,25 +63,14 @@ class AsaCachePolicy(CachePolicy):
     name: ClassVar[str] = "asa"
     wants: ClassVar[Wants] = frozenset({"states"})
     before_attention: ClassVar[bool] = True
-    positional: ClassVar[str | None] = "folder"
     checkpoint: ClassVar[CheckpointFormat | None] = _FORMAT
+    weights_class: ClassVar[type[TrainedWeights]] = AsaWeights
+    command: ClassVar[str] = "anee train asa"
 
     folder: str = ""
     shift: float = 0.0
-    _weights: AsaWeights | None = field(default=None, init=False, compare=False, repr=False)
-    _interaction: LinearInteraction | None = field(default=None, init=False, compare=False, repr=False)
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether its weights belong to no folder."""
-        return self._weights is not None and not self.folder
-
-    @classmethod
-    def of(cls, weights: AsaWeights, shift: float = 0.0) -> AsaCachePolicy:
-        """Return a policy with weights in memory, not yet bound."""
-        policy = cls(shift=shift)
-        object.__setattr__(policy, "_weights", weights)
-        return policy
+    _weights: AsaWeights | None = field(default=None, compare=False, repr=False)
+    _interaction: LinearInteraction | None = field(default=None, compare=False, repr=False)
 
     def bind(self, setting: Setting) -> CachePolicy:
         """Load the weights.
@@ -111,31 +78,21 @@ class AsaCachePolicy(CachePolicy):
         Raises:
             PolicyError: there are none for this model, or they are of another shape, or trained with other weights.
         """
-        weights = weights_for(self, AsaWeights.load, setting, "anee train asa", self._weights)
+        weights = self.weights_for(setting)
         if weights.backbone is not None and weights.backbone != setting.backbone:
             raise PolicyError(
                 f"asa: the weights in {self.folder} were trained together with their model; load that one "
                 f"('{Path(self.folder) / 'model'}'), or train with the model frozen"
             )
-        bound = replace(self)
         query, key = (w.to(setting.device, setting.dtype) for w in (weights.query, weights.key))
         ready = replace(weights, query=query, key=key, beta=weights.beta.to(setting.device))
-        object.__setattr__(bound, "_weights", ready)
-        bias = ready.beta.float() + self.shift
-        object.__setattr__(bound, "_interaction", LinearInteraction(query, key, bias, _KEY))
-        return bound
+        interaction = LinearInteraction(query, key, ready.beta.float() + self.shift, _KEY)
+        return replace(self, _weights=ready, _interaction=interaction)
 
     @property
     def interaction(self) -> LinearInteraction | None:
         """What it computes, once bound; a policy derived from this one may compute something else."""
         return self._interaction if type(self) is AsaCachePolicy else None
-
-    @property
-    def weights(self) -> AsaWeights:
-        """The weights, once bound."""
-        if self._weights is None:
-            raise PolicyError("asa: the policy is not bound to a model")
-        return self._weights
 
     def work(self, layer_idx: int) -> tuple[int, int]:
         """Return the FLOPs of both projections, and of one interaction."""

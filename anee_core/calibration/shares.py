@@ -43,7 +43,7 @@ def from_trained(
     """
 
     def moved(budget: float) -> Callable[[float], Tensor]:
-        logits = gate.at(torch.tensor(budget)).clamp(1e-6, 1 - 1e-6).logit()
+        logits = gate.shares_at(torch.tensor(budget)).clamp(1e-6, 1 - 1e-6).logit()
         return lambda by: (logits + by).sigmoid()
 
     return _solved(gate, costs, protected, moved, (-30.0, 30.0), beyond)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from anee_core.accounting.budget import SLACK
 from anee_core.accounting.trace import Trace
 from anee_core.conformance.check import check, expect
 from anee_core.conformance.subject import Subject
@@ -118,9 +119,9 @@ def budget(subject: Subject) -> None:
         adaptive = subject.adaptive("random:p=0,protect=0 0", limit, hard=True)
         executed = counted(lambda adaptive=adaptive: adaptive(ids), adaptive.parts.rotary)  # type: ignore[misc]
         spent = (executed - outside) / (everything - outside)
-        expect(spent <= limit + 1e-6, f"at most {limit} of the dense layers' FLOPs", f"{spent:.4f}", budget.look)
+        expect(spent <= limit + SLACK, f"at most {limit} of the dense layers' FLOPs", f"{spent:.4f}", budget.look)
         dearest = max(shares.run_shares)
         expect(spent > limit - dearest - 0.02, f"as many layers as {limit} pays for", f"{spent:.4f}", budget.look)
     adaptive = subject.adaptive("random:p=0.1,protect=0 0", 0.7, hard=True)
     dearest_token = spent_by_token(adaptive, subject.tokens(2, 20)).max().item()
-    expect(dearest_token <= 0.7 + 1e-6, "no token of a sequence above 0.7", f"{dearest_token:.4f}", budget.look)
+    expect(dearest_token <= 0.7 + SLACK, "no token of a sequence above 0.7", f"{dearest_token:.4f}", budget.look)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from anee_core.conformance.check import check, expect, expect_same
 from anee_core.conformance.subject import CLOSE, LOOSE, Subject
-from anee_core.engine.engine import Engine
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.steps.deferred import DeferredStep
 from anee_core.steps.native.step import NativeStep
@@ -46,7 +45,7 @@ def fast_cache(subject: Subject) -> None:
         model = subject.adaptive(policy, fast=fast)
         if fast:  # however small the model
             step = DeferredStep(NativeStep(model.adapter, model.parts))
-            model.engine = Engine(model.adapter, model.parts, model.policy, step=step)
+            model.use_step(step)
         cache = model.new_cache()
         with torch.no_grad():
             model(ids, past_key_values=cache)
@@ -55,7 +54,7 @@ def fast_cache(subject: Subject) -> None:
             _feed(model, cache, more[:, 4:6])
             cache.reorder(torch.tensor([1, 1, 0]))
             logits = _feed(model, cache, more[[1, 1, 0], 6:])
-        outcomes.append((logits, [cache.held(i) for i in range(subject.layers)]))
+        outcomes.append((logits, [cache.keys_values(i) for i in range(subject.layers)]))
     (wanted, kept), (found, held) = outcomes
     expect_same(found, wanted, "logits after rollback and reordering", fast_cache.look, _FAST)
     for layer_idx, (theirs, ours) in enumerate(zip(kept, held, strict=True)):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from anee_core.accounting.budget import SLACK
 from anee_core.adapter.cache_names import CACHE
 from anee_core.conformance.check import Check, check, expect, expect_same
 from anee_core.conformance.cost import expect_counted, spent_by_token
@@ -83,7 +84,7 @@ def budget(subject: PolicySubject) -> None:
             except BudgetError:
                 continue  # a given set of layers that costs more says so
             expect(
-                worst <= hard + 1e-6, f"no token above the hard budget {hard} ({family})", f"{worst:.4f}", budget.look
+                worst <= hard + SLACK, f"no token above the hard budget {hard} ({family})", f"{worst:.4f}", budget.look
             )
         if limit is not None:
             mean = _spent(subject, family, False, limit).mean().item()

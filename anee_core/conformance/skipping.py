@@ -50,7 +50,9 @@ def keys_and_values(subject: Subject) -> None:
                 wanted = theirs.layers[i].keys, theirs.layers[i].values
                 call = calls[i].with_mask(_causal(ids.shape[1], dtype))
                 skipped = subject.adapter.project_kv(adaptive.parts, i, states[i], call)
-                for name, ran, given, other in zip(("keys", "values"), ours.held(i), skipped, wanted, strict=True):
+                for name, ran, given, other in zip(
+                    ("keys", "values"), ours.keys_values(i), skipped, wanted, strict=True
+                ):
                     expect_same(ran, other, f"stored {name} of layer {i}, run", "Layout.cache_argument")
                     what = f"{name} of layer {i}, skipped ({dtype})"
                     expect_same(given, other, what, keys_and_values.look, tolerance)
@@ -112,7 +114,9 @@ def _expect_shortcut(subject: Subject) -> None:
         unit = before / before.square().mean(-1, keepdim=True).sqrt()
         estimate = unit @ weights.down[layer_idx].T @ weights.up[layer_idx].T + weights.bias[layer_idx]
     expect_same(after, before + estimate, f"hidden states behind the shortcut of layer {layer_idx}", skip.look, CLOSE)
-    both = zip(("keys", "values"), adding[CACHE].held(layer_idx), plain[CACHE].held(layer_idx), strict=True)
+    both = zip(
+        ("keys", "values"), adding[CACHE].keys_values(layer_idx), plain[CACHE].keys_values(layer_idx), strict=True
+    )
     for name, mine, other in both:
         expect_same(mine, other, f"{name} of layer {layer_idx}, with a shortcut", skip.look, CLOSE)
 
@@ -133,7 +137,7 @@ def leave(subject: Subject) -> None:
                 states = output.hidden_states[i]
                 call = adapter.begin(leaving.parts, states, positions)[i].with_mask(_causal(ids.shape[1]))
                 wanted = adapter.capture_kv(leaving.parts, i, states, call)
-                for mine, other in zip(caches[0].held(i), wanted, strict=True):
+                for mine, other in zip(caches[0].keys_values(i), wanted, strict=True):
                     what = f"cache of layer {i} after leaving at {layer_idx}"
                     expect_same(mine, other, what, leave.look, CLOSE)
             dense = subject.adaptive()
@@ -189,7 +193,7 @@ def causal_effect(subject: Subject) -> None:
         with torch.no_grad():
             cache = skipping(ids)[CACHE]
             if layer_idx is not None:
-                held = cache.held(layer_idx)[part]
+                held = cache.keys_values(layer_idx)[part]
                 held.add_(torch.randn(held.shape, generator=torch.Generator().manual_seed(1)))
             return dense(token, past_key_values=cache).logits
 

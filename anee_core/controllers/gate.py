@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from anee_core.accounting.budget import SLACK
 from anee_core.accounting.costs import CostModel
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import BudgetError, CheckpointError, PolicyError
-from anee_core.interfaces.configurable import weights_for
+from anee_core.interfaces.configurable import Trained, TrainedWeights
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
-from anee_core.interfaces.formulas import LinearGate, ranks
+from anee_core.interfaces.formulas import LinearGate
 from anee_core.interfaces.setting import Setting
 
 _FORMAT = CheckpointFormat(
@@ -39,7 +40,7 @@ _STRIDE, _STEPS = 64, 2048
 
 
 @dataclass(frozen=True)
-class GateWeights:
+class GateWeights(TrainedWeights):
     """What is fitted or trained.
 
     A token's score in front of a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``bias`` [L]; the
@@ -47,6 +48,8 @@ class GateWeights:
     deviation on the text of the fit. ``shares`` [Q, L] are the shares of the tokens that skip each layer, those with
     the lowest scores, under each of the ``budgets`` [Q] (ascending). ``facts`` says how all this was found.
     """
+
+    format: ClassVar[CheckpointFormat] = _FORMAT
 
     weight: Tensor
     bias: Tensor
@@ -56,35 +59,15 @@ class GateWeights:
     shares: Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Number of layers and width."""
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def save(self, folder: str | Path) -> None:
-        """Write gate.json and gate.safetensors into a folder.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
-        _FORMAT.write(folder, {"facts": dict(self.facts)}, {name: getattr(self, name) for name in _FORMAT.shapes})
-
-    @classmethod
-    def load(cls, folder: str | Path) -> GateWeights:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: see `CheckpointFormat.read`.
-        """
-        header, tensors = _FORMAT.read(folder)
-        ordered = (tensors["budgets"].diff() > 0).all() and (tensors["spread"] > 0).all()
-        if not ordered or tensors["shares"].min() < 0 or tensors["shares"].max() > 1:
+    def check(self, folder: str | Path) -> None:
+        """Raise `CheckpointError` if spreads are 0, budgets out of order or shares out of range."""
+        ordered = (self.budgets.diff() > 0).all() and (self.spread > 0).all()
+        if not ordered or self.shares.min() < 0 or self.shares.max() > 1:
             raise CheckpointError(
                 f"the gate in {folder} has spreads of 0, budgets out of order or shares out of range; fit it again"
             )
-        return cls(**{**header, **tensors})
 
-    def at(self, budgets: Tensor) -> Tensor:
+    def shares_at(self, budgets: Tensor) -> Tensor:
         """Return the shares [..., L] for budgets [...], between those of the budgets around each; below the least that
         was prepared, those of the least.
         """
@@ -95,7 +78,7 @@ class GateWeights:
 
 
 @dataclass(frozen=True)
-class GateController(Controller):
+class GateController(Trained[GateWeights], Controller):
     """Skip a layer for tokens that lose little by it.
 
     A score that is linear in the hidden state says how much. The budget says which share of the tokens skips each
@@ -112,8 +95,9 @@ class GateController(Controller):
     """
 
     name: ClassVar[str] = "gate"
-    positional: ClassVar[str | None] = "folder"
     checkpoint: ClassVar[CheckpointFormat | None] = _FORMAT
+    weights_class: ClassVar[type[TrainedWeights]] = GateWeights
+    command: ClassVar[str] = "anee calibrate"
     signals: ClassVar[tuple[str, ...]] = ("unit_state",)
     default_budget: ClassVar[float | None] = 0.75
 
@@ -122,10 +106,10 @@ class GateController(Controller):
     window: int = 256
     first: int = 4
     protect: tuple[int, ...] = (1, 2)
-    _weights: GateWeights | None = field(default=None, init=False, compare=False, repr=False)
-    _shares: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False, repr=False)
-    _positions: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False, repr=False)
-    _linear: LinearGate | None = field(default=None, init=False, compare=False, repr=False)
+    _weights: GateWeights | None = field(default=None, compare=False, repr=False)
+    _shares: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    _positions: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    _linear: LinearGate | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.prior <= 0 or self.window < 1 or self.first < 0:
@@ -133,18 +117,6 @@ class GateController(Controller):
                 f"gate: prior is above 0, window at least 1 and first at least 0; "
                 f"got {self.prior:g}, {self.window} and {self.first}"
             )
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether its weights belong to no folder."""
-        return self._weights is not None and not self.folder
-
-    @classmethod
-    def of(cls, weights: GateWeights, **options: Any) -> GateController:
-        """Return a gate with weights in memory, not yet bound."""
-        gate = cls(**options)
-        object.__setattr__(gate, "_weights", weights)
-        return gate
 
     def protected(self, num_layers: int) -> frozenset[int]:
         """Return the protected first and last layers."""
@@ -157,26 +129,22 @@ class GateController(Controller):
             PolicyError: there are no weights for this model, or they are of another shape.
             BudgetError: the budget is below what the gate was fitted for.
         """
-        weights = weights_for(self, GateWeights.load, setting, "anee calibrate", self._weights)
+        weights = self.weights_for(setting)
         budget = setting.budget if setting.budget is not None else self.default_budget
         assert budget is not None
-        bound = replace(self)
-        ready = replace(weights, **{n: getattr(weights, n).float().to(setting.device) for n in _FORMAT.shapes})
-        if budget < float(ready.budgets[0]) - 1e-6:
+        there = {name: tensor.float().to(setting.device) for name, tensor in weights.tensors.items()}
+        ready = replace(weights, **there)
+        if budget < float(ready.budgets[0]) - SLACK:
             raise BudgetError(
                 f"{self.name}: a budget of {budget:g} is below the least that it was fitted for, "
                 f"{float(ready.budgets[0]):.3f}"
             )
         steps = _STRIDE * torch.arange(1, _STEPS)
         positions = torch.cat([torch.arange(self.settled + 1), self.settled + steps]).to(ready.budgets.device)
-        shares = ready.at(self.allowed(torch.tensor(budget), positions, setting.costs))
+        shares = ready.shares_at(self.allowed(torch.tensor(budget), positions, setting.costs))
         shares[: self.first] = -1.0
         linear = LinearGate(ready.weight, ready.bias, ready.mean, ready.spread, self.prior, self.window)
-        object.__setattr__(bound, "_weights", ready)
-        object.__setattr__(bound, "_shares", shares)
-        object.__setattr__(bound, "_positions", positions)
-        object.__setattr__(bound, "_linear", linear)
-        return bound
+        return replace(self, _weights=ready, _shares=shares, _positions=positions, _linear=linear)
 
     @property
     def settled(self) -> int:
@@ -214,20 +182,17 @@ class GateController(Controller):
 
     def score(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return the scores [B, T]; NaN for the first tokens."""
-        linear, layer_idx = self._linear, context.layer_idx
-        assert linear is not None
-        weight, bias = linear.weight[layer_idx].to(signals.device), linear.bias[layer_idx].to(signals.device)
-        return (signals @ weight + bias).where(context.position_ids >= self.first, torch.nan)
+        assert self._linear is not None
+        score = self._linear.score(signals, context.layer_idx)
+        return score.where(context.position_ids >= self.first, torch.nan)
 
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return actions for one layer."""
-        linear, layer_idx = self._linear, context.layer_idx
-        assert linear is not None
+        assert self._linear is not None
         assert context.score is not None
         assert context.lower is not None
         assert context.compared is not None
-        mean, spread = (part[layer_idx].to(signals.device) for part in (linear.mean, linear.spread))
-        rank = ranks(context.score, context.lower, context.compared, mean, spread, self.prior)
-        shares = self._shares[:, layer_idx].to(signals.device)
+        rank = self._linear.rank(context.score, context.lower, context.compared, context.layer_idx)
+        shares = self._shares[:, context.layer_idx].to(signals.device)
         skip = rank < shares[self._rows(context.position_ids)]
         return torch.where(skip, int(Action.SKIP), int(Action.PROCESS)).to(torch.uint8)[None]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from anee_core.accounting.budget import SLACK
 from anee_core.accounting.costs import CostModel
 from anee_core.controllers.ranking import rank_layers
 from anee_core.errors import PolicyError
@@ -39,12 +40,12 @@ class HeuristicController(Controller):
     spread: float = 0.1
     exit: float | None = None
     protect: tuple[int, ...] = (2, 2)
-    _rank: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False)
-    _order: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False)
-    _costs: CostModel | None = field(default=None, init=False, compare=False)
-    _confidence: Tensor = field(default_factory=lambda: torch.empty(0), init=False, compare=False)
-    _limit: float = field(default=1.0, init=False)
-    _ceiling: float = field(default=1.0, init=False)
+    _rank: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    _order: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    _costs: CostModel | None = field(default=None, compare=False, repr=False)
+    _confidence: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    _limit: float = field(default=1.0, compare=False, repr=False)
+    _ceiling: float = field(default=1.0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.spread <= 0.5:
@@ -69,18 +70,15 @@ class HeuristicController(Controller):
         assert budget is not None
         rank = torch.empty(len(order), dtype=torch.long)
         rank[torch.tensor(order)] = torch.arange(len(order))
-        bound = replace(self)
-        state = {
-            "_rank": rank,
-            "_order": torch.tensor(order),
-            "_costs": setting.costs,
-            "_confidence": setting.calibration.confidence.float(),
-            "_limit": budget,
-            "_ceiling": budget if setting.hard else 1.0,
-        }
-        for name, value in state.items():
-            object.__setattr__(bound, name, value)
-        return bound
+        return replace(
+            self,
+            _rank=rank,
+            _order=torch.tensor(order),
+            _costs=setting.costs,
+            _confidence=setting.calibration.confidence.float(),
+            _limit=budget,
+            _ceiling=budget if setting.hard else 1.0,
+        )
 
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:
         """Return actions for all layers at once."""
@@ -105,4 +103,4 @@ class HeuristicController(Controller):
         run, skip = self._costs.token_shares(position_ids)
         order = self._order.to(run.device)
         extra = (run - skip).index_select(0, order).cumsum(0)
-        return (skip.sum(0) + extra <= allowance + 1e-6).sum(0)
+        return (skip.sum(0) + extra <= allowance + SLACK).sum(0)

@@ -34,7 +34,7 @@ class RandomController(Controller):
     exit: float = 0.0
     protect: tuple[int, ...] = (2, 2)
     seed: int = 0
-    _costs: CostModel | None = field(default=None, init=False, compare=False)
+    _costs: CostModel | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for option in ("p", "exit"):
@@ -54,9 +54,7 @@ class RandomController(Controller):
         """
         if self.p is None and setting.budget is None:
             raise PolicyError("random: say how often to skip ('random:p=0.3') or give a budget")
-        bound = replace(self)
-        object.__setattr__(bound, "_costs", setting.costs)
-        return bound
+        return replace(self, _costs=setting.costs)
 
     def _probability(self, context: DecisionContext) -> float | Tensor:
         """Return the probability of a skip: the given one, or that which spends each token's budget on average."""

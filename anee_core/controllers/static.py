@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from anee_core.accounting.budget import SLACK
 from anee_core.accounting.costs import CostModel
 from anee_core.controllers.ranking import rank_layers
 from anee_core.errors import BudgetError, PolicyError
@@ -30,7 +31,7 @@ class StaticController(Controller):
     skip: tuple[int, ...] | None = None
     exit: int | None = None
     protect: tuple[int, ...] | None = None
-    _actions: tuple[int, ...] = field(default=(), init=False)
+    _actions: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def needs_calibration(self) -> bool:
@@ -57,7 +58,7 @@ class StaticController(Controller):
             skipped = self._given(layers)
             kept = set(range(layers)) - (skipped - protected)
             spends = setting.costs.least_share(sorted(kept))
-            if setting.budget is not None and spends > setting.budget + 1e-6:
+            if setting.budget is not None and spends > setting.budget + SLACK:
                 raise BudgetError(
                     f"static: this set of layers spends {spends:.3f} of the dense model, more than the budget of "
                     f"{setting.budget:g}; skip more layers, raise the budget, or give none"
@@ -65,9 +66,7 @@ class StaticController(Controller):
         actions = [Action.SKIP if i in skipped else Action.PROCESS for i in range(layers)]
         if self.exit is not None:
             actions[self.exit :] = [Action.EXIT] * (layers - self.exit)
-        bound = replace(self)
-        object.__setattr__(bound, "_actions", tuple(int(a) for a in actions))
-        return bound
+        return replace(self, _actions=tuple(int(action) for action in actions))
 
     def _given(self, layers: int) -> set[int]:
         wrong = [i for i in self.skip or () if not 0 <= i < layers]
@@ -83,7 +82,7 @@ class StaticController(Controller):
             raise PolicyError("static: say which layers to skip ('static:skip=5 14') or give a budget")
         order = rank_layers(setting, protected, "static")
         spends = _spend_by_count(setting.costs, order)
-        count = max(k for k, share in enumerate(spends) if share <= setting.budget + 1e-6)
+        count = max(k for k, share in enumerate(spends) if share <= setting.budget + SLACK)
         return set(order[count:])
 
     def decide(self, signals: Tensor, context: DecisionContext) -> Tensor:

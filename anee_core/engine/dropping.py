@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from anee_core.engine.block import Block, Selection
 from anee_core.interfaces.cache_policy import CachePolicy, CacheView
 
 
+@dataclass(frozen=True)
+class DropPlace:
+    """One layer that drops of its own accord.
+
+    ``states`` [B, T, D] are what its attention gets, normed; None for a policy that does not want them. ``window`` is
+    how many positions back it sees, or None for all.
+    """
+
+    layer_idx: int
+    states: Tensor | None
+    window: int | None
+
+
 class Drop:
     """What one layer drops because of one block.
 
@@ -25,27 +38,24 @@ class Drop:
 
     Args:
         policy: what decides.
-        layer_idx: which layer; None for all, under a policy that treats them alike.
-        states: [B, T, D] what its attention gets, normed; None for a policy that does not want it.
         block: the new tokens.
-        selection: which of them run the layer.
         cache: already holds slots for them.
-        window: how many positions back the layer sees, or None for all.
+        selection: which of them run the layer.
+        place: which layer; None for all, under a policy that treats them alike.
     """
 
     def __init__(
         self,
         policy: CachePolicy,
-        layer_idx: int | None,
-        states: Tensor | None,
         block: Block,
-        selection: Selection,
         cache: AdaptiveCache,
-        window: int | None,
+        selection: Selection,
+        place: DropPlace | None = None,
     ) -> None:
         self._policy, self._cache, self._selection = policy, cache, selection
-        self._all, self._layer_idx = layer_idx is None, layer_idx or 0
-        self._slots, self._window = cache.slots[self._layer_idx], window
+        self._all, place = place is None, place or DropPlace(0, None, None)
+        self._layer_idx, self._window, states = place.layer_idx, place.window, place.states
+        self._slots = cache.layers[self._layer_idx].slots
         device = self._slots.died.device if states is None else states.device
         self._positions = block.position_ids.to(device)
         real = torch.ones_like(self._positions, dtype=torch.bool) if block.real is None else block.real.to(device)
@@ -133,7 +143,7 @@ class Drop:
         return mask if run is None else mask[run[0], 0, run[1]].unsqueeze(1)
 
     def _with_keys(self) -> CacheView:
-        view = replace(self._view, keys=self._cache.held(self._layer_idx)[0])
+        view = replace(self._view, keys=self._cache.keys_values(self._layer_idx)[0])
         if "keys" in self._policy.wants:
             self._remember(view)
             view = replace(view, state=self._cache.state(self._layer_idx))

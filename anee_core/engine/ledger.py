@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from anee_core.accounting.budget import Budget
+from anee_core.accounting.budget import SLACK, Budget
 from anee_core.interfaces.controller import Action
 from anee_core.interfaces.formulas import LinearGate
-from anee_core.steps.calls import GateCall, Limit
+from anee_core.steps.calls import GateCall, KnownScores, Limit
 
 
 class Ledger:
@@ -47,7 +47,7 @@ class Ledger:
         """Which tokens have exited, [B, T]."""
         return torch.zeros_like(self._position_ids, dtype=torch.bool)
 
-    def settle(self, actions: Tensor, layer_idx: int) -> Tensor:
+    def admit(self, actions: Tensor, layer_idx: int) -> Tensor:
         """Return which tokens run each layer, [N, B, T] bool, and charge them for what is executed.
 
         ``actions`` [N, B, T] holds `Action` values for the layers from ``layer_idx`` on. After an EXIT a token skips
@@ -63,19 +63,19 @@ class Ledger:
         if self._limit is not None:
             extra = (run & ~always) * (run_shares - skip_shares)
             wanted = self._wanted + extra.cumsum(0)
-            run = run & (wanted <= self._limit + 1e-6)
+            run = run & (wanted <= self._limit + SLACK)
             self._wanted = wanted[-1]
         run = run | always
         self.spent = self.spent + torch.where(run, run_shares, skip_shares).sum(0)
         return run
 
-    def gate(self, gate: LinearGate, shares: Tensor, scores: Tensor, seen: int) -> GateCall:
-        """Return what a gate needs to settle all tokens by itself; see `GateCall`."""
+    def gate(self, gate: LinearGate, known: KnownScores) -> GateCall:
+        """Return what a gate needs to decide on all tokens by itself; see `GateCall`."""
         limited = None
         if self._limit is not None:
             run_shares, skip_shares = self._shares
             limited = Limit(run_shares.contiguous(), skip_shares.contiguous(), self._wanted, self._limit)
-        return GateCall(gate, shares, scores, seen, self._budget.always, limited)
+        return GateCall(gate, known, self._budget.always, limited)
 
     def charge(self, run: Tensor) -> None:
         """Charge the tokens for all layers, of which they ran those that ``run`` [L, B, T] says."""

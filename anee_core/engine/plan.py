@@ -1,4 +1,4 @@
-"""Which tokens run which layer: asks the controller, settles with the ledger, reads the outcome once."""
+"""Which tokens run which layer: observes, asks the controller, has the ledger admit them, reads the outcome once."""
 
 from __future__ import annotations
 
@@ -9,41 +9,34 @@ from torch import Tensor
 
 from anee_core.accounting.budget import Budget
 from anee_core.accounting.token_state import TokenState
-from anee_core.cache.token_logs import ScoreLog
 from anee_core.engine.block import ALL, NONE, Block, Selection
 from anee_core.engine.ledger import Ledger
+from anee_core.engine.past import Past
 from anee_core.interfaces.controller import DecisionContext
 from anee_core.interfaces.profiler import Observation
 from anee_core.policy.policy import Policy
-from anee_core.steps.calls import GateCall
+from anee_core.steps.calls import GateCall, KnownScores
 
 
 class Plan:
     """The decisions of one forward, taken as far ahead as the controller allows.
 
-    ``all_run`` runs every layer without asking. ``scores`` are those of earlier tokens, ``seen`` the index of
-    the block's first token among them.
+    Args:
+        policy: what decides.
+        budget: what a token may spend.
+        block: the tokens.
+        past: what is known of those before.
+        all_run: whether every layer runs, and nobody is asked.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        budget: Budget,
-        num_layers: int,
-        block: Block,
-        feedback: Tensor | None,
-        all_run: bool,
-        scores: ScoreLog | None = None,
-        seen: int = 0,
-    ) -> None:
-        self._scores, self._seen = scores, seen
-        self._policy, self._budget, self._num_layers, self._block = policy, budget, num_layers, block
-        self._feedback = feedback
-        self._ledger = None if all_run else Ledger(budget, block.position_ids)
-        self._selections = [ALL] * num_layers if all_run else []
-        # What was decided: for some layers, then for some more.
-        self._states: list[Tensor] = []
+    def __init__(self, policy: Policy, budget: Budget, block: Block, past: Past, all_run: bool) -> None:
+        self._policy, self._budget, self._block, self._past = policy, budget, block, past
+        self._num_layers = budget.costs.num_layers
         self._all_run = all_run
+        self._ledger = None if all_run else Ledger(budget, block.position_ids)
+        self._selections = [ALL] * self._num_layers if all_run else []
+        self._states: list[Tensor] = []
+        """The `TokenState` [N, B, T] that was decided on, for some layers and then for some more."""
         self._decided_below = False
         """Whether the step's gate decided, and not the controller."""
 
@@ -54,7 +47,7 @@ class Plan:
             self._ledger.charge(self.ran())
         return None if self._ledger is None else self._ledger.spent
 
-    def at(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> Selection:
+    def select(self, layer_idx: int, hidden_states: Tensor, previous: Tensor) -> Selection:
         """Return who runs a layer, given its input and the input of the layer before, both [B, T, D]."""
         if layer_idx == len(self._selections):
             if layer_idx == sum(map(len, self._states)):
@@ -62,7 +55,7 @@ class Plan:
             self._selections.extend(_select(self._states[-1], hidden_states.device))
         return self._selections[layer_idx]
 
-    def ahead(self, hidden_states: Tensor) -> Tensor | None:
+    def decide_all(self, hidden_states: Tensor) -> Tensor | None:
         """Return each token's `TokenState` at each layer, [L, B, T] uint8 on the host, if the controller can say that
         in front of the first one, whose input is [B, T, D].
         """
@@ -75,11 +68,12 @@ class Plan:
 
     def gate(self) -> GateCall | None:
         """Return the gate that decides, if it is a linear one."""
-        controller, position_ids = self._policy.controller, self._block.position_ids
-        if controller.linear is None or self._scores is None or self._ledger is None or self._states:
+        controller, position_ids, past = self._policy.controller, self._block.position_ids, self._past
+        if controller.linear is None or past.scores is None or self._ledger is None or self._states:
             return None
-        shares, room = controller.shares(position_ids), self._scores.room(self._seen + position_ids.shape[1])
-        return self._ledger.gate(controller.linear, shares, room, self._seen)
+        scores = past.scores.entries(past.seen + position_ids.shape[1])
+        known = KnownScores(controller.shares(position_ids), scores, past.seen)
+        return self._ledger.gate(controller.linear, known)
 
     def undecided(self) -> Tensor:
         """Return the `TokenState` of tokens that are not known yet to skip layers, [L, B, T] uint8 on the host."""
@@ -87,10 +81,9 @@ class Plan:
         states = torch.full((self._num_layers, *shape), TokenState.RUNS, dtype=torch.uint8)
         return states if real is None else (states * real.cpu()).contiguous()
 
-    def follow(self, states: Tensor, gate: GateCall | None) -> None:
-        """Take over the `TokenState` [L, B, T] that a step has followed, and what its gate has decided."""
-        if gate is not None:
-            self._states, self._decided_below = [states], True
+    def record(self, states: Tensor) -> None:
+        """Take over the `TokenState` [L, B, T] that a step's gate has decided on."""
+        self._states, self._decided_below = [states], True
 
     def ran(self) -> Tensor:
         """Return which tokens ran each layer, [L, B, T] bool on the host. Padding counts as not run."""
@@ -113,23 +106,29 @@ class Plan:
             spent=ledger.spent,
             seen=block.position_ids,
             budget=self._budget.limit or 1.0,
-            feedback=self._feedback,
+            feedback=self._past.feedback,
         )
         signals = policy.profiler.observe(observation, policy.controller.signals)
         context = DecisionContext(
             layer_idx, self._num_layers, block.position_ids, block.input_ids, block.phase, self._budget.limit
         )
-        if self._scores is not None:
-            controller = policy.controller
-            score = controller.score(signals, context)
-            lower, among = self._scores.compare(self._seen, layer_idx, score, block.real, controller.compares)
-            context = replace(context, score=score, lower=lower, compared=among)
-        run = ledger.settle(policy.controller.decide(signals, context), layer_idx)
+        context = self._compared(signals, context)
+        run = ledger.admit(policy.controller.decide(signals, context), layer_idx)
         states = run.to(torch.uint8) + TokenState.SKIPPED
         if block.real is not None:
             states = states * block.real
         # The one host read for these layers.
         self._states.append(states.cpu().contiguous())
+
+    def _compared(self, signals: Tensor, context: DecisionContext) -> DecisionContext:
+        """Return the context with how the tokens compare to earlier ones, for a controller that compares."""
+        controller, past = self._policy.controller, self._past
+        if past.scores is None:
+            return context
+        score = controller.score(signals, context)
+        window, real = controller.compares, self._block.real
+        lower, among = past.scores.compare(past.seen, context.layer_idx, score, real, window)
+        return replace(context, score=score, lower=lower, compared=among)
 
 
 def _select(states: Tensor, device: torch.device) -> list[Selection]:

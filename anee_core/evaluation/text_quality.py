@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anee_core.engine.engine import Engine
 from anee_core.errors import InputError
 from anee_core.evaluation.divergence import divergences, losses
 from anee_core.model.adaptive_model import AdaptiveModel
-from anee_core.policy.policy import Policy
 
 _WIKITEXT = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
 
@@ -112,8 +110,7 @@ def dense_logits(model: AdaptiveModel, blocks: Tensor, first: int = 1, batch: in
     """Return the dense model's next-token logits [B, T - first, V] of each batch, to compare policies with. Its layers
     run as the model's do, so that nothing but the policy sets the two apart.
     """
-    plain, engine = AdaptiveModel(model.model, model.adapter), model.engine
-    plain.engine = Engine(model.adapter, model.parts, Policy(), step=engine.step, costs=engine.costs)
+    plain = AdaptiveModel(model.model, model.adapter).use_step(model.engine.step)
     return [_logits(plain, rows, first) for rows in torch.split(blocks, batch)]
 
 

@@ -50,7 +50,6 @@ class CachePolicy(Configurable, ABC):
     was dropped once stays dropped.
     """
 
-    name: ClassVar[str]
     wants: ClassVar[Wants] = frozenset()
     """Which of them it needs."""
     before_attention: ClassVar[bool] = False

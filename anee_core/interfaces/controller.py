@@ -48,7 +48,6 @@ class DecisionContext:
 class Controller(Configurable, ABC):
     """Decides when a layer is worth running."""
 
-    name: ClassVar[str]
     signals: ClassVar[tuple[str, ...]] = ()
     """Signals it wants, in the order in which it gets them."""
     default_budget: ClassVar[float | None] = None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
 class LinearGate:
-    """A controller's `decide` as a formula, for steps that take all layers at once.
+    """A controller's `decide` as a formula.
 
     A token's score at a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``bias`` [L]. Its rank is
     the share of the last ``window`` tokens with lower scores, where a normal distribution with ``mean`` [L] and
@@ -24,6 +26,22 @@ class LinearGate:
     spread: Tensor
     prior: float
     window: int
+
+    def to(self, device: torch.device) -> Self:
+        """Return the gate with its tensors on a device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("weight", "bias", "mean", "spread")}
+        return replace(self, **tensors)
+
+    def score(self, unit: Tensor, layer_idx: int) -> Tensor:
+        """Return the scores [...] at a layer of hidden states at unit norm [..., D] in fp32."""
+        return unit @ self.weight[layer_idx].to(unit.device) + self.bias[layer_idx].to(unit.device)
+
+    def rank(self, score: Tensor, lower: Tensor, compared: Tensor, layer_idx: int) -> Tensor:
+        """Return the share of tokens with scores below ``score`` [...] at a layer: ``lower`` [...] of the ``compared``
+        [...] ones, and for ``prior`` tokens what the normal distribution says.
+        """
+        mean, spread = (part[layer_idx].to(score.device) for part in (self.mean, self.spread))
+        return ranks((score - mean) / spread, lower, compared, self.prior)
 
 
 @dataclass(frozen=True)
@@ -42,15 +60,30 @@ class LinearInteraction:
     state: str
 
 
+@dataclass(frozen=True)
+class LowRankMap:
+    """A shortcut's `estimate` as a formula: ``up @ down @ n(h) + bias`` of a hidden state h, where n scales h to unit
+    norm; ``down`` is [L, r, D], ``up`` [L, D, r] and ``bias`` [L, D].
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+
+    def estimate(self, layer_idx: int, hidden_states: Tensor) -> Tensor:
+        """Return what a layer would add to hidden states [..., D], of the same shape."""
+        down, up, bias = (part[layer_idx].to(hidden_states) for part in (self.down, self.up, self.bias))
+        return functional.linear(unit_norm(hidden_states) @ down.T, up, bias)
+
+
 def unit_norm(hidden_states: Tensor) -> Tensor:
     """Return hidden states [..., D] scaled to a root mean square of 1, in their dtype."""
     square = hidden_states.float().square().mean(-1, keepdim=True)
     return (hidden_states.float() * torch.rsqrt(square + 1e-6)).to(hidden_states.dtype)
 
 
-def ranks(score: Tensor, lower: Tensor, compared: Tensor, mean: Tensor, spread: Tensor, prior: float) -> Tensor:
-    """Return the share [B, T] of tokens with scores below ``score`` [B, T]: ``lower`` of the ``compared`` ones, and for
-    ``prior`` tokens what a normal distribution says.
+def ranks(deviation: Tensor, lower: Tensor, compared: Tensor, prior: float) -> Tensor:
+    """Return the share [...] of tokens with lower scores: ``lower`` [...] of the ``compared`` [...] ones, and for
+    ``prior`` tokens what a normal distribution says of scores by their ``deviation`` [...], in standard deviations.
     """
-    below = torch.special.ndtr((score - mean) / spread)
-    return (lower + prior * below) / (compared + prior)
+    return (lower + prior * torch.special.ndtr(deviation)) / (compared + prior)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from torch import Tensor
 
 from anee_core.accounting.work import Work
 from anee_core.interfaces.configurable import Configurable
+from anee_core.interfaces.formulas import LowRankMap
 from anee_core.interfaces.setting import Setting
 
 
 class Shortcut(Configurable, ABC):
     """Estimates what a skipped layer would have done to the hidden state, for little."""
-
-    name: ClassVar[str]
 
     def bind(self, setting: Setting) -> Shortcut:
         """Return a shortcut for one model; this one stays as it is and can serve others.
@@ -24,6 +22,11 @@ class Shortcut(Configurable, ABC):
             PolicyError: the options or the weights do not fit the model.
         """
         return self
+
+    @property
+    def low_rank(self) -> LowRankMap | None:
+        """The formula that `estimate` follows, if it is that of a low-rank map, once bound."""
+        return None
 
     @abstractmethod
     def work(self, layer_idx: int) -> Work:

@@ -19,6 +19,7 @@ from anee_core.adapter.layout import Parts
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.engine.block import Block
+from anee_core.engine.bound import Terms
 from anee_core.engine.engine import Engine, Output
 from anee_core.errors import InputError
 from anee_core.generation.decode import decode
@@ -26,9 +27,11 @@ from anee_core.generation.result import Generation
 from anee_core.generation.text import generate_text
 from anee_core.interfaces.setting import Calibration
 from anee_core.model.checks import Prefill, causal_lm, check_family, check_prefill, check_runnable
-from anee_core.model.inputs import read_block
+from anee_core.model.inputs import Inputs, read_block
+from anee_core.model.recording import Recording
 from anee_core.policy.policy import Policy, budget_of
 from anee_core.steps.choice import step_for
+from anee_core.steps.layer_step import LayerStep
 from anee_core.steps.quantised import QUANTISED
 
 
@@ -78,6 +81,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         self.generation_config = self.parts.model.generation_config
         check_runnable(self.parts)
         self.last_trace: Trace | None = None
+        self._recordings: list[Recording] = []
         self._fast, self._step = fast, step_for(adapter, self.parts, fast)
         self.set_policy(Policy())
         self.training = model.training
@@ -96,15 +100,24 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         Raises:
             PolicyError, BudgetError: policy, budget and model do not fit together.
         """
-        self.engine = Engine(self.adapter, self.parts, policy, budget, hard, calibration, self._step)
-        self._asked = policy, budget, hard, calibration
+        terms = Terms(budget, hard, calibration)
+        self.engine = Engine(self.adapter, self.parts, policy, terms, self._step)
+        self._asked = policy, terms
+        return self
+
+    def use_step(self, step: LayerStep) -> AdaptiveModel:
+        """Run layers by another step from now on, under the same policy, and return the model."""
+        self._step = step
+        policy, terms = self._asked
+        self.engine = Engine(self.adapter, self.parts, policy, terms, step, self.engine.costs)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptiveModel:
         """Move or convert the model, as `torch.nn.Module` does for ``to`` and ``half``; its policy follows."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._step = step_for(self.adapter, self.parts, self._fast)
-        return self.set_policy(*self._asked)
+        policy, terms = self._asked
+        return self.set_policy(policy, terms.budget, terms.hard, terms.calibration)
 
     def check_budget(self, policy: Policy, budget: float | None) -> None:
         """Raise `BudgetError` if a budget cannot be met under a policy, whatever calibration finds."""
@@ -193,13 +206,15 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         Raises:
             InputError: the arguments do not fit together or the model.
         """
-        given = one_cache(cache, past_key_values)
-        block, cache = self._read(input_ids, attention_mask, position_ids, given, inputs_embeds, kwargs)
+        self._check_unknown(kwargs)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise InputError("logits_to_keep takes a number of last positions, 0 for all")
-        trace = self.last_trace = Trace() if cache.trace is None else cache.trace
+        cache = self._own_cache(one_cache(cache, past_key_values))
+        block = self._read(Inputs(input_ids, attention_mask, position_ids, inputs_embeds), cache)
+        recording = self._recording_of(cache)
+        trace = self.last_trace = Trace() if recording is None else recording.trace
         logits, outputs = self._run(block, cache, logits_to_keep, trace, bool(output_hidden_states))
-        if cache.trace is None:
+        if recording is None:
             trace.close(cache.nbytes(), cache.kept())
         loss = None
         if labels is not None:
@@ -218,51 +233,50 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
 
         ``cache`` is one that is being recorded.
         """
-        block, _ = self._read(input_ids, attention_mask, None, cache, None, {})
-        assert cache.trace is not None
-        self.last_trace = cache.trace
-        return self._run(block, cache, 1, cache.trace, False)[0]
+        block = self._read(Inputs(input_ids, attention_mask), cache)
+        recording = self._recording_of(cache)
+        assert recording is not None
+        self.last_trace = recording.trace
+        return self._run(block, cache, 1, recording.trace, False)[0]
 
-    def _read(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        given_cache: Cache | None,
-        inputs_embeds: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Block, AdaptiveCache]:
+    @staticmethod
+    def _check_unknown(kwargs: dict[str, Any]) -> None:
+        """Raise `InputError` for an argument that nothing here follows."""
         # transformers' generate hands its tokenizer, for stop strings, on to the model.
         given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
         unknown = [name for name in given if name != "tokenizer"]
         if unknown:
             raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
-        cache = given_cache if isinstance(given_cache, AdaptiveCache) else self.new_cache()
-        if given_cache is not None and cache is not given_cache and given_cache.get_seq_length() > 0:
+
+    def _own_cache(self, given: Cache | None) -> AdaptiveCache:
+        """Return the cache that was given, or a new one in place of none or of an empty one of transformers."""
+        cache = given if isinstance(given, AdaptiveCache) else self.new_cache()
+        if given is not None and cache is not given and given.get_seq_length() > 0:
             raise InputError(
-                f"a filled {type(given_cache).__name__} cannot be used: "
-                "start from model.new_cache() and feed the tokens"
+                f"a filled {type(given).__name__} cannot be used: start from model.new_cache() and feed the tokens"
             )
+        return cache
+
+    def _read(self, inputs: Inputs, cache: AdaptiveCache) -> Block:
         if len(cache.layers) != self.engine.costs.num_layers:
             raise InputError(
                 f"the cache is for {len(cache.layers)} layers and the model has {self.engine.costs.num_layers}: "
                 "start from model.new_cache()"
             )
-        limit = self.adapter.position_limit(self.parts)
-        return read_block(self.parts, input_ids, attention_mask, position_ids, inputs_embeds, cache, limit), cache
+        return read_block(self.parts, inputs, cache, self.adapter.position_limit(self.parts))
 
     def _run(
-        self, block: Block, cache: AdaptiveCache, keep: int, trace: Trace, states: bool
+        self, block: Block, cache: AdaptiveCache, keep: int, trace: Trace, keep_inputs: bool
     ) -> tuple[Tensor, list[Output]]:
         """Run a block in as few pieces as the policy allows, and return logits and outputs."""
-        engine = self.engine
+        engine, recording = self.engine, self._recording_of(cache)
         tokens = block.position_ids.shape[1]
-        dense, cache.read_densely = cache.read_densely, False
+        dense = recording is not None and recording.reads_densely()
         blocks = block.split(self._block_length(cache, dense) or tokens)
         outputs: list[Output] = []
         logits: list[Tensor] = []
         for part in blocks:
-            output = engine.run(part, cache, trace, dense, states)
+            output = engine.run(part, cache, trace, dense, keep_inputs)
             outputs.append(output)
             if engine.policy.feeds_back:
                 last = engine.logits(_last_real(output.hidden_states, part.real), trace)
@@ -284,7 +298,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         if policy.cache_policy.keeps_all:
             return None
         # What a policy rewrites can be restored at the end of a block only.
-        return 1 if cache.recording and policy.cache_policy.rewrites else self.prefill_chunk
+        return 1 if cache.keeps_dropped and policy.cache_policy.rewrites else self.prefill_chunk
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, **kwargs: Any) -> Any:
@@ -311,15 +325,24 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
             return super().generate(inputs, **kwargs)
 
     @contextmanager
-    def recording(self, cache: AdaptiveCache) -> Iterator[Trace]:
-        """Gather all forwards on ``cache`` in one trace, the first of them reading a prompt as `prefill_mode` says."""
-        trace = cache.trace = Trace()
-        cache.read_densely = self.prefill_mode == "dense"
+    def recording(self, cache: AdaptiveCache, prompt: bool = True) -> Iterator[Trace]:
+        """Gather all forwards on ``cache`` in one trace.
+
+        The first of them reads a ``prompt`` as `prefill_mode` says, unless there is none. A copy of the cache is not
+        recorded.
+        """
+        recording = Recording(cache, Trace(), prompt and self.prefill_mode == "dense")
+        self._recordings.append(recording)
         try:
-            yield trace
+            yield recording.trace
         finally:
-            cache.trace, cache.read_densely, cache.recording = None, False, False
-            trace.close(cache.nbytes(), cache.kept())
+            self._recordings.remove(recording)
+            cache.keeps_dropped = False
+            recording.trace.close(cache.nbytes(), cache.kept())
+
+    def _recording_of(self, cache: AdaptiveCache) -> Recording | None:
+        """Return the innermost recording of a cache, if there is one."""
+        return next((each for each in reversed(self._recordings) if each.cache is cache), None)
 
     def decode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
         """Generate with the lean loop; see `anee_core.generation.decode.decode`."""
@@ -367,5 +390,6 @@ def _last_real(states: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _join_states(outputs: list[Output]) -> tuple[Tensor, ...]:
-    stacks = [cast(tuple[Tensor, ...], output.all_hidden_states) for output in outputs]
+    """Return the input of every layer and the final states, each [B, T, D], of pieces of one block."""
+    stacks = [(*output.inputs, output.hidden_states) for output in outputs]
     return tuple(torch.cat(parts, dim=1) for parts in zip(*stacks, strict=True))

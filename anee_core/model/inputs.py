@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,20 +13,24 @@ from anee_core.engine.block import Block
 from anee_core.errors import InputError
 
 
-def read_block(
-    parts: Parts,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    cache: AdaptiveCache,
-    position_limit: int | None,
-) -> Block:
-    """Return the block of new tokens; see `AdaptiveModel.forward` for the shapes.
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward is given of its tokens; see `AdaptiveModel.forward` for the shapes."""
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+
+
+def read_block(parts: Parts, inputs: Inputs, cache: AdaptiveCache, position_limit: int | None) -> Block:
+    """Return the block of new tokens.
 
     Raises:
         InputError: something is missing, of the wrong shape, or too long for the model.
     """
+    input_ids, inputs_embeds = inputs.input_ids, inputs.inputs_embeds
+    attention_mask, position_ids = inputs.attention_mask, inputs.position_ids
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("give either input_ids or inputs_embeds")
     given = input_ids if input_ids is not None else inputs_embeds
@@ -39,7 +45,7 @@ def read_block(
     real = _real_tokens(attention_mask, batch, tokens, cache, device)
     given_positions = position_ids is not None
     if position_ids is None:
-        position_ids = _count_positions(real, attention_mask, batch, tokens, cache, device)
+        position_ids = _count_positions(real, attention_mask, (batch, tokens), cache, device)
     elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
         raise InputError(f"position_ids is [{batch}, {tokens}] like the tokens; got {tuple(position_ids.shape)}")
     else:
@@ -104,16 +110,16 @@ def _real_tokens(
 def _count_positions(
     real: Tensor | None,
     mask: Tensor | None,
-    batch: int,
-    tokens: int,
+    shape: tuple[int, int],
     cache: AdaptiveCache,
     device: torch.device,
 ) -> Tensor:
     """Count positions over the real tokens of each row, [B, T]; padding gets the position before it, at least 0."""
+    batch, tokens = shape
     before = torch.full((batch, 1), cache.seen, device=device)
     if mask is not None and mask.shape[1] == cache.seen + tokens:
         before = (mask[:, : cache.seen] != 0).sum(1, keepdim=True).to(device)
-    elif cache.slots and (cache.slots[0].gaps or not cache.slots[0].full):
+    elif cache.seen and (cache.layers[0].slots.gaps or not cache.layers[0].slots.full):
         before = cache.next_positions()
     if tokens == 1 and real is None:
         return before

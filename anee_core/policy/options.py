@@ -82,5 +82,5 @@ def spell(part: Configurable) -> str:
     for key, value in part.options().items():
         if value != defaults[key]:
             options.append(f"{key}={' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-    name: str = part.name  # type: ignore[attr-defined]
+    name = part.name
     return name + (":" + ",".join(options) if options else "")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from anee_core.accounting.work import Work, stored_bytes
 from anee_core.checkpoint import CheckpointFormat
-from anee_core.errors import PolicyError
-from anee_core.interfaces.configurable import weights_for
-from anee_core.interfaces.formulas import unit_norm
+from anee_core.interfaces.configurable import Trained, TrainedWeights
+from anee_core.interfaces.formulas import LowRankMap
 from anee_core.interfaces.setting import Setting
 from anee_core.interfaces.shortcut import Shortcut
 
@@ -30,40 +28,19 @@ _FORMAT = CheckpointFormat(
 
 
 @dataclass(frozen=True)
-class ShortcutWeights:
+class ShortcutWeights(TrainedWeights):
     """What is fitted: ``down`` [L, r, D], ``up`` [L, D, r] and ``bias`` [L, D]; ``facts`` says how."""
+
+    format: ClassVar[CheckpointFormat] = _FORMAT
 
     down: Tensor
     up: Tensor
     bias: Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Number of layers and width."""
-        return self.bias.shape[0], self.bias.shape[1]
-
-    def save(self, folder: str | Path) -> None:
-        """Write shortcuts.json and shortcuts.safetensors into a folder.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
-        _FORMAT.write(folder, {"facts": dict(self.facts)}, {"down": self.down, "up": self.up, "bias": self.bias})
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ShortcutWeights:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: see `CheckpointFormat.read`.
-        """
-        header, tensors = _FORMAT.read(folder)
-        return cls(**{**header, **tensors})
-
 
 @dataclass(frozen=True)
-class LowRankShortcut(Shortcut):
+class LowRankShortcut(Trained[ShortcutWeights], Shortcut):
     """Adds ``up @ down @ n(h) + bias`` to the hidden state h of a token that skips a layer; n scales h to unit norm.
 
     Options:
@@ -72,23 +49,12 @@ class LowRankShortcut(Shortcut):
     """
 
     name: ClassVar[str] = "shortcuts"
-    positional: ClassVar[str | None] = "folder"
     checkpoint: ClassVar[CheckpointFormat | None] = _FORMAT
+    weights_class: ClassVar[type[TrainedWeights]] = ShortcutWeights
+    command: ClassVar[str] = "anee calibrate"
 
     folder: str = ""
-    _weights: ShortcutWeights | None = field(default=None, init=False, compare=False, repr=False)
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether its weights belong to no folder."""
-        return self._weights is not None and not self.folder
-
-    @classmethod
-    def of(cls, weights: ShortcutWeights) -> LowRankShortcut:
-        """Return shortcuts with weights in memory, not yet bound."""
-        shortcut = cls()
-        object.__setattr__(shortcut, "_weights", weights)
-        return shortcut
+    _weights: ShortcutWeights | None = field(default=None, compare=False, repr=False)
 
     def bind(self, setting: Setting) -> Shortcut:
         """Load the weights.
@@ -96,28 +62,24 @@ class LowRankShortcut(Shortcut):
         Raises:
             PolicyError: there are none for this model, or they are of another shape.
         """
-        weights = weights_for(self, ShortcutWeights.load, setting, "anee calibrate", self._weights)
-        down, up, bias = (w.to(setting.device, setting.dtype) for w in (weights.down, weights.up, weights.bias))
-        bound = replace(self)
-        object.__setattr__(bound, "_weights", ShortcutWeights(down, up, bias, weights.facts))
-        return bound
+        weights = self.weights_for(setting)
+        there = {name: tensor.to(setting.device, setting.dtype) for name, tensor in weights.tensors.items()}
+        return replace(self, _weights=replace(weights, **there))
 
     @property
-    def weights(self) -> ShortcutWeights:
-        """The weights, once bound."""
-        if self._weights is None:
-            raise PolicyError("shortcuts: they are not bound to a model")
-        return self._weights
+    def low_rank(self) -> LowRankMap | None:
+        """What it computes, once bound; a shortcut derived from this one may compute something else."""
+        return self._map if type(self) is LowRankShortcut else None
+
+    @cached_property
+    def _map(self) -> LowRankMap:
+        return LowRankMap(self.weights.down, self.weights.up, self.weights.bias)
 
     def work(self, layer_idx: int) -> Work:
         """Return the work of both maps."""
         _, rank, width = self.weights.down.shape
-        stored = sum(stored_bytes(w[layer_idx]) for w in (self.weights.down, self.weights.up, self.weights.bias))
-        return Work(4 * rank * width, stored)
+        return Work(4 * rank * width, sum(stored_bytes(part[layer_idx]) for part in self.weights.tensors.values()))
 
     def estimate(self, layer_idx: int, hidden_states: Tensor) -> Tensor:
         """Return what the layer would add to hidden states [..., D], of the same shape."""
-        down, up, bias = (
-            w[layer_idx].to(hidden_states) for w in (self.weights.down, self.weights.up, self.weights.bias)
-        )
-        return torch.nn.functional.linear(unit_norm(hidden_states) @ down.T, up, bias)
+        return self._map.estimate(layer_idx, hidden_states)

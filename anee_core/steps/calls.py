@@ -1,4 +1,4 @@
-"""What steps are told: which tokens, which gate, which interaction, which layers."""
+"""What steps are given: the input of a layer, a gate, an interaction, a whole stack of layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,32 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from anee_core.adapter.layer_call import LayerCall
+from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.interfaces.formulas import LinearGate, LinearInteraction
 from anee_core.interfaces.shortcut import Shortcut
 
 Places = tuple[Tensor, Tensor]
 """Rows [R, 1] and columns [R, C] of some tokens of a block, which broadcast together."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInput:
+    """What goes into one layer: the hidden states [B, T, D] of a block, or of it the tokens at ``places`` [R, C].
+
+    ``call`` is what the layer receives beside them, for the whole block. ``cache`` gets their keys and values.
+    """
+
+    layer_idx: int
+    hidden_states: Tensor
+    call: LayerCall
+    cache: AdaptiveCache
+    places: Places | None = None
+
+    def selected(self) -> tuple[Tensor, LayerCall]:
+        """Return the hidden states [R, C, D] of the tokens that are meant, and the call for them, without a mask."""
+        if self.places is None:
+            return self.hidden_states, self.call
+        return self.hidden_states[self.places], self.call.select(*self.places)
 
 
 @dataclass(frozen=True)
@@ -30,18 +51,27 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class GateCall:
-    """A linear gate, and what it needs to know of the new tokens.
+class KnownScores:
+    """What a linear gate compares with.
 
     ``shares`` [B, T, L] says which share of tokens is to skip each layer; ``scores`` [B, S, L] holds those of the
-    ``seen`` earlier tokens, and has room for the step to write the new ones behind them. Some layers run ``always``
-    [L]; if there is a ``limit``, no token exceeds it.
+    ``seen`` earlier tokens, and has room for the step to write the new ones behind them.
     """
 
-    gate: LinearGate
     shares: Tensor
     scores: Tensor
     seen: int
+
+
+@dataclass(frozen=True)
+class GateCall:
+    """A linear gate, and what it needs to know of the new tokens.
+
+    Some layers run ``always`` [L]; if there is a ``limit``, no token exceeds it.
+    """
+
+    gate: LinearGate
+    known: KnownScores
     always: Tensor
     limit: Limit | None
 

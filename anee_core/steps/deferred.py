@@ -8,7 +8,6 @@ projections are read once for many tokens, and not at all for a layer that stays
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from anee_core.accounting.token_state import TokenState
 from anee_core.adapter.layer_call import LayerCall
 from anee_core.cache.adaptive_cache import AdaptiveCache
-from anee_core.steps.calls import Places, Stack
+from anee_core.steps.calls import LayerInput, Stack
 from anee_core.steps.layer_step import StepAround
 
 _MOST = 64
@@ -29,7 +28,10 @@ class DeferredStep(StepAround):
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Let the step look at the block, and the cache know who pays."""
         self._step.begin(hidden_states, cache)
-        cache.pay = self._step.settle
+        cache.pay = self._pay
+
+    def _pay(self, cache: AdaptiveCache, layer_idx: int, hidden_states: Tensor, call: LayerCall, slots: Tensor) -> None:
+        self._step.settle(LayerInput(layer_idx, hidden_states, call, cache), slots)
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
         """Pay what the layers that run owe, take all, and note what those owe that a whole batch skips."""
@@ -60,18 +62,16 @@ class DeferredStep(StepAround):
             if len(shared) * cache.owe(layer_idx, shared, stack.call) >= _MOST:
                 cache.settle(layer_idx)
 
-    def run(self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, *args: Any) -> Tensor:
+    def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
         """Pay what the layer owes, and run it."""
-        cache.settle(layer_idx)
-        return self._step.run(layer_idx, hidden_states, call, cache, *args)
+        given.cache.settle(given.layer_idx)
+        return self._step.run(given, mask)
 
-    def propagate(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
-    ) -> None:
+    def propagate(self, given: LayerInput) -> None:
         """Note what is owed, if a whole batch of single tokens skips the layer; otherwise pay at once."""
-        batch, length = hidden_states.shape[:2]
-        if places is not None or length > 1 or torch.is_grad_enabled():
-            return self._step.propagate(layer_idx, hidden_states, call, cache, places)
-        if batch * cache.owe(layer_idx, hidden_states, call) >= _MOST:
-            cache.settle(layer_idx)
+        batch, length = given.hidden_states.shape[:2]
+        if given.places is not None or length > 1 or torch.is_grad_enabled():
+            return self._step.propagate(given)
+        if batch * given.cache.owe(given.layer_idx, given.hidden_states, given.call) >= _MOST:
+            given.cache.settle(given.layer_idx)
         return None

@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from anee_core.adapter.layer_call import LayerCall
 from anee_core.cache.adaptive_cache import AdaptiveCache
-from anee_core.steps.calls import Places, Stack
+from anee_core.steps.calls import LayerInput, Stack
 
 
 class LayerStep(Protocol):
@@ -35,31 +34,19 @@ class LayerStep(Protocol):
         """Take a block [B, T, D] through all layers; None if they have to be taken one by one."""
         ...
 
-    def run(
-        self,
-        layer_idx: int,
-        hidden_states: Tensor,
-        call: LayerCall,
-        cache: AdaptiveCache,
-        places: Places | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Run a layer for a block [B, T, D], or for its tokens at ``places`` [R, C], and return their new states.
+    def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
+        """Run a layer for some tokens, [R, C] of a block of [B, T], and return their new states [R, C, D].
 
         Their keys and values go into the cache. ``mask`` is the block's additive mask [B, 1, T, S], or None if each
         token sees every slot up to its own.
         """
         ...
 
-    def propagate(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
-    ) -> None:
-        """Write the keys and values of a block [B, T, D], or of its tokens at ``places``, which skip the layer."""
+    def propagate(self, given: LayerInput) -> None:
+        """Write the keys and values of some tokens, which skip the layer."""
         ...
 
-    def settle(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
-    ) -> None:
+    def settle(self, given: LayerInput, slots: Tensor) -> None:
         """Write the keys and values of tokens [B, P, D] that skipped the layer before, into slots [P]."""
         ...
 
@@ -85,33 +72,33 @@ class StepAround:
 
     @property
     def slow_because(self) -> str | None:
-        """What the step says."""
+        """Why the step leaves layers to their own modules, if it does."""
         return self._step.slow_because
 
     @property
     def takes_all(self) -> bool:
-        """What the step says."""
+        """Whether the step takes all layers of the block that was begun."""
         return self._step.takes_all
 
-    def begin(self, *args: Any, **kwargs: Any) -> None:
+    def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Let the step look at a block."""
-        self._step.begin(*args, **kwargs)
+        self._step.begin(hidden_states, cache)
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
         """Let the step take all layers."""
         return self._step.all_layers(hidden_states, stack, cache)
 
-    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
         """Let the step run a layer."""
-        return self._step.run(*args, **kwargs)
+        return self._step.run(given, mask)
 
-    def propagate(self, *args: Any, **kwargs: Any) -> None:
+    def propagate(self, given: LayerInput) -> None:
         """Let the step write keys and values."""
-        self._step.propagate(*args, **kwargs)
+        self._step.propagate(given)
 
-    def settle(self, *args: Any, **kwargs: Any) -> None:
+    def settle(self, given: LayerInput, slots: Tensor) -> None:
         """Let the step write keys and values of tokens that skipped the layer before."""
-        self._step.settle(*args, **kwargs)
+        self._step.settle(given, slots)
 
     def norm(self, hidden_states: Tensor) -> Tensor:
         """Apply the step's norm."""

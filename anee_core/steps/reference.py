@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anee_core.adapter.layer_call import LayerCall
 from anee_core.adapter.layout import Parts
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.cache.writer import CacheWriter
-from anee_core.steps.calls import Places, Stack
+from anee_core.steps.calls import LayerInput, Stack
 
 
 class ReferenceStep:
@@ -28,49 +27,34 @@ class ReferenceStep:
 
     @property
     def takes_all(self) -> bool:
-        """No."""
+        """Whether layers may be taken at once, which modules cannot be."""
         return False
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
-        """Do nothing."""
+        """Do nothing: modules need no preparation."""
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
         """Leave it to `run` and `propagate`."""
         return None
 
-    def run(
-        self,
-        layer_idx: int,
-        hidden_states: Tensor,
-        call: LayerCall,
-        cache: AdaptiveCache,
-        places: Places | None,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
         """Run the decoder layer itself."""
-        writer = CacheWriter(cache, layer_idx)
-        if places is not None:
-            rows, columns = places
-            hidden_states, call = hidden_states[rows, columns], call.select(rows, columns)
-            writer = CacheWriter(cache, layer_idx, rows, columns)
-            mask = None if mask is None else mask[rows, 0, columns].unsqueeze(1)
-        return self._adapter.run(self._parts, layer_idx, hidden_states, call.with_mask(mask), writer)
+        hidden_states, call = given.selected()
+        rows, columns = given.places or (None, None)
+        if mask is not None and rows is not None and columns is not None:
+            mask = mask[rows, 0, columns].unsqueeze(1)
+        writer = CacheWriter(given.cache, given.layer_idx, rows, columns)
+        return self._adapter.run(self._parts, given.layer_idx, hidden_states, call.with_mask(mask), writer)
 
-    def propagate(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
-    ) -> None:
+    def propagate(self, given: LayerInput) -> None:
         """Project through the layer's own norm and projections."""
-        if places is not None:
-            hidden_states, call = hidden_states[places], call.select(*places)
-        keys, values = self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
-        cache.write(layer_idx, keys, values, *(places or ()))
+        keys, values = self._adapter.project_kv(self._parts, given.layer_idx, *given.selected())
+        given.cache.write(given.layer_idx, keys, values, *(given.places or ()))
 
-    def settle(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
-    ) -> None:
+    def settle(self, given: LayerInput, slots: Tensor) -> None:
         """Project all of them at once."""
-        keys, values = self._adapter.project_kv(self._parts, layer_idx, hidden_states, call)
-        cache.write_slots(layer_idx, keys, values, slots)
+        keys, values = self._adapter.project_kv(self._parts, given.layer_idx, given.hidden_states, given.call)
+        given.cache.write_slots(given.layer_idx, keys, values, slots)
 
     def norm(self, hidden_states: Tensor) -> Tensor:
         """Apply the norm itself."""

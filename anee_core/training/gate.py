@@ -96,7 +96,7 @@ class GatedModel(Objective):
         self.bias = nn.Parameter(gate.bias.float() / unit)
         self.budgets: Tensor
         self.register_buffer("budgets", torch.linspace(options.least, _MOST, options.knots))
-        self.thresholds = nn.Parameter(_normal(gate.at(self.budgets)))
+        self.thresholds = nn.Parameter(_normal(gate.shares_at(self.budgets)))
         self.mean: Tensor
         self.spread: Tensor
         self.price: Tensor
@@ -191,7 +191,7 @@ class GatedModel(Objective):
             kept = deviation.clone()
             kept[:, :first] = torch.nan
             lower, among = compared(kept, deviation, self._controller.compares)
-            rank = ranks(deviation, lower, among, torch.zeros_like(spread), spread, prior)
+            rank = ranks(deviation / spread, lower, among, prior)
         counted, window = deviation[:, first:].double(), self._controller.compares
         sums = [nn.functional.pad(_sum_before(part, window), (first, 0)) for part in (counted, counted.square())]
         weight = among + prior

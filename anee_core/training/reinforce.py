@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from anee_core.accounting.budget import SLACK
 from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.errors import InputError
 from anee_core.evaluation.divergence import divergences
@@ -125,7 +126,7 @@ class Reinforce(Objective):
         late = positions >= gated.first
         skippable = torch.tensor(gated.free, device=input_ids.device)[:, None]
         wanted = torch.where(skippable, skip_shares, run_shares).sum(0) + torch.zeros_like(spent)
-        limits = torch.where(hard, budgets + 1e-6, torch.inf)[:, None]
+        limits = torch.where(hard, budgets + SLACK, torch.inf)[:, None]
         for layer_idx, free in enumerate(gated.free):
             with torch.no_grad():
                 output = sequences.layer(layer_idx, hidden_states)

@@ -92,7 +92,7 @@ class Buffers(Generic[S, H]):
         """Make all buffers free, for another forward."""
         self._held = []
 
-    def hold(self, thing: S) -> tuple[int, H]:
+    def assign(self, thing: S) -> tuple[int, H]:
         """Return the number of the buffer that holds a thing, and the buffer."""
         for i, known in enumerate(self._held):
             if known is thing:

@@ -11,14 +11,15 @@ from anee_core.steps.reference import devices_of
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedModel:
     """Why a model's layers cannot be captured, if they cannot, and where their weights lie."""
 
     unfit: str | None
     addresses: tuple[int, ...]
 
     @classmethod
-    def look(cls, adapter: ModelAdapter, parts: Parts) -> Captured:
+    def of(cls, adapter: ModelAdapter, parts: Parts) -> CapturedModel:
+        """Look at a model as it is now."""
         layers, recipe = parts.layers, adapter.recipe(parts.config)
         unfit = None
         if recipe is None or type(layers[0]).__name__ not in recipe.layers:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from anee_core.interfaces.formulas import ranks, unit_norm
+from anee_core.accounting.budget import SLACK
+from anee_core.interfaces.formulas import unit_norm
 from anee_core.steps.calls import GateCall
 
 
@@ -22,9 +21,8 @@ class GateBuffers:
     @torch.inference_mode(False)
     def __init__(self, call: GateCall, like: Tensor) -> None:
         device, batch, layers = like.device, len(like), len(call.gate.bias)
-        tensors = {name: getattr(call.gate, name).to(device) for name in ("weight", "bias", "mean", "spread")}
         self._of, self._most = call.gate, None if call.limit is None else call.limit.most
-        self._gate = replace(call.gate, **tensors)
+        self._gate = call.gate.to(device)
         self.always: list[bool] = call.always.tolist()
         self.runs = torch.zeros(layers, batch, dtype=torch.bool, device=device)
         """Which rows run each layer, [L, B]; written by `decide`."""
@@ -42,10 +40,10 @@ class GateBuffers:
 
     def fill(self, call: GateCall) -> None:
         """Put in what is known in front of the first layer."""
-        recent, compared = _recent(call.scores[:, : call.seen], self._gate.window)
+        recent, compared = _recent(call.known.scores[:, : call.known.seen], self._gate.window)
         self._recent.copy_(recent)
         self._compared.copy_(compared)
-        self._shares.copy_(call.shares[:, 0])
+        self._shares.copy_(call.known.shares[:, 0])
         if call.limit is not None:
             self.wanted.copy_(call.limit.wanted[:, 0])
             self._extra.copy_((call.limit.run_shares - call.limit.skip_shares)[..., 0])
@@ -57,24 +55,23 @@ class GateBuffers:
         be captured, so nothing is added up in a buffer.
         """
         gate = self._gate
-        score = unit_norm(hidden_states[:, 0].float()) @ gate.weight[layer_idx] + gate.bias[layer_idx]
+        score = gate.score(unit_norm(hidden_states[:, 0].float()), layer_idx)
         self._scores[:, layer_idx] = score
         if self.always[layer_idx]:
             self.runs[layer_idx] = True
             return self.runs[layer_idx], wanted
         lower = (self._recent[..., layer_idx] < score[:, None]).sum(1)
-        mean, spread = gate.mean[layer_idx], gate.spread[layer_idx]
-        rank = ranks(score, lower, self._compared[:, layer_idx], mean, spread, gate.prior)
+        rank = gate.rank(score, lower, self._compared[:, layer_idx], layer_idx)
         runs = rank >= self._shares[:, layer_idx]
         if self._most is not None:
             wanted = wanted + runs * self._extra[layer_idx]
-            runs = runs & (wanted <= self._most + 1e-6)
+            runs = runs & (wanted <= self._most + SLACK)
         self.runs[layer_idx] = runs
         return self.runs[layer_idx], wanted
 
     def record(self, call: GateCall) -> None:
         """Write the tokens' scores behind those of earlier ones, for later ones to be compared with."""
-        call.scores[:, call.seen] = self._scores.masked_fill(self._shares < 0, torch.nan)
+        call.known.scores[:, call.known.seen] = self._scores.masked_fill(self._shares < 0, torch.nan)
 
 
 def _recent(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:

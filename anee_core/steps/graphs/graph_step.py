@@ -24,10 +24,10 @@ from anee_core.adapter.layout import Parts
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.interfaces.shortcut import Shortcut
-from anee_core.steps.calls import GateCall, Places, Stack
+from anee_core.steps.calls import GateCall, LayerInput, Stack
 from anee_core.steps.graphs.buffers import Graphs, SlotWriter
 from anee_core.steps.graphs.capture import Capture, CudaCapture
-from anee_core.steps.graphs.fitness import Captured
+from anee_core.steps.graphs.fitness import CapturedModel
 from anee_core.steps.graphs.workspace import Workspace
 from anee_core.steps.layer_step import LayerStep, StepAround
 
@@ -61,7 +61,7 @@ class GraphStep(StepAround):
         self._adapter, self._parts, self._device = adapter, parts, device
         self._capture = capture or CudaCapture()
         self._own = Workspace()
-        self._model = Captured(None, ())
+        self._model = CapturedModel(None, ())
         self._failed: str | None = None
         self._undivided: str | None = None
         """Why a gate cannot decide within a graph, if it cannot."""
@@ -91,7 +91,7 @@ class GraphStep(StepAround):
             return
         # Nobody changes a model between the tokens of a generation.
         if cache.seen == 0 or length > 1 or not self._model.addresses:
-            self._model = Captured.look(self._adapter, self._parts)
+            self._model = CapturedModel.of(self._adapter, self._parts)
         if length > 1 or self._model.unfit is not None:
             return
         stores = [(layer.keys, layer.values) for layer in cache.layers]
@@ -123,32 +123,22 @@ class GraphStep(StepAround):
                 self._skip(graphs, layer_idx, stack.call, stack.shortcut, cache)
         return graphs.states.clone()
 
-    def run(
-        self,
-        layer_idx: int,
-        hidden_states: Tensor,
-        call: LayerCall,
-        cache: AdaptiveCache,
-        places: Places | None,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
         """Launch a layer's graph for a whole batch."""
         graphs = self._own.graphs
-        if graphs is None or places is not None:
-            return super().run(layer_idx, hidden_states, call, cache, places, mask)
-        graphs.states.copy_(hidden_states)
-        self._run(graphs, layer_idx, call, mask, cache)
+        if graphs is None or given.places is not None:
+            return super().run(given, mask)
+        graphs.states.copy_(given.hidden_states)
+        self._run(graphs, given.layer_idx, given.call, mask, given.cache)
         return graphs.states.clone()
 
-    def propagate(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
-    ) -> None:
+    def propagate(self, given: LayerInput) -> None:
         """Launch the graph of a layer that a whole batch skips."""
         graphs = self._own.graphs
-        if graphs is None or places is not None:
-            return super().propagate(layer_idx, hidden_states, call, cache, places)
-        graphs.states.copy_(hidden_states)
-        return self._skip(graphs, layer_idx, call, None, cache)
+        if graphs is None or given.places is not None:
+            return super().propagate(given)
+        graphs.states.copy_(given.hidden_states)
+        return self._skip(graphs, given.layer_idx, given.call, None, given.cache)
 
     def _gated(
         self, graphs: Graphs, hidden_states: Tensor, stack: Stack, call: GateCall, cache: AdaptiveCache
@@ -158,18 +148,18 @@ class GraphStep(StepAround):
             return None
         graphs.states.copy_(hidden_states)
         gate, shortcut, layers = graphs.gate(call), stack.shortcut, len(self._parts.layers)
-        place, told = graphs.calls.hold(stack.call)
-        masks = [graphs.masks.hold(mask) for mask in stack.masks]
+        place, held_call = graphs.calls.assign(stack.call)
+        masks = [graphs.masks.assign(mask) for mask in stack.masks]
         writers = [SlotWriter(cache, layer_idx, graphs.slot) for layer_idx in range(layers)]
 
         def run(layer_idx: int, runs: Tensor) -> None:
             # A row that skips the layer gets the same keys and values from it.
             mask, writer = masks[layer_idx][1], writers[layer_idx]
-            output = self._adapter.run(self._parts, layer_idx, graphs.states, told.with_mask(mask), writer)
+            output = self._adapter.run(self._parts, layer_idx, graphs.states, held_call.with_mask(mask), writer)
             graphs.states.copy_(output.where(runs[:, None, None], _shortened(shortcut, layer_idx, graphs.states)))
 
         def skip(layer_idx: int) -> None:
-            self._project(layer_idx, graphs.states, told, writers[layer_idx])
+            self._project(layer_idx, graphs.states, held_call, writers[layer_idx])
             graphs.states.copy_(_shortened(shortcut, layer_idx, graphs.states))
 
         def work() -> None:
@@ -196,12 +186,12 @@ class GraphStep(StepAround):
         return graphs.states.clone()
 
     def _run(self, graphs: Graphs, layer_idx: int, call: LayerCall, mask: Tensor | None, cache: AdaptiveCache) -> None:
-        place, told = graphs.calls.hold(call)
-        which, seen = graphs.masks.hold(mask)
+        place, held_call = graphs.calls.assign(call)
+        which, seen = graphs.masks.assign(mask)
         writer = SlotWriter(cache, layer_idx, graphs.slot)
 
         def work() -> None:
-            output = self._adapter.run(self._parts, layer_idx, graphs.states, told.with_mask(seen), writer)
+            output = self._adapter.run(self._parts, layer_idx, graphs.states, held_call.with_mask(seen), writer)
             graphs.states.copy_(output)
 
         self._launch(graphs, ("run", layer_idx, place, which), work)
@@ -209,11 +199,11 @@ class GraphStep(StepAround):
     def _skip(
         self, graphs: Graphs, layer_idx: int, call: LayerCall, shortcut: Shortcut | None, cache: AdaptiveCache
     ) -> None:
-        place, told = graphs.calls.hold(call)
+        place, held_call = graphs.calls.assign(call)
         writer = SlotWriter(cache, layer_idx, graphs.slot)
 
         def work() -> None:
-            self._project(layer_idx, graphs.states, told, writer)
+            self._project(layer_idx, graphs.states, held_call, writer)
             graphs.states.copy_(_shortened(shortcut, layer_idx, graphs.states))
 
         self._launch(graphs, ("skip", layer_idx, place, id(shortcut)), work, keep=shortcut)

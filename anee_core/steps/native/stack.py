@@ -1,18 +1,18 @@
-"""The structs with which ``cpp/stack.h`` takes all layers at once: filled once, and again where something has changed."""
+"""All layers as structs for ``cpp/stack.h``: filled once, and again where something has changed."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import addressof, c_int32, c_void_p
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from anee_core.accounting.budget import SLACK
 from anee_core.cache.adaptive_cache import AdaptiveCache
-from anee_core.interfaces.formulas import LinearGate, LinearInteraction
-from anee_core.policy.shortcuts import LowRankShortcut, ShortcutWeights
+from anee_core.interfaces.formulas import LinearGate, LinearInteraction, LowRankMap
+from anee_core.interfaces.shortcut import Shortcut
 from anee_core.steps.calls import DropCall, GateCall
 from anee_core.steps.native.layers import NativeLayer
 from anee_core.steps.native.pointers import KINDS
@@ -41,7 +41,7 @@ class NativeStack:
         self._interaction_of: LinearInteraction | None = None
         self._query, self._key = (Matrix * count)(), (Matrix * count)()
         self._down, self._up = (Matrix * count)(), (Matrix * count)()
-        self._shortcut: ShortcutWeights | None = None
+        self._shortcut: LowRankMap | None = None
         self.struct = Layers(
             layers=addressof(self._pointers),
             storage=addressof(self._storage),
@@ -53,7 +53,7 @@ class NativeStack:
         self.floats = max(layer.floats for layer in layers)
         """Of scratch that a token needs, beside room for each thread's attention scores."""
 
-    def store_in(self, cache: AdaptiveCache, like: Tensor) -> None:
+    def set_storage(self, cache: AdaptiveCache, like: Tensor) -> None:
         """Point to a cache's keys and values, in the dtype of ``like``."""
         known, layers = self._known, self.made_for[0]
         for i, store in enumerate(cache.layers):
@@ -65,14 +65,14 @@ class NativeStack:
             at.row_stride, at.head_stride = keys.stride()[:2]
             known[i] = weakref.ref(keys)
 
-    def look_through(self, masks: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    def set_masks(self, masks: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
         """Point to each layer's mask, and return them all, for the caller to keep during the call."""
         made = {id(mask): mask.to(dtype).contiguous() for mask in masks if mask is not None}
         for at, mask in zip(self._storage, masks, strict=True):
             at.mask = None if mask is None else made[id(mask)].data_ptr()
         return list(made.values())
 
-    def decide_by(self, call: GateCall | None) -> None:
+    def set_gate(self, call: GateCall | None) -> None:
         """Let a gate decide, or nobody."""
         if call is None:
             self.struct.gate = None
@@ -83,15 +83,15 @@ class NativeStack:
             parts = (call.gate.weight, call.gate.bias, call.gate.mean, call.gate.spread)
             gate.weight, gate.bias, gate.mean, gate.spread = (part.data_ptr() for part in parts)
             gate.prior, gate.window = call.gate.prior, call.gate.window
-        gate.shares, gate.scores = call.shares.data_ptr(), call.scores.data_ptr()
-        gate.row_stride, gate.seen = call.scores.stride(0), call.seen
+        gate.shares, gate.scores = call.known.shares.data_ptr(), call.known.scores.data_ptr()
+        gate.row_stride, gate.seen = call.known.scores.stride(0), call.known.seen
         gate.always, gate.wanted = call.always.data_ptr(), None
         if limit := call.limit:
             gate.run_share, gate.skip_share = limit.run_shares.data_ptr(), limit.skip_shares.data_ptr()
-            gate.wanted, gate.limit = limit.wanted.data_ptr(), limit.most
+            gate.wanted, gate.limit = limit.wanted.data_ptr(), limit.most + SLACK
         self.struct.gate = addressof(gate)
 
-    def drop_by(self, call: DropCall | None, cache: AdaptiveCache, like: Tensor) -> bool:
+    def set_interaction(self, call: DropCall | None, cache: AdaptiveCache, like: Tensor) -> bool:
         """Let an interaction drop tokens of a cache, whose states are in the dtype of ``like``, or nobody; return
         whether that is possible.
         """
@@ -118,22 +118,22 @@ class NativeStack:
         self.struct.interaction = addressof(struct)
         return True
 
-    def take(self, shortcut: Any, dtype: torch.dtype) -> bool:
+    def set_shortcut(self, shortcut: Shortcut | None, dtype: torch.dtype) -> bool:
         """Give skipped tokens a shortcut, or none; return whether that is possible."""
         if shortcut is None:
             self.struct.down = self.struct.up = None
             return True
-        if type(shortcut) is not LowRankShortcut:
+        formula = shortcut.low_rank
+        if formula is None:
             return False
-        weights = shortcut.weights
-        parts = (weights.down, weights.up, weights.bias)
+        parts = (formula.down, formula.up, formula.bias)
         if not _plain(parts, dtype):
             return False
-        if self._shortcut is not weights:
-            self._shortcut = weights
+        if self._shortcut is not formula:
+            self._shortcut = formula
             for i, (down, up, bias) in enumerate(zip(*parts, strict=True)):
                 self._down[i], self._up[i] = _matrix(down), _matrix(up, bias)
-            self.floats = max(self.floats, 2 * weights.down.shape[2] + weights.down.shape[1] + 3 * LANES)
+            self.floats = max(self.floats, 2 * formula.down.shape[2] + formula.down.shape[1] + 3 * LANES)
         self.struct.down, self.struct.up = addressof(self._down), addressof(self._up)
         return True
 

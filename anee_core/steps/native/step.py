@@ -16,14 +16,14 @@ from anee_core.adapter.layout import Parts
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.adapter.recipe import Recipe
 from anee_core.cache.adaptive_cache import AdaptiveCache
-from anee_core.steps.calls import Places, Stack
+from anee_core.steps.calls import LayerInput, Stack
 from anee_core.steps.native.build import NoLibraryError, library
 from anee_core.steps.native.head import NativeHead, NativeNorm
 from anee_core.steps.native.layers import NativeLayer
 from anee_core.steps.native.pointers import UnfitError
 from anee_core.steps.native.stack import NativeStack
 from anee_core.steps.native.structs import LANES, PORTION, QUERIES, Seconds
-from anee_core.steps.native.workspace import Angles, Where, Workspace
+from anee_core.steps.native.workspace import Angles, TokenPlaces, Workspace
 from anee_core.steps.reference import ReferenceStep
 
 logger = logging.getLogger(__name__)
@@ -94,61 +94,50 @@ class NativeStep:
             return None
         if own.stack is None or own.stack.made_for != (own.layers, own.threads):
             own.stack = NativeStack(own.layers, own.threads)
-        possible = own.stack.take(stack.shortcut, hidden_states.dtype)
-        if not possible or not own.stack.drop_by(stack.dropping, cache, hidden_states):
+        possible = own.stack.set_shortcut(stack.shortcut, hidden_states.dtype)
+        if not possible or not own.stack.set_interaction(stack.dropping, cache, hidden_states):
             return None
         result = hidden_states.clone(memory_format=torch.contiguous_format)
         room = torch.empty_like(result)
-        own.stack.store_in(cache, result)
-        own.stack.decide_by(stack.gate)
+        own.stack.set_storage(cache, result)
+        own.stack.set_gate(stack.gate)
         own.stack.struct.states = stack.states.data_ptr()
         own.stack.struct.inputs = None if stack.inputs is None else stack.inputs.data_ptr()
-        where = self._where(*result.shape[:2])
-        masks = own.stack.look_through(stack.masks, result.dtype)
-        span, size = (cache.span(0)[0], max(slots.used for slots in cache.slots)), own.stack.floats
-        at_once = where.count if stack.dropping is not None else min(where.count, PORTION)
-        self._fill(result, stack.call, where, span, own.stack.threads, at_once * size, room)
-        own.tokens.mask_stride = span[1]
+        places = self._whole_block(*result.shape[:2])
+        masks = own.stack.set_masks(stack.masks, result.dtype)
+        used = max(layer.slots.used for layer in cache.layers)
+        self._fill(result, stack.call, places, (cache.span(0)[0], used), room)
+        at_once = places.count if stack.dropping is not None else min(places.count, PORTION)
+        self._take_scratch(own.stack.threads, at_once * own.stack.floats, used)
+        own.tokens.mask_stride = used
         assert self._library is not None
         self._library.anee_stack(own.stack.address, own.address)
         del masks
         return result
 
-    def run(
-        self,
-        layer_idx: int,
-        hidden_states: Tensor,
-        call: LayerCall,
-        cache: AdaptiveCache,
-        places: Places | None,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
         """Run a layer; see `LayerStep.run`."""
         if not self._by_layer:
-            return self._reference.run(layer_idx, hidden_states, call, cache, places, mask)
-        where = self._at(hidden_states, places)
-        result = hidden_states.new_empty(*where.shape, hidden_states.shape[-1])
-        self._call("anee_run", layer_idx, hidden_states, call, cache, where, mask=mask, result=result)
+            return self._reference.run(given, mask)
+        places = self._places_of(given)
+        result = given.hidden_states.new_empty(*places.shape, given.hidden_states.shape[-1])
+        self._call("anee_run", given, places, mask=mask, result=result)
         return result
 
-    def propagate(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, places: Places | None
-    ) -> None:
+    def propagate(self, given: LayerInput) -> None:
         """Write keys and values; see `LayerStep.propagate`."""
         if not self._by_layer:
-            return self._reference.propagate(layer_idx, hidden_states, call, cache, places)
-        return self._call("anee_project", layer_idx, hidden_states, call, cache, self._at(hidden_states, places))
+            return self._reference.propagate(given)
+        return self._call("anee_project", given, self._places_of(given))
 
-    def settle(
-        self, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache: AdaptiveCache, slots: Tensor
-    ) -> None:
+    def settle(self, given: LayerInput, slots: Tensor) -> None:
         """Write keys and values; see `LayerStep.settle`."""
         if not self._by_layer:
-            return self._reference.settle(layer_idx, hidden_states, call, cache, slots)
-        batch, length = hidden_states.shape[:2]
-        here = self._where(batch, length)
-        there = Where(here.place, here.row, slots.repeat(batch), here.shape)
-        return self._call("anee_project", layer_idx, hidden_states, call, cache, there, start=0)
+            return self._reference.settle(given, slots)
+        batch, length = given.hidden_states.shape[:2]
+        here = self._whole_block(batch, length)
+        there = TokenPlaces(here.place, here.row, slots.repeat(batch), here.shape)
+        return self._call("anee_project", given, there, start=0)
 
     def norm(self, hidden_states: Tensor) -> Tensor:
         """Apply the final norm to what the layers gave, [B, T, D]."""
@@ -216,24 +205,24 @@ class NativeStep:
     def _call(
         self,
         function: str,
-        layer_idx: int,
-        hidden_states: Tensor,
-        call: LayerCall,
-        cache: AdaptiveCache,
-        where: Where,
+        given: LayerInput,
+        places: TokenPlaces,
         *,
         start: int | None = None,
         mask: Tensor | None = None,
         result: Tensor | None = None,
     ) -> None:
-        """Call a function of the library for some tokens of [B, T, D]."""
-        own = self._own
-        layer, tokens = own.layers[layer_idx], own.tokens
-        states = hidden_states.contiguous()
-        keys, values = cache.storage(layer_idx, layer.kv_heads, layer.head_dim, states)
-        first, used = cache.span(layer_idx)
-        span = first if start is None else start, used
-        self._fill(states, call, where, span, min(own.threads, layer.threads), where.count * layer.floats, result)
+        """Call a function of the library for some tokens of a layer's input.
+
+        Their keys and values go into slots from ``start`` on; by default from that of the block's first token.
+        """
+        own, cache = self._own, given.cache
+        layer, tokens = own.layers[given.layer_idx], own.tokens
+        states = given.hidden_states.contiguous()
+        keys, values = cache.storage(given.layer_idx, layer.kv_heads, layer.head_dim, states)
+        first, used = cache.span(given.layer_idx)
+        self._fill(states, given.call, places, (first if start is None else start, used), result)
+        self._take_scratch(min(own.threads, layer.threads), places.count * layer.floats, used)
         if mask is not None:
             mask = mask.to(states.dtype).contiguous()
             tokens.mask_stride = mask.shape[-1]
@@ -243,32 +232,30 @@ class NativeStep:
         getattr(self._library, function)(layer.address, own.address)
 
     def _fill(
-        self,
-        states: Tensor,
-        call: LayerCall,
-        where: Where,
-        span: tuple[int, int],
-        threads: int,
-        floats: int,
-        result: Tensor | None,
+        self, states: Tensor, call: LayerCall, places: TokenPlaces, span: tuple[int, int], result: Tensor | None
     ) -> None:
-        """Say which tokens of [B, T, D] are meant, and what they need but for masks, keys and values.
+        """Say which tokens of [B, T, D] are meant, and what they need but for masks, keys, values and scratch.
 
-        ``span`` is the slot of the block's first token and the number of slots handed out, ``floats`` the scratch that
-        the tokens taken at once need.
+        ``span`` is the slot of the block's first token and the number of slots handed out.
         """
-        own, tokens = self._own, self._own.tokens
-        needed = floats + threads * QUERIES * (span[1] + LANES)
-        if own.scratch.numel() < needed:
-            own.scratch = torch.empty(2 * needed)
+        tokens = self._own.tokens
         angles = self._angles(call, states.shape[0], states.dtype)
         tokens.states, tokens.result = states.data_ptr(), None if result is None else result.data_ptr()
         tokens.cos, tokens.sin = (None, None) if angles is None else angles[2:]
-        tokens.place, tokens.row, tokens.column = where.pointers
-        tokens.scratch = own.scratch.data_ptr()
+        tokens.place, tokens.row, tokens.column = places.pointers
         tokens.seconds = None if self.seconds is None else addressof(self.seconds)
         tokens.start, tokens.used = span
-        tokens.count, tokens.threads = where.count, threads
+        tokens.count = places.count
+
+    def _take_scratch(self, threads: int, floats: int, used: int) -> None:
+        """Give the tokens taken at once the scratch that they need, ``floats``, and each thread room for its attention
+        over ``used`` slots.
+        """
+        own = self._own
+        needed = floats + threads * QUERIES * (used + LANES)
+        if own.scratch.numel() < needed:
+            own.scratch = torch.empty(2 * needed)
+        own.tokens.scratch, own.tokens.threads = own.scratch.data_ptr(), threads
 
     def _angles(self, call: LayerCall, batch: int, dtype: torch.dtype) -> Angles | None:
         """Return the rotary angles of a call and where they lie; layers that share a call share them."""
@@ -282,16 +269,16 @@ class NativeStep:
             own.turned = call, placed
         return own.turned[1]
 
-    def _at(self, hidden_states: Tensor, places: Places | None) -> Where:
-        batch, length = hidden_states.shape[:2]
-        return self._where(batch, length) if places is None else Where.at(places, length)
+    def _places_of(self, given: LayerInput) -> TokenPlaces:
+        batch, length = given.hidden_states.shape[:2]
+        return self._whole_block(batch, length) if given.places is None else TokenPlaces.of(given.places, length)
 
-    def _where(self, batch: int, length: int) -> Where:
+    def _whole_block(self, batch: int, length: int) -> TokenPlaces:
         """Return where the tokens of a whole block are."""
         whole = self._own.whole
         if (batch, length) not in whole:
             if len(whole) == _KEPT_PLACES:
                 whole.clear()
             rows, columns = torch.arange(batch)[:, None], torch.arange(length)[None]
-            whole[batch, length] = Where.at((rows, columns.expand(batch, -1)), length)
+            whole[batch, length] = TokenPlaces.of((rows, columns.expand(batch, -1)), length)
         return whole[batch, length]

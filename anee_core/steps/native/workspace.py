@@ -36,11 +36,11 @@ class Workspace(threading.local):
         self.tokens = Tokens()
         self.address = addressof(self.tokens)
         self.stack: NativeStack | None = None
-        self.whole: dict[tuple[int, int], Where] = {}
+        self.whole: dict[tuple[int, int], TokenPlaces] = {}
         self.turned: tuple[LayerCall, Angles | None] | None = None
 
 
-class Where:
+class TokenPlaces:
     """Where some tokens of a block are: numbers for each, in memory, and the shape that they came in."""
 
     def __init__(self, place: Tensor, row: Tensor, column: Tensor, shape: torch.Size) -> None:
@@ -48,7 +48,8 @@ class Where:
         self.pointers = place.data_ptr(), row.data_ptr(), column.data_ptr()
 
     @classmethod
-    def at(cls, places: Places, length: int) -> Where:
+    def of(cls, places: Places, length: int) -> TokenPlaces:
+        """Return them for tokens at ``places`` of a block of ``length`` tokens in each row."""
         rows, columns = places
         rows = rows.expand_as(columns)
         return cls((rows * length + columns).contiguous(), rows.contiguous(), columns.contiguous(), columns.shape)

@@ -54,7 +54,7 @@ static bool passes(const Gate& gate, int layers, int l, const Tokens& tokens, in
     if (!gate.wanted) return true;
     int64_t at = int64_t(l) * tokens.count + m;
     gate.wanted[m] += gate.run_share[at] - gate.skip_share[at];
-    return gate.wanted[m] <= gate.limit + 1e-6f;
+    return gate.wanted[m] <= gate.limit;
 }
 
 // Decides which tokens run a layer. Of padding, none does.

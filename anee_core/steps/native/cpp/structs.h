@@ -115,7 +115,7 @@ struct Gate {
     int64_t seen;             // earlier tokens
     int64_t window;           // how many of those that count a token is compared with
     float prior;              // tokens that the fit counts for
-    float limit;              // of what a token may spend
+    float limit;              // of what a token may spend, with what rounding may add
 };
 
 struct Layers {
