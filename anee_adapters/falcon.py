@@ -54,9 +54,9 @@ class FalconAdapter(ModelAdapter):
             )
         return super().refuse(config)
 
-    def layer_arguments(self, parts: Parts, call: LayerCall, cache_view: Any) -> dict[str, Any]:
+    def layer_arguments(self, parts: Parts, call: LayerCall, layer_cache: Any) -> dict[str, Any]:
         """Add the bias that Falcon's layers must be given, though they need not use it."""
-        return {"alibi": None, **super().layer_arguments(parts, call, cache_view)}
+        return {"alibi": None, **super().layer_arguments(parts, call, layer_cache)}
 
     def kv_width(self, config: Any) -> int:
         """Return the width of one head with multi-query attention, else of all: groups are spread before caching."""

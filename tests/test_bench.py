@@ -76,7 +76,7 @@ def test_stopwatch_tells_prompt_from_tokens():
 def test_transformers_is_compiled_where_it_is_asked_for(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
-    monkeypatch.setitem(shapes.SHAPES, "tiny", lambda: GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
+    monkeypatch.setitem(shapes.SIZES, "tiny", lambda: GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
     options = {"context": 4, "tokens": 3, "repeats": 1, "skipped": ()}
     found = bench.measure(BenchOptions("tiny", "float32", compiled=True, **options))
     assert [r["contender"] for r in found["records"]][:2] == ["transformers generate", "transformers compiled"]
@@ -84,11 +84,11 @@ def test_transformers_is_compiled_where_it_is_asked_for(monkeypatch):
 
 
 def test_shapes_have_seeded_random_weights(monkeypatch):
-    monkeypatch.setitem(shapes.SHAPES, "tiny", lambda: GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
+    monkeypatch.setitem(shapes.SIZES, "tiny", lambda: GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
     one, two = shapes.build("tiny"), shapes.build("tiny", torch.bfloat16)
     assert two.dtype == torch.bfloat16
     assert torch.equal(one.transformer.wte.weight.bfloat16(), two.transformer.wte.weight)
-    assert {shapes.SHAPES[name]().model_type for name in shapes.SHAPES} == {"gpt2", "llama"}
+    assert {shapes.SIZES[name]().model_type for name in shapes.SIZES} == {"gpt2", "llama"}
 
 
 def test_bandwidth_is_a_rate():

@@ -87,11 +87,11 @@ class NextLayersKeys(LlamaAdapter):
 class CallOfTheFirstLayer(LlamaAdapter):
     """Counts on layer 0 having just run."""
 
-    def run(self, parts, layer_idx, hidden_states, call, cache_view):
+    def run(self, parts, layer_idx, hidden_states, call, layer_cache):
         if layer_idx == 0:
             self.call = call
         call = replace(call, position_embeddings=self.call.position_embeddings)
-        return super().run(parts, layer_idx, hidden_states, call, cache_view)
+        return super().run(parts, layer_idx, hidden_states, call, layer_cache)
 
 
 class LastTokenOnly(LlamaAdapter):
@@ -112,10 +112,10 @@ class MixesRows(LlamaAdapter):
 class Forgetful(LlamaAdapter):
     """Gives the layer a cache that remembers nothing; what comes before is written but never read."""
 
-    def run(self, parts, layer_idx, hidden_states, call, cache_view):
+    def run(self, parts, layer_idx, hidden_states, call, layer_cache):
         class Forgetting:
             def update(self, keys, values, layer_idx):
-                cache_view.update(keys, values, layer_idx)
+                layer_cache.update(keys, values, layer_idx)
                 return keys, values
 
         mask = call.attention_mask
@@ -253,8 +253,8 @@ class KnowsOneReason(LlamaAdapter):
 
 
 class NothingAdded(GPTJAdapter):
-    def run(self, parts, layer_idx, hidden_states, call, cache_view):
-        return super().run(parts, layer_idx, hidden_states, call, cache_view) - hidden_states
+    def run(self, parts, layer_idx, hidden_states, call, layer_cache):
+        return super().run(parts, layer_idx, hidden_states, call, layer_cache) - hidden_states
 
 
 class HeadWidthFromWidth(type(PLUGINS.adapters["qwen3"])):

@@ -85,7 +85,6 @@ def captured(network, policy="dense", budget=None, **options):
     model = adaptive(network, policy, budget, fast=False, **options)
     captures = Captures()
     step = GraphStep(ReferenceStep(model.adapter, model.parts), model.adapter, model.parts, captures, "cpu")
-    engine = model.engine
     model.use_step(step)
     return model, captures
 

@@ -19,13 +19,13 @@ from anee_core.bench.options import BenchOptions
 from anee_core.bench.peers.engines import peers
 from anee_core.bench.peers.gguf_file import write_gguf
 from anee_core.bench.peers.openvino_model import write_openvino
-from anee_core.bench.peers.own_process import Apart
+from anee_core.bench.peers.own_process import OwnProcess
 from anee_core.bench.speed import measure
 from anee_core.bench.timing import Stopwatch
 from anee_core.errors import MissingPackageError, ModelError
 
 PACKAGES = ("llama_cpp", "xllamacpp", "ctranslate2", "openvino")
-here = partial(peers, apart=lambda start: start())
+here = partial(peers, start_engine=lambda start: start())
 """Engines in this process."""
 
 
@@ -154,8 +154,8 @@ def test_llama_cpp_writes_what_transformers_writes(tmp_path, monkeypatch):
 
 def test_an_engine_that_brings_its_process_down_is_an_error():
     with pytest.raises(ModelError, match="ended"):
-        Apart(partial(os._exit, 1))
-    run = Apart(partial(partial, os._exit))  # which takes no prompt
+        OwnProcess(partial(os._exit, 1))
+    run = OwnProcess(partial(partial, os._exit))  # which takes no prompt
     with pytest.raises(ModelError, match="ended"):
         run(torch.tensor([[4, 5]]), 3, Tokens())
 

@@ -20,7 +20,7 @@ _PARTS = ("ms per token after the prompt", "layers", "of them attention", "polic
 def bench(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Model sources, ids, folders or shapes: gpt2-small, -medium, -large, -xl, llama-1.1b."),
+        typer.Argument(help="Model sources, ids, folders or sizes: gpt2-small, -medium, -large, -xl, llama-1.1b."),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option("--dtype", help="May be repeated. Default: bfloat16.")] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="May be repeated. Default: 1.")] = None,

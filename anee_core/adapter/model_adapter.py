@@ -97,21 +97,21 @@ class ModelAdapter(ABC):
             )
         return (LayerCall(position_ids=position_ids, position_embeddings=embeddings),) * len(parts.layers)
 
-    def layer_arguments(self, parts: Parts, call: LayerCall, cache_view: Any) -> dict[str, Any]:
+    def layer_arguments(self, parts: Parts, call: LayerCall, layer_cache: Any) -> dict[str, Any]:
         """Return the keyword arguments of one layer call."""
         arguments = {
             "attention_mask": call.attention_mask,
             "position_ids": call.position_ids,
             "use_cache": True,
-            parts.cache_argument: cache_view,
+            parts.cache_argument: layer_cache,
         }
         if call.position_embeddings is not None:
             arguments["position_embeddings"] = call.position_embeddings
         return arguments
 
-    def run(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall, cache_view: Any) -> Tensor:
+    def run(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall, layer_cache: Any) -> Tensor:
         """Run one decoder layer, unchanged. [B, T, D] to [B, T, D]."""
-        output = parts.layers[layer_idx](hidden_states, **self.layer_arguments(parts, call, cache_view))
+        output = parts.layers[layer_idx](hidden_states, **self.layer_arguments(parts, call, layer_cache))
         return output[0] if isinstance(output, tuple) else output
 
     def attention_input(self, parts: Parts, layer_idx: int, hidden_states: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ class BenchOptions:
     """What is measured.
 
     Args:
-        model: a model source, hub id, folder or one of `SHAPES`, which get random weights.
+        model: a model source, hub id, folder or one of `SIZES`, which get random weights.
         dtype: of the model.
         batch: sequences at once.
         context: tokens of each prompt.

@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights: for speed, weights need not be trained."""
+"""Models of well-known sizes with random weights: for speed, weights need not be trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _gpt2(layers: int, width: int, heads: int) -> GPT2Config:
     return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, n_positions=4096)
 
 
-SHAPES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "gpt2-small": lambda: _gpt2(12, 768, 12),
     "gpt2-medium": lambda: _gpt2(24, 1024, 16),
     "gpt2-large": lambda: _gpt2(36, 1280, 20),
@@ -25,8 +25,8 @@ SHAPES: dict[str, Any] = {
 """Configs by name."""
 
 
-def build(shape: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a model of a shape with seeded random weights, ready to run."""
+def build(size: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model of a size with seeded random weights, ready to run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(SIZES[size](), dtype=dtype).eval()

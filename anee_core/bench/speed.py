@@ -14,7 +14,7 @@ import torch
 from anee_core.bench.contenders import DENSE, Contender, contenders
 from anee_core.bench.options import BenchOptions
 from anee_core.bench.peers.engines import peers
-from anee_core.bench.random_models import SHAPES, build
+from anee_core.bench.random_models import SIZES, build
 from anee_core.bench.timing import Stopwatch, read_bandwidth
 from anee_core.display import new_figure
 from anee_core.load import load
@@ -62,7 +62,7 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
 
 
 def _open(options: BenchOptions) -> tuple[Any, Any]:
-    if options.model in SHAPES:
+    if options.model in SIZES:
         network = build(options.model, dtype_of(options.dtype) or torch.float32)
         return load(network, device=options.device).parts.model, None
     model = load(options.model, dtype=options.dtype, device=options.device)

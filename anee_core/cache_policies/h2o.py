@@ -31,6 +31,6 @@ class H2OCachePolicy(AttentionCachePolicy):
         """Return how many of the newest tokens stay in any case."""
         return self.recent or allowed // 2
 
-    def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
+    def score(self, view: CacheView, t: int, scores: Tensor, alive: Tensor) -> Tensor:
         """Add the newest token's attention."""
-        return scores if view.attention is None else scores + self.shares(view, t, held)
+        return scores if view.attention is None else scores + self.shares(view, t, alive)

@@ -41,8 +41,8 @@ class ScoringCachePolicy(BudgetedCachePolicy):
     def first_score(self, view: CacheView) -> Tensor:
         """Return the scores of the new tokens as they come, [B, T]."""
 
-    def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
-        """Return the scores [B, S] after new token ``t``; ``held`` [B, S] are the slots it finds, itself included."""
+    def score(self, view: CacheView, t: int, scores: Tensor, alive: Tensor) -> Tensor:
+        """Return the scores [B, S] after new token ``t``; ``alive`` [B, S] are the slots it finds, itself included."""
         return scores
 
     def newest(self, allowed: Tensor) -> Tensor | int:
@@ -53,7 +53,7 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         """Return in which rows tokens may be dropped after new token ``t``, a bool tensor that broadcasts to [B, 1]."""
         return torch.ones(1, 1, dtype=torch.bool, device=view.valid.device)
 
-    def rank_by(self, view: CacheView, scores: Tensor, held: Tensor) -> Tensor:
+    def rank_by(self, view: CacheView, scores: Tensor, alive: Tensor) -> Tensor:
         """Return what decides who stays, [B, S], given the scores."""
         return scores
 
@@ -61,18 +61,18 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         """Store each new token's first score."""
         return {_SCORE: self.first_score(view).float()}
 
-    def keep_after(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
+    def keep_after(self, view: CacheView, t: int, scores: Tensor, alive: Tensor) -> Tensor:
         """Return which slots stay after new token ``t``, [B, S]."""
         position, query = view.position_ids, view.query_position[:, t : t + 1]
         allowed = self.allowed(view.layer_idx, query)
         due = self.due(view, t)
         # One token more than allowed is what decoding comes to; on a device, looking would take longer than sorting.
-        known = held.device.type == "cpu"
-        over = (held.sum(1, keepdim=True) - allowed) * due
-        excess = int(over.max()) if known else held.shape[1]
+        known = alive.device.type == "cpu"
+        over = (alive.sum(1, keepdim=True) - allowed) * due
+        excess = int(over.max()) if known else alive.shape[1]
         if excess <= 0:
-            return held
-        order = self.rank_by(view, scores, held).double()
+            return alive
+        order = self.rank_by(view, scores, alive).double()
         # Before any score: the newest token, then the sinks from the first on, then the recent ones from the last on.
         place = 1e-9 * position.double()
         order = torch.where(position > query - self.newest(allowed), _FIRST * (1 + place), order)
@@ -80,28 +80,28 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         order = torch.where(position == query, 4 * _FIRST, order)
         if excess == 1:
             # Of equals the last one goes, as in a stable sort.
-            worst = held.shape[1] - 1 - torch.where(held, order, torch.inf).flip(1).argmin(1, keepdim=True)
-            return held & ~((over > 0) & (torch.arange(held.shape[1], device=held.device) == worst))
-        best = torch.argsort(torch.where(held, order, -torch.inf), dim=1, descending=True, stable=True)
+            worst = alive.shape[1] - 1 - torch.where(alive, order, torch.inf).flip(1).argmin(1, keepdim=True)
+            return alive & ~((over > 0) & (torch.arange(alive.shape[1], device=alive.device) == worst))
+        best = torch.argsort(torch.where(alive, order, -torch.inf), dim=1, descending=True, stable=True)
         rank = torch.empty_like(best).scatter_(1, best, torch.arange(best.shape[1], device=best.device).expand_as(best))
-        return held & ((rank < allowed) | ~due)
+        return alive & ((rank < allowed) | ~due)
 
     def decide(self, view: CacheView) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Take the new tokens one after another."""
         scores = view.state[_SCORE].clone()
         slots = view.valid.shape[1]
         tokens = view.query_position.shape[1]
-        alive = view.valid.clone()
+        left = view.valid.clone()
         kept = []
         for t in range(tokens):
             end = slots - tokens + t + 1
             # Only the slots up to this token's own take part.
-            seen = replace(view, position_ids=view.position_ids[:, :end], valid=alive[:, :end])
-            held = alive[:, :end]
-            scores[:, :end] = self.score(seen, t, scores[:, :end], held)
-            stay = self.keep_after(seen, t, scores[:, :end], held) | ~view.real[:, t : t + 1]
-            alive[:, :end] = held & stay
-            kept.append(alive.clone())
+            alive = left[:, :end]
+            seen = replace(view, position_ids=view.position_ids[:, :end], valid=alive)
+            scores[:, :end] = self.score(seen, t, scores[:, :end], alive)
+            stay = self.keep_after(seen, t, scores[:, :end], alive) | ~view.real[:, t : t + 1]
+            left[:, :end] = alive & stay
+            kept.append(left.clone())
         return torch.stack(kept, dim=1), {_SCORE: scores} if self.rewrites else {}
 
     def retain(self, view: CacheView) -> Tensor:
@@ -120,11 +120,11 @@ class AttentionCachePolicy(ScoringCachePolicy):
         """Return zeros: nobody has attended to a new token."""
         return torch.zeros_like(view.query_position, dtype=torch.float32)
 
-    def shares(self, view: CacheView, t: int, held: Tensor) -> Tensor:
+    def shares(self, view: CacheView, t: int, alive: Tensor) -> Tensor:
         """Return how new token ``t`` shares its attention out among the slots it finds, averaged over heads, [B, S].
 
         Rows whose token does not run the layer get zeros.
         """
         assert view.attention is not None
-        logits = view.attention[:, :, t, : held.shape[1]].masked_fill(~held[:, None], -torch.inf)
+        logits = view.attention[:, :, t, : alive.shape[1]].masked_fill(~alive[:, None], -torch.inf)
         return torch.nan_to_num(logits.softmax(-1)).mean(1) * view.ran[:, t : t + 1]

@@ -49,24 +49,24 @@ class SnapKVCachePolicy(AttentionCachePolicy):
         """Return how many of the newest tokens stay in any case."""
         return max(self.window, self.recent)
 
-    def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
+    def score(self, view: CacheView, t: int, scores: Tensor, alive: Tensor) -> Tensor:
         """Add the newest token's vote if it lies in the window; the first one of a window starts from zero."""
         place = (view.query_position[:, t : t + 1] - (self.every - self.window)) % self.every
         scores = torch.where(place == 0, 0.0, scores)
         if view.attention is None:
             return scores
-        return scores + (place < self.window) * self.shares(view, t, held)
+        return scores + (place < self.window) * self.shares(view, t, alive)
 
     def due(self, view: CacheView, t: int) -> Tensor:
         """Return the rows in which a window ends."""
         return (view.query_position[:, t : t + 1] + 1) % self.every == 0
 
-    def rank_by(self, view: CacheView, scores: Tensor, held: Tensor) -> Tensor:
+    def rank_by(self, view: CacheView, scores: Tensor, alive: Tensor) -> Tensor:
         """Return smoothed votes; the window's own tokens come first."""
         # Neighbours are those among the slots still held: gaps are closed before smoothing.
-        order = torch.argsort(~held, dim=1, stable=True)
-        votes = torch.where(held, scores, 0.0).gather(1, order)
-        near = torch.stack((votes, held.gather(1, order).to(votes.dtype)))
+        order = torch.argsort(~alive, dim=1, stable=True)
+        votes = torch.where(alive, scores, 0.0).gather(1, order)
+        near = torch.stack((votes, alive.gather(1, order).to(votes.dtype)))
         summed = functional.avg_pool1d(near, self.pool, 1, self.pool // 2)
         smooth = summed[0] / summed[1].clamp(min=1e-6)
         return torch.empty_like(scores).scatter_(1, order, smooth)

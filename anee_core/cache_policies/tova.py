@@ -26,8 +26,8 @@ class TovaCachePolicy(AttentionCachePolicy):
 
     name: ClassVar[str] = "tova"
 
-    def score(self, view: CacheView, t: int, scores: Tensor, held: Tensor) -> Tensor:
+    def score(self, view: CacheView, t: int, scores: Tensor, alive: Tensor) -> Tensor:
         """Return the newest token's attention."""
         if view.attention is None:
             return scores
-        return torch.where(view.ran[:, t : t + 1], self.shares(view, t, held), scores)
+        return torch.where(view.ran[:, t : t + 1], self.shares(view, t, alive), scores)

@@ -99,8 +99,8 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
         for layer_idx in range(len(store.importance), layers):
             policy = Policy(StaticController(skip=(layer_idx,)))
             skipping = Engine(model.adapter, model.parts, policy, costs=engine.costs)
-            apart = divergences(dense, _logits(model, skipping, tokens))
-            store.add(float(apart[:, _WARM_UP:].mean()))
+            rise = divergences(dense, _logits(model, skipping, tokens))
+            store.add(float(rise[:, _WARM_UP:].mean()))
             advance()
     confidence = dense.softmax(-1).amax(-1)[:, _WARM_UP:].flatten()
     quantiles = torch.quantile(confidence, torch.linspace(0, 1, _QUANTILES, device=confidence.device)).cpu()

@@ -83,7 +83,7 @@ def text_quality(
     """
     if not 1 <= first < blocks.shape[1]:
         raise InputError(f"the first scored position lies in [1, {blocks.shape[1]}); got {first}")
-    loss = spent = skipped = kv_bytes = apart = agree = 0.0
+    loss = spent = skipped = kv_bytes = divergence = agree = 0.0
     held = []
     before = torch.arange(first, blocks.shape[1], dtype=torch.float64)
     for i, rows in enumerate(torch.split(blocks, batch)):
@@ -98,11 +98,11 @@ def text_quality(
         kv_bytes += trace.kv_bytes / len(blocks)
         held.append((trace.held[:, :, first:] - 1).double().mean((0, 1)) * share)
         if dense is not None:
-            apart += share * float(divergences(dense[i], logits).mean())
+            divergence += share * float(divergences(dense[i], logits).mean())
             agree += share * float((dense[i].argmax(-1) == logits.argmax(-1)).float().mean())
         advance()
     dropped = 1 - float(torch.stack(held).sum() / before.sum())
-    compared = (apart, agree) if dense is not None else ()
+    compared = (divergence, agree) if dense is not None else ()
     return TextQuality(math.exp(loss), spent, skipped, dropped, kv_bytes, *compared)
 
 

@@ -129,7 +129,9 @@ def device_of(given: str | torch.device | None) -> torch.device | None:
 def check_wrapper(model: nn.Module) -> None:
     """Raise `ModelError` for a PEFT model that is more than changed layers: what it adds in front would be lost."""
     configs = getattr(model, "peft_config", None)
-    for name, config in configs.items() if isinstance(configs, dict) else ():
+    if not isinstance(configs, dict):
+        return
+    for name, config in configs.items():
         if getattr(config, "is_prompt_learning", False):
             raise ModelError(
                 f"the PEFT adapter '{name}' adds virtual tokens ({config.peft_type}), which ANEE cannot run; "

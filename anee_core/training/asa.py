@@ -40,7 +40,7 @@ class Interactions(nn.Module):
         self.key = nn.Parameter(torch.randn(layers, rank, width) * spread / width**0.5)
         self.beta = nn.Parameter(torch.full((layers,), beta))
 
-    def take(self, weights: AsaWeights) -> None:
+    def start_from(self, weights: AsaWeights) -> None:
         """Start from weights that were trained before.
 
         Raises:

@@ -162,7 +162,7 @@ def _objective(
     layers, width = len(model.parts.layers), model.config.hidden_size
     interactions = Interactions(layers, options.rank, width, beta)
     if options.start is not None:
-        interactions.take(AsaWeights.load(options.start))
+        interactions.start_from(AsaWeights.load(options.start))
     # The paths are the same inside PEFT's wrappers, but the modules are not.
     parts = model.adapter.parts(model.parts.model)
     return SparseAttention(

@@ -79,10 +79,10 @@ def read_text(
     blocks = token_blocks(text, model.tokenizer, length, cache)
     if valid is None:
         count = min(held_out, len(blocks) // 2)
-        apart, blocks = blocks.select(range(count)), blocks.select(range(count, len(blocks)))
+        held_out_blocks, blocks = blocks.select(range(count)), blocks.select(range(count, len(blocks)))
     else:
-        apart = token_blocks([valid], model.tokenizer, length, cache)
-    return blocks, apart[:held_out]["input_ids"]
+        held_out_blocks = token_blocks([valid], model.tokenizer, length, cache)
+    return blocks, held_out_blocks[:held_out]["input_ids"]
 
 
 class Batches:
@@ -96,16 +96,16 @@ class Batches:
             raise InputError(
                 f"{len(blocks)} blocks of text are fewer than one batch of {batch * ranks}; give more text"
             )
-        self._blocks, self._batch, self._seed, self._rank, self._ranks = blocks, batch, seed, rank, ranks
+        self._blocks, self._size, self._seed, self._rank, self._ranks = blocks, batch, seed, rank, ranks
         self._epoch, self._order = -1, torch.empty(0)
 
-    def at(self, step: int) -> Tensor:
+    def batch(self, step: int) -> Tensor:
         """Return the batch of a step, [B, T]."""
-        per_epoch = len(self._blocks) // (self._batch * self._ranks)
+        per_epoch = len(self._blocks) // (self._size * self._ranks)
         epoch, place = divmod(step, per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self._blocks), generator=generator)
-        first = (place * self._ranks + self._rank) * self._batch
-        chosen: Tensor = self._blocks[self._order[first : first + self._batch].tolist()]["input_ids"]
+        first = (place * self._ranks + self._rank) * self._size
+        chosen: Tensor = self._blocks[self._order[first : first + self._size].tolist()]["input_ids"]
         return chosen

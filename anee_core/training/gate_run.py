@@ -130,7 +130,7 @@ def start_of(model: AdaptiveModel, blocks: Any, run: RunOptions, options: GateTr
     if not (start / "gate.json").exists():
         fit = FitOptions(rank=options.rank, seed=run.seed)
         sequences = min(options.calibration_sequences, len(blocks))
-        tokens = Batches(blocks, sequences, run.seed).at(0)
+        tokens = Batches(blocks, sequences, run.seed).batch(0)
         calibration = GateCalibration(None, sequences, options.length, fit=fit, progress=run.progress)
         calibrate_gate(model, start, calibration, tokens)
     return start

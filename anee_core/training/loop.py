@@ -124,7 +124,7 @@ class _Run:
         sums: dict[str, float] = {}
         self.module.train()
         for i in range(options.accumulate):
-            input_ids = batches.at(step * options.accumulate + i).to(accelerator.device)
+            input_ids = batches.batch(step * options.accumulate + i).to(accelerator.device)
             with accelerator.accumulate(self.module):
                 loss, figures = self.module(input_ids)
                 accelerator.backward(loss)

@@ -84,13 +84,13 @@ class Reinforce(Objective):
         hard = torch.rand(input_ids.shape[0], device=input_ids.device) < options.hard
         rollouts = [self.rollout(input_ids, budgets, hard) for _ in range(options.rollouts)]
         price = (gated.near(budgets) @ self.price)[:, None]
-        rewards, apart = [], []
+        rewards, losses = [], []
         for logits, spent, _, _ in rollouts:
             divergence = divergences(wanted, logits)
             over = spent - budgets[:, None]
             counted = torch.where((over > 0) | (divergence < options.near_dense), over, 0.0)
             rewards.append(-divergence - price * counted)
-            apart.append(divergence)
+            losses.append(divergence)
         reward = torch.stack(rewards)  # [K, B, T]
         baseline = (reward.sum(0, keepdim=True) - reward) / (options.rollouts - 1)
         advantage = reward - baseline
@@ -102,7 +102,7 @@ class Reinforce(Objective):
         if not hard.all():  # those that are hard say nothing about the price
             gated.move_price(self.price, budgets[~hard], over[~hard])
         figures = {
-            "reward": reward.mean(), "quality": torch.stack(apart).mean(), "spent": spent.mean(),
+            "reward": reward.mean(), "quality": torch.stack(losses).mean(), "spent": spent.mean(),
             "over": over.mean(), "entropy": entropy.detach(),
         }  # fmt: skip
         return loss, figures

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from anee_core.bench.peers.gguf_file import token_of, write_gguf
 from anee_core.bench.peers.openvino_model import write_openvino
-from anee_core.bench.peers.own_process import Apart, Run, Start
+from anee_core.bench.peers.own_process import OwnProcess, Run, Start
 from anee_core.errors import AneeError, MissingPackageError, ModelError
 
 logger = logging.getLogger(__name__)
 
 
 def peers(
-    network: Any, tokenizer: Any, folder: Path, positions: int, apart: Callable[[Start], Run] = Apart
+    network: Any, tokenizer: Any, folder: Path, positions: int, start_engine: Callable[[Start], Run] = OwnProcess
 ) -> dict[str, Run]:
     """Return a way to generate greedily with each other engine that is installed and can run a model in its dtype.
 
@@ -31,12 +31,12 @@ def peers(
         tokenizer: its tokenizer, or None; CTranslate2 does not convert models without.
         folder: where the model is written in the engines' own formats, as large as it is.
         positions: tokens of prompt and continuation.
-        apart: starts an engine; by default in a process of its own.
+        start_engine: starts an engine; by default in a process of its own.
     """
     found = {}
     for name, prepare in (("llama.cpp", _llama_cpp), ("CTranslate2", _ctranslate2), ("OpenVINO", _openvino)):
         try:
-            found[name] = apart(prepare(network, tokenizer, folder, positions))
+            found[name] = start_engine(prepare(network, tokenizer, folder, positions))
         except AneeError as error:
             logger.warning("%s takes no part: %s", name, error)
     return found

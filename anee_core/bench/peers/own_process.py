@@ -18,7 +18,7 @@ Start = Callable[[], Run]
 """Loads what was prepared into an engine."""
 
 
-class Apart:
+class OwnProcess:
     """A `Run` that another process does, which ends with this one.
 
     Args:
