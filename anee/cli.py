@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -15,18 +16,8 @@ from rich.table import Table
 from anee.commands.bench import bench
 from anee.commands.develop import conformance, new_adapter
 from anee.commands.evaluation import evaluate, publish, report, sweep
-from anee.commands.options import (
-    Budget,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    PolicyString,
-    Prompt,
-    Sample,
-    SampleSeed,
-    Weights,
-)
+from anee.commands.flags import Flags, flat
+from anee.commands.options import Continuation, Loading, Model, Prompt
 from anee.commands.training import calibrate, train
 from anee_core.errors import AneeError
 
@@ -46,53 +37,65 @@ def options(
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
+@dataclass(frozen=True)
+class GenerateLoading(Loading):
+    """How a model is loaded to generate.
+
+    Args:
+        hard: let no token exceed the budget.
+        weights: quantise the layers' weights: int8 or int4.
+        prefill: how the prompt is read: auto, adaptive or dense.
+        calibration_text: calibrate on this file, not on the model's own samples.
+    """
+
+    hard: bool = False
+    weights: str | None = None
+    prefill: str = "auto"
+    calibration_text: str | None = None
+
+    def load(self, model: str, **options: Any) -> Any:
+        """Return the model under the policy."""
+        from anee_core.calibration.options import CalibrationOptions
+
+        calibration = CalibrationOptions(text=self.calibration_text)
+        own = {"hard": self.hard, "weights": self.weights, "prefill": self.prefill, "calibration": calibration}
+        return super().load(model, **own, **options)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of a continuation.
+
+    Args:
+        stream: print tokens as they come.
+        as_json: print one JSON object.
+        picture: draw which layers ran for which token.
+    """
+
+    stream: bool = False
+    as_json: bool = False
+    picture: bool = False
+
+
 @app.command()
+@flat
 def generate(
     model: Model,
     prompt: Prompt,
-    policy: PolicyString = "dense",
-    budget: Budget = None,
-    max_new_tokens: MaxNewTokens = 50,
-    hard: Annotated[bool, typer.Option("--hard", help="Let no token exceed the budget.")] = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    weights: Weights = None,
-    prefill: Annotated[str, typer.Option("--prefill", help="auto, adaptive or dense.")] = "auto",
-    sample: Sample = False,
-    temperature: Annotated[float, typer.Option("--temperature", help="Temperature of sampling.")] = 1.0,
-    seed: SampleSeed = None,
-    calibration_text: Annotated[
-        str | None, typer.Option("--calibration-text", help="Calibrate on this file, not on the model's own samples.")
-    ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    picture: Annotated[bool, typer.Option("--picture", help="Draw which layers ran for which token.")] = False,
+    loading: Annotated[GenerateLoading, Flags(short={"policy": "-p", "budget": "-b"})],
+    continuation: Annotated[Continuation, Flags(short={"max_new_tokens": "-n"})],
+    shown: Annotated[Shown, Flags(rename={"as_json": "json"})],
 ) -> None:
     """Continue a prompt, and say what ran."""
     from transformers import TextStreamer  # heavy: imported where used, so that help and listings are instant
 
-    from anee_core.calibration import CalibrationOptions
-    from anee_core.load import load
-
-    adaptive = load(
-        model,
-        policy,
-        budget,
-        hard=hard,
-        dtype=dtype,
-        device=device,
-        weights=weights,
-        prefill=prefill,  # type: ignore[arg-type]
-        calibration=CalibrationOptions(text=calibration_text),
-    )
-    show_stream = stream and not as_json
+    adaptive = loading.load(model)
+    show_stream = shown.stream and not shown.as_json
     extra: dict[str, Any] = (
         {"streamer": TextStreamer(adaptive.tokenizer, skip_special_tokens=True)} if show_stream else {}
     )
-    result = adaptive.generate(
-        prompt, max_new_tokens=max_new_tokens, do_sample=sample, temperature=temperature, seed=seed, **extra
-    )
-    if as_json:
+    result = continuation.of(adaptive, prompt, **extra)
+    if shown.as_json:
         report = {
             "model": model,
             "policy": str(adaptive.policy),
@@ -111,7 +114,7 @@ def generate(
     console.print(f"\n[bold]{escape(str(adaptive.policy))}[/bold], budget {adaptive.budget or 'none'}", markup=True)
     console.print(str(result.trace), markup=False)
     console.print(f"{result.tokens_per_second:.1f} tokens/s", markup=False)
-    if picture:
+    if shown.picture:
         console.print(result.trace.draw(), markup=False)
 
 

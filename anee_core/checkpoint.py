@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anee_core.errors import CheckpointError
+from anee_core.files import write_whole
 
 _SCHEMA = 1
 
@@ -61,8 +62,9 @@ class CheckpointFormat:
         }
         try:
             path.mkdir(parents=True, exist_ok=True)
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path / self.tensors)
-            (path / self.header).write_text(json.dumps({"schema": _SCHEMA, **sizes, **header}, indent=2) + "\n")
+            stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            write_whole(path / self.tensors, lambda draft: save_file(stored, draft))
+            write_whole(path / self.header, json.dumps({"schema": _SCHEMA, **sizes, **header}, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot write the {self.what} to {path}: {error}") from error
 

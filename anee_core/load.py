@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from anee_core.accounting.budget import check_budget
 from anee_core.calibration.fingerprint import fingerprint
-from anee_core.calibration.importance import CalibrationOptions, calibrate
+from anee_core.calibration.importance import calibrate
+from anee_core.calibration.options import CalibrationOptions
 from anee_core.errors import InputError, ModelError
 from anee_core.interfaces.cache_policy import CachePolicy
 from anee_core.interfaces.controller import Controller

@@ -19,6 +19,7 @@ from contenders import NAMES, contenders
 from rich.console import Console
 
 import anee
+from anee.lm_eval.options import TaskOptions
 from anee.lm_eval.run_tasks import run_tasks
 from anee_core.bench.options import policy_and_budget
 from anee_core.bench.records import Records, ending
@@ -112,7 +113,7 @@ def main() -> None:
                 continue
         for task in missing:
             found = run_tasks(
-                adaptive, [task], tasks_dir=chosen.tasks_dir, limit=chosen.limit, batch=chosen.batch
+                adaptive, [task], options=TaskOptions(chosen.tasks_dir, chosen.limit, batch=chosen.batch)
             )["tasks"][task]  # fmt: skip
             record = {"run": run, "task": task, "score": found["scores"]["acc"], "error": found["errors"]["acc"]}
             record |= {"examples": found["examples"], "spent": found["spent"]["budget spent"]}

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import anee
+from anee.lm_eval.options import TaskOptions
 from anee.lm_eval.run_tasks import run_tasks
 
 SENTENCES = {"The capital of France is": "Paris", "One, two, three, four,": "five", "Hot is the opposite of": "cold"}
@@ -33,7 +34,7 @@ def main() -> None:
         for policy in ("dense", arguments.policy):
             adaptive = anee.load(model.model, policy, tokenizer=model.tokenizer)
             folder = arguments.tasks_dir or Path(own)
-            found = run_tasks(adaptive, arguments.tasks.split(","), tasks_dir=folder, limit=arguments.limit)
+            found = run_tasks(adaptive, arguments.tasks.split(","), options=TaskOptions(folder, arguments.limit))
             for name, task in found["tasks"].items():
                 print(f"{policy}: {name}: {task['scores']}, layer FLOPs spent {task['spent']['budget spent']:.1%}")
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from anee.commands.flags import Flags, flat
+from anee_core.bench.options import BenchOptions
 
 _COLUMNS = (
     "contender", "ms/token", "spread", "speedup", "layers run", "against ideal", "of bandwidth", "prompt ms",
@@ -17,7 +21,28 @@ _COLUMNS = (
 _PARTS = ("ms per token after the prompt", "layers", "of them attention", "policy", "head", "cache, Python")
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Where the results go.
+
+    Args:
+        out: keeps what is measured; an interrupted run goes on.
+        plot: a picture.
+        markdown: the tables.
+    """
+
+    out: Path = Path("benchmarks/out/bench.json")
+    plot: Path | None = None
+    markdown: Path | None = None
+
+
+_EACH = frozenset({"model", "dtype", "batch", "context"})
+"""Fields of which each combination is measured."""
+
+
+@flat
 def bench(
+    options: Annotated[BenchOptions, Flags(hide=_EACH, rename={"policies": "policy"}, short={"policies": "-p"})],
     models: Annotated[
         list[str] | None,
         typer.Argument(help="Model sources, ids, folders or sizes: gpt2-small, -medium, -large, -xl, llama-1.1b."),
@@ -27,67 +52,38 @@ def bench(
     context: Annotated[
         list[int] | None, typer.Option("--context", help="Tokens of the prompt; may be repeated. Default: 128.")
     ] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option("--policy", "-p", help="A further policy, like 'rl@0.7'; may be repeated.")
-    ] = None,
-    skipped: Annotated[
-        list[float] | None, typer.Option("--skipped", help="Share skipped at random; may be repeated.")
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="New tokens to time.")] = 24,
-    repeats: Annotated[int, typer.Option("--repeats", help="Runs of each contender; they take turns.")] = 5,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="With transformers compiled, static cache: takes minutes.")
-    ] = False,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="With llama.cpp, CTranslate2 and OpenVINO, where installed, at batch 1.")
-    ] = False,
-    weights: Annotated[
-        list[str] | None, typer.Option("--weights", help="With int8 or int4 weights too; may be repeated.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="Where to run, like cuda:0.")] = "cpu",
-    out: Annotated[Path, typer.Option("--json", help="Keeps what is measured; an interrupted run goes on.")] = Path(
-        "benchmarks/out/bench.json"
-    ),
-    plot: Annotated[Path | None, typer.Option("--plot", help="Save a picture here.")] = None,
-    markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here too.")] = None,
+    *,
+    shown: Annotated[Shown, Flags(rename={"out": "json"})],
 ) -> None:
     """Time ANEE against transformers, side by side: ms per token, and reading the prompt."""
     import torch  # heavy: imported where used
     import transformers
 
-    from anee_core.bench.options import BenchOptions
     from anee_core.bench.records import Records, processor
     from anee_core.bench.speed import draw, measure
     from anee_core.display import progress_bar
 
-    shares = tuple(skipped) if skipped is not None else (0.25, 0.5, 0.58)
-    setting: dict[str, Any] = {"tokens": tokens, "repeats": repeats, "skipped": shares, "policies": policy or []}
-    setting |= {
-        "compiled": compiled,
-        "peers": peers,
-        "weights": weights or [],
-        "device": device,
-        "transformers": transformers.__version__,
-    }
-    records = Records(out, setting)
+    setting = {name: value for name, value in asdict(options).items() if name not in _EACH}
+    records = Records(shown.out, {**setting, "transformers": transformers.__version__})
     machine = f"{processor()}, {torch.get_num_threads()} threads"
-    chosen = (models or ["smollm2"], dtype or ["bfloat16"], batch or [1], context or [128])
+    chosen = (
+        models or [options.model],
+        dtype or [options.dtype],
+        batch or [options.batch],
+        context or [options.context],
+    )
     for model, kind, rows, length in itertools.product(*chosen):
         title = f"{model}, {kind}, batch {rows}, context {length}"
         if title in records:
             continue
-        policies, quantised = tuple(policy or ()), tuple(weights or ())
-        options = BenchOptions(
-            model, kind, rows, length, tokens, repeats, shares, policies, compiled, peers, quantised, device
-        )
         with progress_bar(True, transient=True) as bar:
             task = bar.add_task(title, total=None)
 
             def advance(name: str, bar: Any = bar, task: Any = task, title: str = title) -> None:
                 bar.update(task, advance=1, description=f"{title}: {name}")
 
-            found = measure(options, advance)
-        gpu = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
+            found = measure(replace(options, model=model, dtype=kind, batch=rows, context=length), advance)
+        gpu = f"{torch.cuda.get_device_name(options.device)}, " if options.device.startswith("cuda") else ""
         records.add(title, {"title": title, "machine": gpu + machine, **found})
     console = Console(width=120)
     for found in records.all():
@@ -96,10 +92,10 @@ def bench(
             for line in lines:
                 table.add_row(*line)
             console.print(table)
-    if markdown is not None:
-        markdown.write_text("\n".join(_written(*table) for found in records.all() for table in _tables(found)))
-    if plot is not None:
-        draw(records.all(), plot)
+    if shown.markdown is not None:
+        shown.markdown.write_text("\n".join(_written(*table) for found in records.all() for table in _tables(found)))
+    if shown.plot is not None:
+        draw(records.all(), shown.plot)
 
 
 def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from anee.lm_eval.options import TaskOptions
 from anee_core.errors import InputError, MissingPackageError
 
 
@@ -13,32 +13,22 @@ def run_tasks(
     tasks: list[str],
     policy: str | None = None,
     budget: float | None = None,
-    *,
-    tasks_dir: Path | None = None,
-    limit: int | None = None,
-    mode: str = "parallel",
-    batch: int = 1,
-    dtype: str | None = None,
-    device: str | None = None,
+    options: TaskOptions | None = None,
 ) -> dict[str, Any]:
     """Return scores, their standard errors, and what was spent per token, task by task.
 
     Args:
         model: whatever `anee.load` takes, or an `AdaptiveModel` that has a policy already.
-        tasks: names of lm-eval's tasks, or of files in ``tasks_dir``.
+        tasks: names of lm-eval's tasks, or of files in the options' ``tasks_dir``; see `local_task`.
         policy: a policy string.
         budget: share of the dense decoder-layer FLOPs that may be spent.
-        tasks_dir: folder with ``NAME.jsonl``; see `anee.lm_eval.local_tasks.local_task`.
-        limit: examples per task.
-        mode: ``"parallel"`` or ``"decode"``; see `anee.lm_eval.harness.AneeLM`.
-        batch: examples at once.
-        dtype: of the model.
-        device: where to run.
+        options: how they are scored; see `AneeLM` for the modes.
 
     Raises:
         MissingPackageError: lm-eval is not installed.
         InputError: an unknown task, or a file that holds none.
     """
+    options = options or TaskOptions()
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -48,8 +38,9 @@ def run_tasks(
         raise MissingPackageError("evaluation needs lm-eval: pip install 'anee[eval]'") from error
     from anee.lm_eval.local_tasks import find_tasks
 
-    wanted = find_tasks(tasks, tasks_dir)
-    lm = AneeLM(model, policy, budget, mode=mode, dtype=dtype, device=device, batch_size=batch)  # type: ignore[arg-type]
+    wanted = find_tasks(tasks, options.tasks_dir)
+    mode: Any = options.mode
+    lm = AneeLM(model, policy, budget, mode=mode, dtype=options.dtype, device=options.device, batch_size=options.batch)
     # Reading the thousands of tasks that lm-eval has takes longer than scoring a few examples.
     named = [task for task in wanted if isinstance(task, str)]
     manager = TaskManager(include_defaults=bool(named))
@@ -60,7 +51,7 @@ def run_tasks(
     for task in wanted:
         lm.start_counting()
         results = simple_evaluate(
-            lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
+            lm, tasks=[task], limit=options.limit, task_manager=manager, log_samples=False, bootstrap_iters=1000
         )
         for task_name, scores in results["results"].items():
             values = {
@@ -75,5 +66,5 @@ def run_tasks(
             found[task_name] = {"scores": values, "errors": errors, "examples": examples, "spent": lm.spent()}
     adaptive = lm.model
     source = model if isinstance(model, str) else type(adaptive.parts.model).__name__
-    facts = {"policy": str(adaptive.policy), "budget": adaptive.budget, "mode": mode, "limit": limit}
+    facts = {"policy": str(adaptive.policy), "budget": adaptive.budget, "mode": options.mode, "limit": options.limit}
     return {"model": source, **facts, "tasks": found}

@@ -26,7 +26,7 @@ class BenchOptions:
         device: where it runs; other engines and quantised weights take part on the CPU alone.
     """
 
-    model: str
+    model: str = "smollm2"
     dtype: str = "bfloat16"
     batch: int = 1
     context: int = 128
@@ -64,3 +64,32 @@ def policy_and_budget(text: str) -> tuple[str, float | None]:
         return name, float(budget) if budget else None
     except ValueError as error:
         raise InputError(f"'{text}' names no budget: write a number after the @, as in rl@0.7") from error
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep measures.
+
+    Args:
+        budgets: for every policy; in a policy string with ``{budget}`` each takes that place.
+        length: tokens per block of text.
+        blocks: of each text.
+        tokens: to decode for each measurement of time.
+        repeats: of each measurement of time, alternating with the dense model; the median counts. 0: no times.
+        dtype: of the models.
+        device: where they run. Default: on the CPU.
+    """
+
+    budgets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    length: int = 512
+    blocks: int = 4
+    tokens: int = 16
+    repeats: int = 3
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
+            raise InputError(f"budgets lie in (0, 1]; got {', '.join(map(str, self.budgets)) or 'none'}")
+        if min(self.blocks, self.tokens) < 1 or self.length < 2 or self.repeats < 0:
+            raise InputError("blocks and tokens are at least 1, length at least 2, repeats at least 0")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from anee_core.errors import InputError
+from anee_core.files import write_whole
 
 _ENDINGS = (".json", ".md", ".png")
 
@@ -55,10 +56,8 @@ class Records:
         """Keep a record."""
         self._records[key] = record
         facts = {"machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        # Written beside and renamed, so that an interruption never leaves half a file.
-        draft = self._file.with_suffix(".tmp")
-        draft.write_text(json.dumps({"setting": self.setting, **facts, "records": self._records}, indent=2) + "\n")
-        draft.replace(self._file)
+        known = {"setting": self.setting, **facts, "records": self._records}
+        write_whole(self._file, json.dumps(known, indent=2) + "\n")
 
     def all(self) -> list[dict[str, Any]]:
         """Return the records in the order in which they were added."""

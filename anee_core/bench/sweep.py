@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anee_core.bench.options import SweepOptions
 from anee_core.bench.records import Records, ending
 from anee_core.display import new_figure, progress_bar
-from anee_core.errors import BudgetError, InputError
+from anee_core.errors import BudgetError
 from anee_core.evaluation.text_quality import dense_logits, text_blocks, text_quality
 from anee_core.load import load
 from anee_core.model.adaptive_model import AdaptiveModel
@@ -25,35 +26,6 @@ _AXES = (
 )
 HOLE = "{budget}"
 """What stands for the budget in a policy string."""
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """How a sweep measures.
-
-    Args:
-        budgets: for every policy; in a policy string with ``{budget}`` each takes that place.
-        length: tokens per block of text.
-        blocks: of each text.
-        tokens: to decode for each measurement of time.
-        repeats: of each measurement of time, alternating with the dense model; the median counts. 0: no times.
-        dtype: of the models.
-        device: where they run. Default: on the CPU.
-    """
-
-    budgets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
-    length: int = 512
-    blocks: int = 4
-    tokens: int = 16
-    repeats: int = 3
-    dtype: str | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
-            raise InputError(f"budgets lie in (0, 1]; got {', '.join(map(str, self.budgets)) or 'none'}")
-        if min(self.blocks, self.tokens) < 1 or self.length < 2 or self.repeats < 0:
-            raise InputError("blocks and tokens are at least 1, length at least 2, repeats at least 0")
 
 
 @torch.inference_mode()

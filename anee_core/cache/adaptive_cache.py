@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from anee_core.adapter.layer_call import LayerCall
 from anee_core.cache.debts import Debt, Debts
 from anee_core.cache.layer_store import Extent, LayerStore
-from anee_core.cache.remembered import Remembered, misfit
+from anee_core.cache.remembered import Remembered
 from anee_core.cache.slots import Slots
 from anee_core.cache.token_logs import FeedbackLog, ScoreLog
+from anee_core.cache.transformers_names import TransformersNames
 from anee_core.errors import CacheError
 
 _FIRST_CAPACITY = 64
@@ -28,7 +28,7 @@ Pay = Callable[["AdaptiveCache", int, Tensor, LayerCall, Tensor], None]
 """Writes keys and values that are owed: cache, layer, hidden states [B, P, D], call, slots [P]."""
 
 
-class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without types
+class AdaptiveCache(TransformersNames):
     """Keys and values of all layers, with per-slot positions and validity.
 
     ``seen`` is the logical length: tokens processed, what `get_seq_length` reports. The slots held are another
@@ -39,7 +39,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
 
     def __init__(self, num_layers: int, capacity: int | None = None) -> None:
         self._extent = Extent(capacity=capacity or 0)
-        nothing = _no_slots()
+        nothing = Slots.nothing()
         super().__init__(layers=[LayerStore(self._extent, nothing) for _ in range(num_layers)])
         self.feedback: FeedbackLog | None = None
         """For policies that feed back: what is known of each row's own output."""
@@ -80,11 +80,6 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Which tokens each layer holds; none before the first forward."""
         return [layer.slots for layer in self.layers] if self._extent.batch else []
 
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` is exact (transformers asks)."""
-        return True
-
     # One forward.
 
     @torch.inference_mode(False)
@@ -103,9 +98,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
                 layer.slots = shared
             self._sets = [shared]
         if batch != extent.batch:
-            raise CacheError(
-                f"the cache holds {extent.batch} rows and got {batch}: start a new cache, or reorder this one"
-            )
+            held = f"the cache holds {extent.batch} rows and got {batch}"
+            raise CacheError(f"{held}: start a new cache, or reorder this one")
         self.abort()
         for slots in self._distinct():
             needed = slots.used + count
@@ -123,23 +117,6 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         starts = {id(slots): slots.extend(position_ids, real, extent.seen) for slots in self._distinct()}
         self._starts = [starts[id(layer.slots)] for layer in self.layers]
         self._pending = count
-
-    def storage(self, layer_idx: int, heads: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return one layer's storage of keys and values, [B, H, capacity, Dh], in the dtype of ``like``, for a step
-        that writes into it.
-
-        Raises:
-            CacheError: tokens before had other heads or another dtype.
-        """
-        store = self.layers[layer_idx]
-        if store.keys is None:
-            nothing = like.new_empty(1, heads, 0, width)
-            store.lazy_initialization(nothing, nothing)
-        keys, values = store.keys, store.values
-        wanted = heads, width, like.dtype
-        if (keys.shape[1], keys.shape[3], keys.dtype) != wanted or values.dtype != like.dtype:
-            raise misfit("keys and values", (heads, width), like.dtype)
-        return keys, values
 
     def span(self, layer_idx: int) -> tuple[int, int]:
         """Return the slot of the current block's first token in one layer, and the number of slots handed out."""
@@ -347,6 +324,12 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         final = [slots.last_drop(self._final) for slots in self._distinct() if slots.evicting]
         return max([self._horizon, *torch.stack(final).tolist()]) if final else self._horizon
 
+    def accept(self) -> None:
+        """Take nothing back of what was dropped so far: free it, whether the cache `keeps_dropped` or not."""
+        self._final = self.seen
+        self._remembered.forget_earlier()
+        self._free()
+
     @torch.inference_mode(False)
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row ``rows[i]`` everywhere; ``rows`` may be shorter or longer than the batch."""
@@ -363,11 +346,8 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self._remembered.reorder(rows)
 
     def next_positions(self) -> Tensor:
-        """Return the position after the last held token of each row, [B, 1]. The newest token is never dropped."""
-        slots = self.layers[0].slots
-        if not slots.used:
-            return slots.position.new_zeros(self.batch, 1)
-        return torch.where(slots.valid(), slots.positions(), -1).amax(1, keepdim=True) + 1
+        """Return the position after the last token of each row, [B, 1]. The newest token is never dropped."""
+        return self.layers[0].slots.next_positions()
 
     def layer_nbytes(self) -> list[int]:
         """Return the bytes that each layer has allocated for keys, values and what its policy remembers of them, the
@@ -386,16 +366,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return how many slots each layer holds after each token of the block that was begun, if none drops any,
         [L, B, T].
         """
-        counts = {}
-        for slots in self._distinct():
-            batch, before = slots.position.shape[0], slots.used - self._pending
-            if slots.full:
-                counts[id(slots)] = torch.arange(before + 1, slots.used + 1, device=slots.position.device).expand(
-                    batch, -1
-                )
-            else:
-                valid = slots.valid()
-                counts[id(slots)] = valid[:, :before].sum(1, keepdim=True) + valid[:, before:].cumsum(1)
+        counts = {id(slots): slots.held_by_token(self._pending) for slots in self._distinct()}
         if len(counts) == 1:
             return next(iter(counts.values())).expand(len(self.layers), -1, -1)
         return torch.stack([counts[id(layer.slots)] for layer in self.layers])
@@ -414,43 +385,6 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         """Return a deep copy: a layer belongs to one cache."""
         return copy.deepcopy(self)
 
-    # The names by which transformers calls these.
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens seen, dropped ones included."""
-        return self.seen
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens seen."""
-        return self.seen
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens: transformers counts them as a negative number.
-
-        A positive number is the length to keep, as in older versions. What is left has been accepted,
-        so slots dropped because of it are freed.
-        """
-        self.rollback(max(self.seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)
-        self._final = self.seen
-        self._remembered.forget_earlier()
-        self._free()
-
-    def activate_past_recording(self) -> None:
-        """Keep dropped slots until the next `crop`, so that they can be brought back."""
-        self.keeps_dropped = True
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow a beam search's choice of rows."""
-        self.reorder(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times."""
-        self.reorder(torch.arange(self.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the rows at ``indices``, numbers or one bool per row."""
-        self.reorder(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
     def reset(self) -> None:
         """Forget everything and free the storage."""
         extent = self._extent
@@ -459,11 +393,7 @@ class AdaptiveCache(Cache):  # type: ignore[misc]  # transformers ships without 
         self._sets, self.feedback, self.scores = [], None, None
         self.debts.clear()
         self._remembered.clear()
-        nothing = _no_slots()
+        nothing = Slots.nothing()
         for layer in self.layers:
             layer.slots = nothing
             layer.reset()
-
-
-def _no_slots() -> Slots:
-    return Slots(0, torch.device("cpu"), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,6 +53,20 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
         _, heads, _, width = like.shape
         # Zeros: a masked slot that was never written must not put a NaN into attention.
         return like.new_zeros(self._extent.batch, heads, capacity, width)
+
+    def storage(self, heads: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where keys and values of heads like these lie, [B, H, capacity, Dh], in the dtype of ``like``.
+
+        Raises:
+            CacheError: tokens before had other heads or another dtype.
+        """
+        if self.keys is None or self.values is None:
+            nothing = like.new_empty(1, heads, 0, width)
+            self.lazy_initialization(nothing, nothing)
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        if (keys.shape[1], keys.shape[3], keys.dtype, values.dtype) != (heads, width, like.dtype, like.dtype):
+            raise misfit("keys and values", (heads, width), like.dtype)
+        return keys, values
 
     def grow(self) -> None:
         """Grow the storage to the capacity of the slots."""
@@ -142,3 +157,11 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
 def rows_of(state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """Return the entries [B, ...] of some rows, by name."""
     return {name: known.index_select(0, rows.to(known.device)) for name, known in state.items()}
+
+
+def misfit(what: str, shape: Sequence[int], dtype: torch.dtype) -> CacheError:
+    """Return the error for what of a new token does not fit that of the tokens held."""
+    return CacheError(
+        f"the cache holds other {what} than {list(shape)} in {dtype} of each token, which it gets now: start a new "
+        "cache for another model, dtype or policy"
+    )

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from anee_core.cache.layer_store import LayerStore, rows_of
-from anee_core.errors import CacheError
+from anee_core.cache.layer_store import LayerStore, misfit, rows_of
 
 
 class Remembered:
@@ -101,11 +100,3 @@ class Remembered:
     def clear(self) -> None:
         """Forget everything."""
         self._staged, self._snapshots = {}, {}
-
-
-def misfit(what: str, shape: Sequence[int], dtype: torch.dtype) -> CacheError:
-    """Return the error for what of a new token does not fit that of the tokens held."""
-    return CacheError(
-        f"the cache holds other {what} than {list(shape)} in {dtype} of each token, which it gets now: start a new "
-        "cache for another model, dtype or policy"
-    )

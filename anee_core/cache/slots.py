@@ -37,6 +37,11 @@ class Slots:
         # Slots from here on were appended one block after another: slot s of every row is token s - offset.
         self._aligned_from = 0
 
+    @classmethod
+    def nothing(cls) -> Slots:
+        """Return the slots of a layer before its first token."""
+        return cls(0, torch.device("cpu"), 0)
+
     @property
     def batch(self) -> int:
         """Number of rows."""
@@ -110,6 +115,21 @@ class Slots:
     def held(self) -> Tensor:
         """Return the number of valid slots of each row, [B]."""
         return self.valid().sum(1)
+
+    def next_positions(self) -> Tensor:
+        """Return the position after the last held token of each row, [B, 1]."""
+        if not self.used:
+            return self.position.new_zeros(self.batch, 1)
+        return torch.where(self.valid(), self.positions(), -1).amax(1, keepdim=True) + 1
+
+    def held_by_token(self, pending: int) -> Tensor:
+        """Return how many slots are held after each of the ``pending`` newest tokens, if none drops any, [B, T]."""
+        before = self.used - pending
+        if self.full:
+            counts = torch.arange(before + 1, self.used + 1, device=self.position.device)
+            return counts.expand(self.batch, -1)
+        valid = self.valid()
+        return valid[:, :before].sum(1, keepdim=True) + valid[:, before:].cumsum(1)
 
     def last_drop(self, until: int) -> Tensor:
         """Return the largest ``died`` that is at most ``until``, a scalar; EMPTY if nothing was dropped by then."""

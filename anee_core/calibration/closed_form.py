@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anee_core.calibration.fingerprint import fingerprint
+from anee_core.calibration.options import FitOptions
 from anee_core.calibration.ridge import Moments
 from anee_core.display import progress_bar
 from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.errors import CheckpointError, InputError
+from anee_core.files import write_whole
 from anee_core.interfaces.formulas import unit_norm
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.policy.shortcuts import ShortcutWeights
@@ -32,32 +34,6 @@ logger = logging.getLogger(__name__)
 
 _FIRST = 4
 """Positions left out at the start of each sequence: their hidden states are outliers in norm."""
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """How shortcuts and gate are fitted.
-
-    Args:
-        rank: width of the shortcuts.
-        ridge: added to the diagonal of the inputs' second moments, as a share of its mean.
-        skipped: share of (layer, token) pairs that take their new shortcut during the fit, so that later layers are
-            fitted on hidden states such as they will see.
-        batch: sequences at once.
-        seed: draws those pairs.
-    """
-
-    rank: int = 128
-    ridge: float = 1e-3
-    skipped: float = 0.25
-    batch: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.batch < 1:
-            raise InputError("rank and batch are at least 1")
-        if self.ridge <= 0 or not 0 <= self.skipped < 1:
-            raise InputError(f"ridge is above 0 and skipped lies in [0, 1); got {self.ridge:g} and {self.skipped:g}")
 
 
 @dataclass(frozen=True)
@@ -189,12 +165,8 @@ class _Fit:
     def _keep(self) -> None:
         for states in self._states:
             states.flush()
-        draft = self._folder / "fitted.tmp"
-        save_file(self._fitted, draft)
-        draft.replace(self._folder / "fitted.safetensors")
-        state = self._folder / "state.tmp"
-        state.write_text(json.dumps({"done": self.done, "identity": self._identity}))
-        state.replace(self._folder / "state.json")
+        write_whole(self._folder / "fitted.safetensors", lambda path: save_file(self._fitted, path))
+        write_whole(self._folder / "state.json", json.dumps({"done": self.done, "identity": self._identity}))
 
     def _resume(self) -> None:
         try:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from anee_core.calibration.closed_form import FitOptions, fit
+from anee_core.calibration.closed_form import fit
 from anee_core.calibration.fingerprint import fingerprint
+from anee_core.calibration.options import FitOptions, GateCalibration
 from anee_core.calibration.samples import own_samples, samples_of_file
 from anee_core.calibration.shares import from_one_score
 from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.display import progress_bar
 from anee_core.engine.engine import Engine
-from anee_core.errors import CheckpointError, InputError
+from anee_core.errors import CheckpointError
 from anee_core.files import cache_folder
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.policy.policy import Policy
@@ -27,31 +28,6 @@ from anee_core.policy.shortcuts import LowRankShortcut
 logger = logging.getLogger(__name__)
 
 _TOKENS = "tokens.pt"
-
-
-@dataclass(frozen=True)
-class GateCalibration:
-    """How a gate is calibrated.
-
-    Args:
-        text: a file to read instead of the model's own samples.
-        sequences: how many to fit on.
-        length: tokens of each.
-        fit: how shortcuts and gate are fitted.
-        progress: whether to show bars.
-    """
-
-    text: str | Path | None = None
-    sequences: int = 32
-    length: int = 512
-    fit: FitOptions = field(default_factory=FitOptions)
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.sequences < 1:
-            raise InputError(f"a calibration takes at least 1 sequence; got {self.sequences}")
-        if self.text is not None and not Path(self.text).is_file():
-            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
 
 
 def calibrated_folder(model: AdaptiveModel, text: str | Path | None = None) -> Path:

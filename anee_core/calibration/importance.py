@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +14,14 @@ import torch
 from torch import Tensor
 
 from anee_core.accounting.trace import Trace
+from anee_core.calibration.options import CalibrationOptions
 from anee_core.calibration.samples import own_samples, prompt_block, samples_of_file
 from anee_core.controllers.static import StaticController
 from anee_core.display import progress_bar
 from anee_core.engine.engine import Engine
 from anee_core.errors import InputError
 from anee_core.evaluation.divergence import divergences
-from anee_core.files import cache_folder
+from anee_core.files import cache_folder, write_whole
 from anee_core.interfaces.setting import Calibration
 from anee_core.policy.policy import Policy
 
@@ -37,29 +36,6 @@ _QUANTILES = 101
 _LENGTH = 96
 _WARM_UP = 4
 """Positions left out of every average: their hidden states are outliers in norm."""
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """How to calibrate.
-
-    ``text`` is a file to read instead of the model's own samples. ``sequences`` of ``length`` tokens are used (None:
-    96, or the model's context if that is shorter); ``seed`` draws the samples. ``folder`` is where results are kept
-    (default: the user's cache folder), and
-    ``progress`` shows a bar.
-    """
-
-    text: str | Path | None = None
-    sequences: int = 4
-    length: int | None = None
-    seed: int = 0
-    folder: str | Path | None = None
-    progress: bool = True
-
-    def check(self) -> None:
-        """Raise `InputError` if the text file is not there."""
-        if self.text is not None and not Path(self.text).is_file():
-            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
 
 
 def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -> Calibration:
@@ -154,10 +130,7 @@ class _Store:
     def _write(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Written beside and renamed, so that an interruption never leaves half a file.
-            draft = self._path.with_suffix(f".{os.getpid()}.tmp")
-            draft.write_text(json.dumps(self._data))
-            draft.replace(self._path)
+            write_whole(self._path, json.dumps(self._data))
         except OSError as error:
             logger.warning("cannot keep the calibration in %s (%s); set ANEE_CACHE", self._path.parent, error.strerror)
 

@@ -13,6 +13,7 @@ from anee_core.accounting.trace import Trace
 from anee_core.engine.block import Block
 from anee_core.engine.engine import Engine
 from anee_core.errors import InputError
+from anee_core.files import read_text
 
 if TYPE_CHECKING:
     from anee_core.model.adaptive_model import AdaptiveModel
@@ -50,10 +51,7 @@ def samples_of_file(model: AdaptiveModel, path: Path, sequences: int, length: in
     """
     if model.tokenizer is None:
         raise InputError("calibrating on a text file needs a tokenizer: pass one to anee.load")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the calibration text {path}: {error}") from error
+    text = read_text(path, "calibration text")
     need = sequences * length
     stride = max(len(text) // sequences, 1)
     rows = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anee_core.adapter.layout import Parts
+from anee_core.adapter.layout import Parts, attention_backend
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.masks import additive, in_reach
 
@@ -25,7 +25,7 @@ class WholeSequences:
         self.embedded = adapter.embed(parts, parts.embedding(input_ids), positions)
         self._calls = adapter.begin(parts, self.embedded, positions)
         self._masks: dict[int | None, Tensor] = {}
-        self._implicit = parts.config._attn_implementation == "sdpa" and not parts.layout.always_masked
+        self._implicit = attention_backend(parts.config) == "sdpa" and not parts.layout.always_masked
 
     def layer(self, layer_idx: int, hidden_states: Tensor, log_visible: Tensor | None = None) -> Tensor:
         """Run a layer on hidden states [B, T, D].

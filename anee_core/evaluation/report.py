@@ -114,7 +114,8 @@ def write_report(model: AdaptiveModel, input_ids: Tensor, prompt: int, path: str
         source: Any = "inline" if i == 0 else False
         parts[name] = pio.to_html(figure, full_html=False, include_plotlyjs=source, div_id=name, config=_CONFIG)
     facts = {"model": type(model.parts.model).__name__, "policy": str(model.policy), "budget": model.budget or "none"}
-    page = _PAGE.substitute(
+    template = Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
+    page = template.substitute(
         title=html.escape(f"{facts['policy']} on {facts['model']}"),
         facts="".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items()),
         totals=html.escape(str(seen.trace)),
@@ -190,48 +191,3 @@ def _lines(values: dict[str, Tensor], seen: Replay) -> go.Figure:
     figure.add_vline(x=seen.prompt - 0.5, line_width=1, line_dash="dot", annotation_text="end of the prompt")
     figure.update_layout(height=280, xaxis_title="token", margin={"t": 20, "b": 40})
     return figure
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$title</title>
-<link rel="icon" href="data:,">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #111; }
-h2 { font-size: 1.1em; margin: 2em 0 .3em; }
-p.note { color: #555; margin: 0 0 .6em; }
-dl { display: grid; grid-template-columns: max-content auto; gap: 0 1em; } dt { color: #555; } dd { margin: 0; }
-pre { background: #f4f6f8; padding: .8em 1em; overflow-x: auto; }
-#text span { padding: .1em 0; cursor: default; } #text span.new { border-bottom: 2px solid #c0392b; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<dl>$facts</dl>
-<h2>Text</h2>
-<p class="note">The darker a token, the more layers ran for it. Generated tokens are underlined.</p>
-<div id="text">$text</div>
-<h2>Layers that ran</h2>$layers
-<h2>What each layer changed</h2>
-<p class="note">Length of what it added to the hidden state, relative to the hidden state's.</p>$change
-<h2>What each layer's cache held</h2>
-<p class="note">Slots after each token.</p>$kept
-<h2>Budget over time</h2>$budget
-<h2>How sure the model was of the next token</h2>$signals
-<h2>Totals</h2>
-<pre>$totals</pre>
-<script>
-for (const span of document.querySelectorAll("#text span")) {
-  span.addEventListener("mouseenter", () => {
-    const at = Number(span.dataset.token);
-    const shape = { type: "rect", xref: "x", yref: "paper", x0: at - 0.5, x1: at + 0.5, y0: 0, y1: 1,
-                    line: { color: "#c0392b", width: 1.5 } };
-    for (const name of $maps) Plotly.relayout(name, { shapes: [shape] });
-  });
-}
-</script>
-</body>
-</html>
-""")

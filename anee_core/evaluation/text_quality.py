@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anee_core.errors import InputError
 from anee_core.evaluation.divergence import divergences, losses
+from anee_core.files import read_text
 from anee_core.model.adaptive_model import AdaptiveModel
 
 _WIKITEXT = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
@@ -48,12 +49,7 @@ def text_blocks(model: AdaptiveModel, path: str | Path, length: int, count: int)
     """
     if model.tokenizer is None:
         raise InputError("evaluation reads text: the model needs a tokenizer")
-    if not Path(path).is_file():
-        raise InputError(f"there is no text file '{path}'")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text {path}: {error}") from error
+    text = read_text(path)
     for raw, plain in _WIKITEXT:
         text = text.replace(raw, plain)
     ids = model.tokenizer(text[: count * length * 12], return_tensors="pt", verbose=False)["input_ids"][0]

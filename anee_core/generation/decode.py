@@ -13,6 +13,7 @@ from anee_core.errors import InputError
 from anee_core.generation.decodable import Decodable
 from anee_core.generation.options import choose_options, decode_rules, settings_beyond
 from anee_core.generation.result import Generation
+from anee_core.generation.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -40,73 +41,42 @@ def decode(model: Decodable, input_ids: Tensor, attention_mask: Tensor | None = 
     chosen = choose_options(model, options)
     if beyond := settings_beyond(model):
         logger.warning("the generation config's %s is not followed here; generate() does", ", ".join(sorted(beyond)))
-    _check_length(model, input_ids.shape[-1], chosen.max_new_tokens)
-    device = model.device
-    input_ids = input_ids.to(device)
-    batch, length = input_ids.shape
-    processors, criteria, eos = decode_rules(model, chosen, device)
-    generator = None if chosen.seed is None else torch.Generator(device).manual_seed(chosen.seed)
-    fixed_batch = bool(chosen.logits_processor or chosen.stopping_criteria)
-    pad = chosen.pad_token_id if chosen.pad_token_id is not None else int(eos[0]) if len(eos) else 0
     assert chosen.max_new_tokens is not None
-
-    cache = model.new_cache(length + chosen.max_new_tokens)
-    sequences = input_ids.new_full((batch, length + chosen.max_new_tokens), pad)
-    sequences[:, :length] = input_ids
-    ends = torch.full((batch,), sequences.shape[1])
-    rows = torch.arange(batch, device=device)
-    running = torch.ones(batch, dtype=torch.bool, device=device)
-    feed, mask = input_ids, attention_mask
+    _check_length(model, input_ids.shape[1], chosen.max_new_tokens)
+    rules = decode_rules(model, chosen)
+    rows = Rows(input_ids.to(model.device), chosen.max_new_tokens, rules.pad)
+    cache = model.new_cache(rows.sequences.shape[1])
+    fixed_batch = bool(chosen.logits_processor or chosen.stopping_criteria)
+    streamer = chosen.streamer
+    feed, mask = rows.tokens, attention_mask
     prompt_seconds, started = 0.0, time.perf_counter()
-    if chosen.streamer is not None:
-        chosen.streamer.put(input_ids.cpu())
+    if streamer is not None:
+        streamer.put(feed.cpu())
     # What outlives the call is allocated above and by the cache; the rest needs no autograd bookkeeping at all.
     with torch.inference_mode(), model.recording(cache) as trace:
-        for end in range(length + 1, sequences.shape[1] + 1):
-            scores = model.next_logits(feed, mask, cache)[:, -1].float()
-            if processors:
-                scores = processors(sequences[rows, : end - 1], scores)
-            token = torch.where(running, _draw(scores, bool(chosen.do_sample), generator), pad)
-            sequences[rows, end - 1] = token
-            if chosen.streamer is not None:
-                chosen.streamer.put(token.cpu())
-            if end == length + 1:
-                prompt_seconds = time.perf_counter() - started
-            over = torch.isin(token, eos)
-            if criteria:
-                over = over | criteria(sequences[rows, :end], scores)
-            # The one host read of the loop.
-            closing = (over & running).cpu()
-            if bool(closing.any()):
-                ends[rows.cpu()[closing]] = end
-                running = running & ~over
-                if not bool(running.any()):
+        while rows.room:
+            scores = rules.process(rows, model.next_logits(feed, mask, cache)[:, -1].float())
+            token = rows.append(rules.draw(scores))
+            if streamer is not None:
+                streamer.put(token.cpu())
+            prompt_seconds = prompt_seconds or time.perf_counter() - started
+            if rows.close(rules.over(rows, token, scores)):
+                if not rows.any_running:
                     break
                 if not fixed_batch:
-                    stay = running.nonzero()[:, 0]
-                    cache.reorder(stay)
-                    rows, token, running = rows[stay], token[stay], running[stay]
-                    trace.rows = (batch, rows.cpu())
-            feed, mask = token[:, None], None
+                    cache.reorder(rows.leave())
+                    trace.rows = rows.batch, rows.places.cpu()
+            feed, mask = rows.last, None
     seconds = time.perf_counter() - started
-    if chosen.streamer is not None:
-        chosen.streamer.end()
-    sequences = sequences[:, : int(ends.max())]
+    if streamer is not None:
+        streamer.end()
     return Generation(
-        sequences=sequences,
-        new_tokens=[row[length:last].tolist() for row, last in zip(sequences.cpu(), ends.tolist(), strict=True)],
+        sequences=rows.finished(),
+        new_tokens=rows.new_tokens(),
         trace=trace,
         prompt_seconds=prompt_seconds,
         decode_seconds=seconds - prompt_seconds,
     )
-
-
-def _draw(scores: Tensor, do_sample: bool, generator: torch.Generator | None) -> Tensor:
-    """Return one token id per row of scores [B, V]."""
-    if not do_sample:
-        # numpy's takes a tenth of the time of torch's on the CPU, over the last dimension.
-        return torch.from_numpy(scores.numpy().argmax(-1)) if scores.is_cpu else scores.argmax(-1)
-    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def _check_length(model: Decodable, prompt: int, new: int | None) -> None:

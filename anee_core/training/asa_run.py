@@ -6,83 +6,25 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anee_core.cache_policies.asa import AsaWeights
 from anee_core.calibration.fingerprint import fingerprint
-from anee_core.errors import InputError, MissingPackageError
+from anee_core.errors import MissingPackageError
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.training.asa import Interactions, SparseAttention
 from anee_core.training.data import Batches, read_text
 from anee_core.training.loop import accelerator_of, run_training
+from anee_core.training.options import AsaOptions
 from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import parse_schedule, trapezoid
 
 logger = logging.getLogger(__name__)
-
-Backbone = Literal["frozen", "lora", "full"]
-
-
-@dataclass(frozen=True)
-class AsaOptions:
-    """What is trained, and how.
-
-    Args:
-        backbone: what of the model is trained beside the interactions: nothing ("frozen"), low-rank updates of its
-            linears ("lora"), or everything ("full").
-        gamma: weight of the mean share of context that is kept.
-        target: share of the context to drop; gamma then adapts until it is met.
-        rank: width of the interaction projections.
-        alpha: schedule of the sparse sigmoid's sharpness; see `parse_schedule`. None: from 2 to 8 over four fifths of
-            the run.
-        beta: bias of the interactions at the start. None: where nothing is dropped at the first alpha.
-        start: folder with weights to start from, trained before for the same model.
-        distil: whether to learn from the dense model instead of the text; if the whole model is trained, it learns from
-            the text as a dense one too, and serves both. None: unless the whole model is trained.
-        length: tokens per block.
-        batch: blocks per batch.
-        rate: learning rate of the interactions.
-        backbone_rate: learning rate of the model's own weights.
-        warmup: steps until the learning rates are reached.
-        lora_rank: of the low-rank updates.
-        valid_blocks: blocks to validate on.
-    """
-
-    backbone: Backbone = "frozen"
-    gamma: float = 0.3
-    target: float | None = None
-    rank: int = 64
-    alpha: str | None = None
-    beta: float | None = None
-    start: str | None = None
-    distil: bool | None = None
-    length: int = 512
-    batch: int = 4
-    rate: float = 1e-3
-    backbone_rate: float = 1e-4
-    warmup: int = 20
-    lora_rank: int = 16
-    valid_blocks: int = 8
-
-    def __post_init__(self) -> None:
-        if self.backbone not in get_args(Backbone):
-            raise InputError(f"backbone is {', '.join(get_args(Backbone))}; got '{self.backbone}'")
-        if self.gamma < 0 or (self.target is not None and not 0 < self.target < 1):
-            raise InputError(f"gamma is at least 0 and target lies in (0, 1); got {self.gamma:g} and {self.target}")
-        if min(self.rank, self.batch, self.lora_rank, self.valid_blocks) < 1 or self.length < 2:
-            raise InputError("rank, batch, lora_rank and valid_blocks are at least 1, length at least 2")
-        if min(self.rate, self.backbone_rate) <= 0 or self.warmup < 0:
-            raise InputError(
-                f"rate and backbone_rate are above 0, warmup at least 0; got {self.rate:g}, {self.backbone_rate:g} and "
-                f"{self.warmup}"
-            )
-        if self.alpha is not None:
-            parse_schedule(self.alpha)
 
 
 def train_asa(

@@ -6,8 +6,6 @@ as possible for what is spent. Skipped tokens keep their keys and values, as the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -17,43 +15,14 @@ from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.token_logs import compared
 from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.engine.whole_sequences import WholeSequences
-from anee_core.errors import InputError
 from anee_core.evaluation.divergence import divergence, divergences
 from anee_core.interfaces.formulas import ranks, unit_norm
 from anee_core.policy.shortcuts import ShortcutWeights
 from anee_core.training.objective import Objective
+from anee_core.training.options import MOST, GateOptions
 
-_MOST = 0.95
-"""Largest budget with shares of its own: under one of 1 nothing is skipped, whatever the score."""
 _EDGE = 1e-4
 """Ranks and shares are kept this far from 0 and 1, where a normal distribution has its infinities."""
-
-
-@dataclass(frozen=True)
-class GateOptions:
-    """How a gate is trained.
-
-    Args:
-        least: smallest budget that is trained for; each sequence draws its own from there to 0.95.
-        knots: budgets with shares of their own; between them shares are interpolated.
-        temperature: of the sigmoid that stands in for the step in the backward pass, in standard deviations.
-        noise: scale of the Gumbel noise on the scores.
-        pressure: how fast the price of spending rises while a budget is exceeded, per step.
-    """
-
-    least: float = 0.5
-    knots: int = 6
-    temperature: float = 0.5
-    noise: float = 0.3
-    pressure: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.least < _MOST or self.knots < 2:
-            raise InputError(
-                f"least lies in (0, {_MOST:g}) and knots are at least 2; got {self.least:g} and {self.knots}"
-            )
-        if self.temperature <= 0 or self.noise < 0 or self.pressure <= 0:
-            raise InputError("temperature and pressure are above 0, noise at least 0")
 
 
 class GatedModel(Objective):
@@ -95,7 +64,7 @@ class GatedModel(Objective):
         self.weight = nn.Parameter(gate.weight.float() / unit[:, None])
         self.bias = nn.Parameter(gate.bias.float() / unit)
         self.budgets: Tensor
-        self.register_buffer("budgets", torch.linspace(options.least, _MOST, options.knots))
+        self.register_buffer("budgets", torch.linspace(options.least, MOST, options.knots))
         self.thresholds = nn.Parameter(_normal(gate.shares_at(self.budgets)))
         self.mean: Tensor
         self.spread: Tensor
@@ -127,7 +96,7 @@ class GatedModel(Objective):
     def draw_budgets(self, input_ids: Tensor) -> Tensor:
         """Return a budget for each row, [B], evenly drawn."""
         lowest = self.options.least
-        return lowest + (_MOST - lowest) * torch.rand(input_ids.shape[0], device=input_ids.device)
+        return lowest + (MOST - lowest) * torch.rand(input_ids.shape[0], device=input_ids.device)
 
     def move_price(self, price: Tensor, budgets: Tensor, over: Tensor) -> None:
         """Raise the prices [Q] of the knots near ``budgets`` [B] that are exceeded (``over`` [B] is above 0), and lower

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anee_core.calibration.closed_form import FitOptions
-from anee_core.calibration.gate import GateCalibration, calibrate_gate
+from anee_core.calibration.gate import calibrate_gate
+from anee_core.calibration.options import FitOptions, GateCalibration
 from anee_core.calibration.shares import from_trained
 from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.display import progress_bar
@@ -24,8 +24,9 @@ from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.policy.policy import Policy
 from anee_core.policy.shortcuts import LowRankShortcut, ShortcutWeights
 from anee_core.training.data import Batches, read_text
-from anee_core.training.gate import GatedModel, GateOptions
+from anee_core.training.gate import GatedModel
 from anee_core.training.loop import accelerator_of, run_training
+from anee_core.training.options import GateTraining
 from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import trapezoid
 
@@ -36,47 +37,6 @@ _LONG = 512
 """Tokens of the texts on which spending is measured: scores drift for longer than blocks for training are."""
 _CORRECTIONS = 2
 """How often the shares are moved by what was spent beside the budget: the first time is nearly enough."""
-
-
-@dataclass(frozen=True)
-class GateTraining:
-    """What is trained, and on what.
-
-    Args:
-        gate: how the gate is trained.
-        rank: of the shortcuts.
-        length: tokens per block.
-        batch: blocks per batch.
-        rate: factor on the learning rates.
-        warmup: steps until they are reached.
-        valid_blocks: blocks to validate on.
-        calibration_sequences: pieces of text for the fit that the training starts from.
-        start: folder with a gate and shortcuts for the same model to start from, instead of a fit.
-        protect: how many first and last layers always run.
-        first: how many first tokens of a sequence run every layer.
-    """
-
-    gate: GateOptions = field(default_factory=GateOptions)
-    rank: int = 128
-    length: int = 256
-    batch: int = 4
-    rate: float = 1.0
-    warmup: int = 10
-    valid_blocks: int = 8
-    calibration_sequences: int = 32
-    start: str | None = None
-    protect: tuple[int, int] = (1, 2)
-    first: int = 4
-
-    def __post_init__(self) -> None:
-        if min(self.rank, self.batch, self.valid_blocks, self.calibration_sequences) < 1 or self.length <= self.first:
-            raise InputError(f"rank, batch and blocks are at least 1, and length is above first ({self.first})")
-        if self.rate <= 0 or self.warmup < 0:
-            raise InputError(f"rate is above 0, warmup at least 0; got {self.rate:g} and {self.warmup}")
-
-    def controller(self) -> GateController:
-        """Return the controller that runs what always runs."""
-        return GateController(protect=self.protect, first=self.first)
 
 
 def train_gate(
@@ -154,7 +114,7 @@ def gated_model(model: AdaptiveModel, folder: Path, options: GateTraining, held_
         parameter.requires_grad_(False)
     least = max(options.gate.least, float(gate.budgets[0]))
     costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(shortcuts))).costs
-    controller, chosen = options.controller(), replace(options.gate, least=least)
+    controller, chosen = _controller(options), replace(options.gate, least=least)
     return GatedModel(model.adapter, model.parts, costs, gate, shortcuts, controller, chosen, held_out)
 
 
@@ -174,7 +134,7 @@ def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: 
     small = {n: getattr(shortcuts, n).to(torch.bfloat16) for n in ("down", "up", "bias")}
     replace(shortcuts, facts=facts, **small).save(run.folder)
     cpu = replace(gate, facts=facts, **{n: getattr(gate, n).cpu() for n in ("mean", "spread", "budgets", "shares")})
-    costs, controller = objective.costs, options.controller()
+    costs, controller = objective.costs, _controller(options)
     protected = controller.protected(costs.num_layers)
     from_trained(cpu, costs, protected).save(run.folder)
     if objective.held_out is not None:
@@ -215,3 +175,8 @@ def deployed(folder: Path, options: GateTraining) -> Policy:
     """Return the policy that a run's folder holds, with the tokens and layers protected that were in training."""
     controller = GateController(str(folder), protect=options.protect, first=options.first)
     return Policy(controller, shortcut=LowRankShortcut(str(folder)))
+
+
+def _controller(options: GateTraining) -> GateController:
+    """Return the controller that runs what always runs."""
+    return GateController(protect=options.protect, first=options.first)

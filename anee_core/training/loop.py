@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,19 +11,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
 
 from anee_core.display import progress_bar
-from anee_core.errors import CheckpointError, TrainingError
-from anee_core.training.checkpoints import lasting_settings, random_state, run_identity, set_random_state
+from anee_core.errors import TrainingError
+from anee_core.training.checkpoints import Checkpoints
 from anee_core.training.data import Batches
 from anee_core.training.objective import Objective
 from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import Schedule
 
 logger = logging.getLogger(__name__)
-
-_TRAINED, _SETTINGS, _STEP, _SCALER = "trained.safetensors", "run.json", "step.json", "scaler.pt"
 
 
 def accelerator_of(options: RunOptions) -> Accelerator:
@@ -104,8 +99,6 @@ class _Run:
         accelerator: Accelerator,
         settings: Mapping[str, Any],
     ) -> None:
-        # As it will be read back: tuples become lists.
-        self._identity = json.loads(json.dumps({**run_identity(options, accelerator), **lasting_settings(settings)}))
         self.objective, self.options, self.accelerator = objective, options, accelerator
         self.history: list[dict[str, float]] = []
         for optimizer in optimizers:
@@ -116,7 +109,8 @@ class _Run:
         )
         self.module = accelerator.prepare_model(objective)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        self.saved = {**self.trained, **objective.adapted()}
+        tensors = {**self.trained, **objective.adapted()}
+        self._checkpoints = Checkpoints(options, accelerator, self.optimizers, tensors, settings)
 
     def step(self, batches: Batches, step: int) -> dict[str, float]:
         """Take one optimiser step and return its figures, averaged over its batches."""
@@ -159,74 +153,17 @@ class _Run:
         return figures
 
     def save(self, step: int) -> None:
-        """Write a checkpoint beside the last one, then put it in its place."""
-        broken = next((name for name, tensor in self.saved.items() if not tensor.isfinite().all()), None)
+        """Keep everything that a run needs to go on from here.
+
+        Raises:
+            TrainingError: something that is trained is no longer finite.
+        """
+        broken = next((name for name, tensor in self._checkpoints.tensors.items() if not tensor.isfinite().all()), None)
         if broken is not None:
             raise self._diverged(step, f"{broken} is not finite")
-        folder = self.options.folder
-        draft, place = folder / "draft", folder / "checkpoint"
-        accelerator = self.accelerator
-        if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        torch.save(random_state(), draft / f"random-{accelerator.process_index}.pt")
-        if accelerator.is_main_process:
-            save_file({k: p.detach().cpu().contiguous() for k, p in self.saved.items()}, draft / _TRAINED)
-            for i, optimizer in enumerate(self.optimizers):
-                torch.save(optimizer.state_dict(), draft / f"optimizer-{i}.pt")
-            if accelerator.scaler is not None:
-                torch.save(accelerator.scaler.state_dict(), draft / _SCALER)
-            (draft / _STEP).write_text(json.dumps({"step": step, "history": self.history}))
-            (folder / _SETTINGS).write_text(json.dumps(self._identity, indent=2) + "\n")
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            old = folder / "old"
-            if place.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                place.rename(old)
-            draft.rename(place)
-            shutil.rmtree(old, ignore_errors=True)
-        accelerator.wait_for_everyone()
+        self._checkpoints.save(step, self.history)
 
     def resume(self) -> int:
         """Load the last checkpoint, if there is one, and return the step to go on with."""
-        folder = self.options.folder
-        # Between two renames only the older one has a name.
-        place = next((p for p in (folder / "checkpoint", folder / "old") if p.is_dir()), None)
-        if place is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            return 0
-        wanted = self._identity
-        try:
-            found = json.loads((folder / _SETTINGS).read_text())
-            state = json.loads((place / _STEP).read_text())
-            tensors = load_file(place / _TRAINED)
-            moments = [torch.load(place / f"optimizer-{i}.pt", weights_only=True) for i in range(len(self.optimizers))]
-            chance = torch.load(place / f"random-{self.accelerator.process_index}.pt", weights_only=True)
-            scaler = self.accelerator.scaler
-            scaled = None if scaler is None else torch.load(place / _SCALER, weights_only=True)
-        except Exception as error:
-            raise CheckpointError(
-                f"the run in {folder} cannot be continued ({error}); choose another folder"
-            ) from error
-        different = sorted(k for k in wanted if found.get(k) != wanted[k])
-        if different or set(tensors) != set(self.saved):
-            changes = ", ".join(f"{k} was {found.get(k)}, is {wanted[k]}" for k in different) or "other weights"
-            raise CheckpointError(
-                f"{folder} holds another run ({changes}); continue it as it was, or choose another folder"
-            )
-        with torch.no_grad():
-            for name, parameter in self.saved.items():
-                parameter.copy_(tensors[name])
-        for optimizer, moment in zip(self.optimizers, moments, strict=True):
-            largest = [group["largest_lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(moment)
-            for group, rate in zip(optimizer.param_groups, largest, strict=True):
-                group["largest_lr"] = rate  # the one asked for now
-        if scaler is not None:
-            scaler.load_state_dict(scaled)
-        set_random_state(chance)
-        self.history = state["history"]
-        logger.info("going on from step %d of %s", state["step"], folder)
-        return int(state["step"])
+        step, self.history = self._checkpoints.resume()
+        return step

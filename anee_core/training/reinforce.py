@@ -7,48 +7,17 @@ cost, and the divergence that they cause together. Nothing is differentiated but
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from anee_core.accounting.budget import SLACK
 from anee_core.engine.whole_sequences import WholeSequences
-from anee_core.errors import InputError
 from anee_core.evaluation.divergence import divergences
 from anee_core.interfaces.formulas import unit_norm
 from anee_core.training.gate import GatedModel
 from anee_core.training.objective import Objective
-
-
-@dataclass(frozen=True)
-class ReinforceOptions:
-    """How decisions are drawn and rewarded.
-
-    Args:
-        rollouts: drawn for each text; the others are a rollout's baseline.
-        temperature: of the decisions, in standard deviations of the scores: the lower, the fewer are left to chance.
-        near_dense: divergence, in nats, under which spending less than the budget is rewarded.
-        entropy: weight of the decisions' entropy at the start; it falls to zero over the run.
-        hard: share of the texts under a hard budget, which no token exceeds.
-        steps: of the run.
-    """
-
-    rollouts: int = 4
-    temperature: float = 0.1
-    near_dense: float = 0.1
-    entropy: float = 1e-3
-    hard: float = 0.5
-    steps: int = 100
-
-    def __post_init__(self) -> None:
-        if self.rollouts < 2 or self.steps < 1:
-            raise InputError(f"rollouts are at least 2, steps at least 1; got {self.rollouts} and {self.steps}")
-        if self.temperature <= 0 or self.entropy < 0 or self.near_dense < 0:
-            raise InputError("temperature is above 0, entropy and near_dense at least 0")
-        if not 0 <= self.hard <= 1:
-            raise InputError(f"hard is a share of the texts, in [0, 1]; got {self.hard:g}")
+from anee_core.training.options import ReinforceOptions
 
 
 class Reinforce(Objective):

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from anee_core.calibration.samples import own_samples
 from anee_core.display import progress_bar
-from anee_core.errors import InputError
 from anee_core.evaluation.text_quality import dense_logits, text_quality
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.training.data import Batches, read_text
-from anee_core.training.gate_run import GateTraining, deployed, gated_model, optimizer_of, train_gate, write
+from anee_core.training.gate_run import deployed, gated_model, optimizer_of, train_gate, write
 from anee_core.training.loop import accelerator_of, run_training
-from anee_core.training.reinforce import Reinforce, ReinforceOptions
+from anee_core.training.options import GateTraining, RlTraining
+from anee_core.training.reinforce import Reinforce
 from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import trapezoid
 
@@ -30,29 +30,6 @@ logger = logging.getLogger(__name__)
 
 _FILES = ("gate.json", "gate.safetensors", "shortcuts.json", "shortcuts.safetensors")
 _SAMPLES, _STAGES = "samples.safetensors", "stages.json"
-
-
-@dataclass(frozen=True)
-class RlTraining:
-    """Both stages.
-
-    Args:
-        supervised: the first; its text, lengths and batches are those of the second too.
-        reinforce: the second.
-        steps: of the second; the first has those of the run.
-        rate: factor on the learning rates of the second.
-        samples: texts that the model writes under the policy of the first stage, for the second to read as well.
-    """
-
-    supervised: GateTraining = field(default_factory=GateTraining)
-    reinforce: ReinforceOptions = field(default_factory=ReinforceOptions)
-    steps: int = 100
-    rate: float = 0.3
-    samples: int = 32
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.samples < 0 or self.rate <= 0:
-            raise InputError("steps of REINFORCE are at least 1, samples at least 0, and rate is above 0")
 
 
 def train_rl(

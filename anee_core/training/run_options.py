@@ -18,7 +18,7 @@ class RunOptions:
         accumulate: batches per step.
         clip: largest gradient norm; 0 for no clipping.
         precision: "no", "bf16" or "fp16".
-        seed: of everything random.
+        seed: seed of everything random.
         validate_every: steps between validations; 0 for none but the last.
         save_every: steps between checkpoints.
         progress: whether to show a bar.
@@ -31,7 +31,7 @@ class RunOptions:
     precision: str = "no"
     seed: int = 0
     validate_every: int = 100
-    save_every: int = 100
+    save_every: int = 50
     progress: bool = True
 
     def __post_init__(self) -> None:

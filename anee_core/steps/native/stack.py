@@ -59,7 +59,7 @@ class NativeStack:
         for i, store in enumerate(cache.layers):
             if store.keys is not None and known[i]() is store.keys:
                 continue
-            keys, values = cache.storage(i, layers[i].kv_heads, layers[i].head_dim, like)
+            keys, values = store.storage(layers[i].kv_heads, layers[i].head_dim, like)
             at = self._storage[i]
             at.keys, at.values = keys.data_ptr(), values.data_ptr()
             at.row_stride, at.head_stride = keys.stride()[:2]

@@ -219,7 +219,7 @@ class NativeStep:
         own, cache = self._own, given.cache
         layer, tokens = own.layers[given.layer_idx], own.tokens
         states = given.hidden_states.contiguous()
-        keys, values = cache.storage(given.layer_idx, layer.kv_heads, layer.head_dim, states)
+        keys, values = cache.layers[given.layer_idx].storage(layer.kv_heads, layer.head_dim, states)
         first, used = cache.span(given.layer_idx)
         self._fill(states, given.call, places, (first if start is None else start, used), result)
         self._take_scratch(min(own.threads, layer.threads), places.count * layer.floats, used)

@@ -1,0 +1,82 @@
+"""How a model is calibrated. Imports nothing heavy, so that a command line can read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anee_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    ``text`` is a file to read instead of the model's own samples. ``sequences`` of ``length`` tokens are used (None:
+    96, or the model's context if that is shorter); ``seed`` draws the samples. ``folder`` is where results are kept
+    (default: the user's cache folder), and
+    ``progress`` shows a bar.
+    """
+
+    text: str | Path | None = None
+    sequences: int = 4
+    length: int | None = None
+    seed: int = 0
+    folder: str | Path | None = None
+    progress: bool = True
+
+    def check(self) -> None:
+        """Raise `InputError` if the text file is not there."""
+        if self.text is not None and not Path(self.text).is_file():
+            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How shortcuts and gate are fitted.
+
+    Args:
+        rank: width of the shortcuts.
+        ridge: added to the diagonal of the inputs' second moments, as a share of its mean.
+        skipped: share of (layer, token) pairs that take their new shortcut during the fit, so that later layers are
+            fitted on hidden states such as they will see.
+        batch: sequences at once.
+        seed: draws those pairs.
+    """
+
+    rank: int = 128
+    ridge: float = 1e-3
+    skipped: float = 0.25
+    batch: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.batch < 1:
+            raise InputError("rank and batch are at least 1")
+        if self.ridge <= 0 or not 0 <= self.skipped < 1:
+            raise InputError(f"ridge is above 0 and skipped lies in [0, 1); got {self.ridge:g} and {self.skipped:g}")
+
+
+@dataclass(frozen=True)
+class GateCalibration:
+    """How a gate is calibrated.
+
+    Args:
+        text: a file to read instead of the model's own samples.
+        sequences: how many to fit on.
+        length: tokens of each.
+        fit: how shortcuts and gate are fitted.
+        progress: whether to show bars.
+    """
+
+    text: str | Path | None = None
+    sequences: int = 32
+    length: int = 512
+    fit: FitOptions = field(default_factory=FitOptions)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1:
+            raise InputError(f"a calibration takes at least 1 sequence; got {self.sequences}")
+        if self.text is not None and not Path(self.text).is_file():
+            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
