@@ -98,7 +98,7 @@ def generate(
     if shown.as_json:
         report = {
             "model": model,
-            "policy": str(adaptive.policy),
+            "policy": adaptive.policy.title,
             "budget": adaptive.budget,
             "text": result.text,
             "completion": result.completion,
@@ -111,7 +111,7 @@ def generate(
     if not show_stream:
         print(result.text)
     console = Console(stderr=True, highlight=False)
-    console.print(f"\n[bold]{escape(str(adaptive.policy))}[/bold], budget {adaptive.budget or 'none'}", markup=True)
+    console.print(f"\n[bold]{escape(adaptive.policy.title)}[/bold], budget {adaptive.budget or 'none'}", markup=True)
     console.print(str(result.trace), markup=False)
     console.print(f"{result.tokens_per_second:.1f} tokens/s", markup=False)
     if shown.picture:

@@ -23,14 +23,14 @@ from anee_core.interfaces.controller import Controller
 from anee_core.interfaces.profiler import Profiler
 from anee_core.interfaces.shortcut import Shortcut
 from anee_core.policy.policy import Policy
-from anee_core.policy.profiler import SignalProfiler
+from anee_core.policy.profiler import STANDARD, SignalProfiler
 from anee_core.policy.shortcuts import LowRankShortcut
 
 
 @hookimpl
 def anee_profilers() -> dict[str, type[Profiler]]:
     """Return the standard profiler."""
-    return {"signals": SignalProfiler}
+    return {STANDARD: SignalProfiler}
 
 
 @hookimpl

@@ -27,7 +27,14 @@ class PolicyError(AneeError, ValueError):
 
 
 class BudgetError(PolicyError):
-    """A compute budget that is out of range or cannot be met."""
+    """A compute budget that is out of range or cannot be met.
+
+    ``least`` is the smallest budget that could be met, where the error is that this one is below it.
+    """
+
+    def __init__(self, message: str, least: float | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class CheckpointError(AneeError):

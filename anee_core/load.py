@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def load(
     **model_options: Any,
 ) -> AdaptiveModel:
     """Load a causal LM and run it under a policy.
+
+    It takes many parameters because it is the one door: most are named, and seldom needed.
 
     Args:
         model: the name of an installed model source (``anee plugins`` lists them), a hub id, a local folder, or a
@@ -109,6 +112,7 @@ def load(
     adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk, fast)
     if not isinstance(model, nn.Module):
         adaptive.eval()
+        adaptive.name = os.path.basename(model) if os.path.isdir(model) else str(model)
     if parsed.untrained() & _FITTED:
         # Fitting takes packages that a plain load does not.
         from anee_core.calibration.gate import fitted_for

@@ -3,35 +3,56 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from anee.commands.flags import Flags, flat
 from anee_core.errors import InputError
 
 
+@dataclass(frozen=True)
+class Checking:
+    """What is checked beside or instead of a target.
+
+    Args:
+        config: a small model config as JSON, or a folder of them; may be repeated.
+        model_type: family of an adapter that is not registered.
+        policy: check this policy string instead of an adapter; may be repeated.
+        budget: budget of the policies.
+        check: run only this check; may be repeated.
+        report: write the results to this file.
+    """
+
+    config: tuple[Path, ...] = ()
+    model_type: str | None = None
+    policy: tuple[str, ...] = ()
+    budget: float | None = None
+    check: tuple[str, ...] = ()
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not self.policy:
+            raise InputError("--budget is for --policy")
+        if self.model_type and self.config:
+            raise InputError("--model-type is for an adapter without --config: a config says its family itself")
+        for path in self.config:
+            if not path.exists():
+                raise InputError(f"there is no config '{path}'")
+
+
+_SHORT = {"config": "-c", "policy": "-p", "budget": "-b", "check": "-k"}
+
+
+@flat
 def conformance(
+    checking: Annotated[Checking, Flags(rename={"report": "json"}, short=_SHORT)],
     target: Annotated[
         str | None, typer.Argument(help="package.module:Adapter, or a registered model family like 'llama'.")
     ] = None,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option("--config", "-c", help="A small model config as JSON, or a folder of them; may be repeated."),
-    ] = None,
-    model_type: Annotated[
-        str | None, typer.Option("--model-type", help="Family of an adapter that is not registered.")
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", "-p", help="Check this policy string instead of an adapter; may be repeated."),
-    ] = None,
-    budget: Annotated[float | None, typer.Option("--budget", "-b", help="Budget of the policies.")] = None,
-    check: Annotated[
-        list[str] | None, typer.Option("--check", "-k", help="Run only this check; may be repeated.")
-    ] = None,
-    report: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
     """Check that an adapter, or a policy, keeps ANEE's promises.
 
@@ -49,28 +70,21 @@ def conformance(
     from anee_core.conformance.target import subjects
     from anee_core.plugins import Plugins
 
-    if policy and (target or config or model_type):
+    if checking.policy and (target or checking.config or checking.model_type):
         raise InputError("--policy checks policies: leave the adapter and its configs out")
-    if budget is not None and not policy:
-        raise InputError("--budget is for --policy")
-    if model_type and config:
-        raise InputError("--model-type is for an adapter without --config: a config says its family itself")
-    for path in config or ():
-        if not path.exists():
-            raise InputError(f"there is no config '{path}'")
     torch.set_num_threads(1)  # models this small only get slower on several
     transformers_logging.disable_progress_bar()  # each check saves and loads a model
     logging.getLogger("transformers").setLevel(logging.ERROR)
     plugins, console = Plugins.discover(), Console()
-    if policy:
-        listed = [(text, "policy", PolicySubject(text, budget, plugins)) for text in policy]
-        result = run_checks(listed, named(POLICY_CHECKS, check), console)
+    if checking.policy:
+        listed = [(text, "policy", PolicySubject(text, checking.budget, plugins)) for text in checking.policy]
+        result = run_checks(listed, named(POLICY_CHECKS, checking.check), console)
     else:
-        found = subjects(target, config or (), model_type, plugins)
-        result = run_checks(found, named(ADAPTER_CHECKS, check), console)
+        found = subjects(target, checking.config, checking.model_type, plugins)
+        result = run_checks(found, named(ADAPTER_CHECKS, checking.check), console)
     result.print(console)
-    if report is not None:
-        result.save(report)
+    if checking.report is not None:
+        result.save(checking.report)
     raise typer.Exit(0 if result.passed else 1)
 
 

@@ -49,6 +49,26 @@ def evaluate(
         out.write_text(json.dumps(found, indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What is compared.
+
+    Args:
+        budgets: separated by commas. Default: 0.5 to 0.9.
+        baselines: add 'random' and a window.
+    """
+
+    budgets: str | None = None
+    baselines: bool = True
+
+    def numbers(self) -> tuple[float, ...]:
+        """Return the budgets."""
+        try:
+            return tuple(float(budget) for budget in (self.budgets or "").split(","))
+        except ValueError as error:
+            raise InputError(f"budgets are numbers separated by commas; got '{self.budgets}'") from error
+
+
 @flat
 def sweep(
     models: Annotated[list[str], typer.Argument(help="Model sources, hub ids or local folders.")],
@@ -59,10 +79,7 @@ def sweep(
     text: NamedTexts,
     out: Annotated[Path, typer.Option("--out", "-o", help="Writes OUT.json and OUT.png.")],
     options: Annotated[SweepOptions, Flags(hide=frozenset({"budgets"}))],
-    budgets: Annotated[
-        str | None, typer.Option("--budgets", "-b", help="Separated by commas. Default: 0.5 to 0.9.")
-    ] = None,
-    baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Add 'random' and a window.")] = True,
+    compared: Annotated[Compared, Flags(short={"budgets": "-b"})],
 ) -> None:
     """Measure policies over budgets: quality against FLOPs, time and K/V bytes.
 
@@ -71,12 +88,11 @@ def sweep(
     from anee_core.bench.records import ending
     from anee_core.bench.sweep import HOLE, draw, run_sweep
 
-    if budgets is not None:
-        try:
-            options = replace(options, budgets=tuple(float(budget) for budget in budgets.split(",")))
-        except ValueError as error:
-            raise InputError(f"budgets are numbers separated by commas; got '{budgets}'") from error
-    policies = list(dict.fromkeys([*policy, *(("random", f"window:sinks=4,keep={HOLE}") if baselines else ())]))
+    if compared.budgets is not None:
+        options = replace(options, budgets=compared.numbers())
+    policies = list(
+        dict.fromkeys([*policy, *(("random", f"window:sinks=4,keep={HOLE}") if compared.baselines else ())])
+    )
     records = run_sweep(models, policies, named_files(text), out, options)
     table = Table("model", "text", "policy", "budget", "spent", "dropped", "perplexity", "KL to dense", "ms/token")
     for r in records:

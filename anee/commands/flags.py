@@ -96,10 +96,11 @@ class _Group:
     def _option(self, item: dataclasses.Field[Any], hint: Any, told: str) -> inspect.Parameter:
         name = self._flags.rename.get(item.name, item.name)
         spelled = f"--{name.replace('_', '-')}"
-        names = [f"{spelled}/--no-{spelled[2:]}" if _is_choice(hint) else spelled]
+        default = self._flags.defaults.get(item.name, item.default)
+        negatable = bool in _kinds(hint) and default is not False
+        names = [f"{spelled}/--no-{spelled[2:]}" if negatable else spelled]
         if item.name in self._flags.short:
             names.append(self._flags.short[item.name])
-        default = self._flags.defaults.get(item.name, item.default)
         if isinstance(default, tuple):
             default = list(default)
         return inspect.Parameter(
@@ -126,11 +127,6 @@ def _split(hint: Any) -> tuple[Any, Flags]:
         return hint, Flags()
     kind, *extras = typing.get_args(hint)
     return kind, next((extra for extra in extras if isinstance(extra, Flags)), Flags())
-
-
-def _is_choice(hint: Any) -> bool:
-    """Whether an option may be left unsaid, or said to be so or not so."""
-    return set(_kinds(hint)) == {bool, type(None)}
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

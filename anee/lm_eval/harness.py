@@ -21,6 +21,8 @@ _FIGURES = ("budget spent", "context kept", "FLOPs", "weight bytes", "KV bytes")
 class AneeLM(HFLM):  # type: ignore[misc]
     """Scores and generates under a policy, and counts what that took.
 
+    It takes many parameters because lm-eval hands over what its command line is given, one by one.
+
     Args:
         pretrained: whatever `anee.load` takes, or an `AdaptiveModel`.
         policy: a policy string.

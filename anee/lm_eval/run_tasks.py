@@ -65,6 +65,5 @@ def run_tasks(
             examples = results["n-samples"].get(task_name, {}).get("effective", 0)
             found[task_name] = {"scores": values, "errors": errors, "examples": examples, "spent": lm.spent()}
     adaptive = lm.model
-    source = model if isinstance(model, str) else type(adaptive.parts.model).__name__
-    facts = {"policy": str(adaptive.policy), "budget": adaptive.budget, "mode": options.mode, "limit": options.limit}
-    return {"model": source, **facts, "tasks": found}
+    facts = {"policy": adaptive.policy.title, "budget": adaptive.budget, "mode": options.mode, "limit": options.limit}
+    return {"model": adaptive.name, **facts, "tasks": found}

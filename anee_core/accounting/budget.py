@@ -35,7 +35,8 @@ class Budget:
                 raise BudgetError(
                     f"a budget of {limit:g} cannot be met: the least possible is {math.ceil(least * 1000) / 1000:.3f} "
                     f"(protected layers {sorted(protected) or 'none'}, and keys and values of the skipped ones); "
-                    "raise the budget, or protect fewer layers if the policy lets you, as in 'protect=1 1'"
+                    "raise the budget, or protect fewer layers if the policy lets you, as in 'protect=1 1'",
+                    least,
                 )
         self.costs = costs
         self.always = torch.tensor([i in protected for i in range(costs.num_layers)])

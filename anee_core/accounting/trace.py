@@ -192,14 +192,19 @@ class Trace:
         dense = sum(int(s.real.sum()) for s in self.steps if s.dense)
         return f", {dense} of them a prompt read densely" if dense else ""
 
-    def draw(self, row: int = 0, tokens: Sequence[str] | None = None) -> str:
-        """Return the token x layer picture of one row: a line per token, a mark per layer, filled where it ran."""
+    def draw(self, row: int = 0, tokens: Sequence[str] | None = None, last: int | None = None) -> str:
+        """Return the token x layer picture of one row: a line per token, a mark per layer, filled where it ran.
+
+        Args:
+            row: which row.
+            tokens: texts of the tokens. Default: as the trace knows them.
+            last: how many of the last tokens are shown. Default: all.
+        """
         ran, real = self.ran, self.real
         labels = tokens if tokens is not None else (self.tokens[row] if self.tokens else None)
         lines = []
-        for t in range(ran.shape[2]):
-            if not real[row, t]:
-                continue
+        columns = real[row].nonzero()[:, 0].tolist()
+        for t in columns[-last:] if last else columns:
             label = repr(labels[t])[1:-1] if labels is not None and t < len(labels) else f"token {t}"
             marks = "".join("█" if on else "·" for on in ran[:, row, t].tolist())
             lines.append(f"{label[:16]:>16} {marks} {int(ran[:, row, t].sum()):>3}")

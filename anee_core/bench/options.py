@@ -13,7 +13,7 @@ class BenchOptions:
 
     Args:
         model: a model source, hub id, folder or one of `SIZES`, which get random weights.
-        dtype: of the model.
+        dtype: type of the weights: float32, bfloat16 or float16.
         batch: sequences at once.
         context: tokens of each prompt.
         tokens: new tokens whose times are taken.
@@ -76,7 +76,7 @@ class SweepOptions:
         blocks: of each text.
         tokens: to decode for each measurement of time.
         repeats: of each measurement of time, alternating with the dense model; the median counts. 0: no times.
-        dtype: of the models.
+        dtype: type of the weights: float32, bfloat16 or float16. Default: as stored.
         device: where they run. Default: on the CPU.
     """
 

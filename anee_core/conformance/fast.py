@@ -31,7 +31,7 @@ def fast_step(subject: Subject) -> None:
         for dtype, tolerance in ((torch.float32, _FAST), (torch.bfloat16, LOOSE)):
             if dtype == torch.bfloat16 and policy != "dense":
                 continue  # rounding turns decisions over
-            wanted, found = (_decoded(subject, fast, policy, dtype, ids, mask, more) for fast in (False, True))
+            wanted, found = (_decoded(subject, fast, policy, dtype, (ids, mask, more)) for fast in (False, True))
             expect_same(found, wanted, f"logits under '{policy}' ({dtype})", fast_step.look, tolerance)
 
 
@@ -63,9 +63,10 @@ def fast_cache(subject: Subject) -> None:
 
 
 def _decoded(
-    subject: Subject, fast: bool, policy: str, dtype: torch.dtype, ids: Tensor, mask: Tensor, more: Tensor
+    subject: Subject, fast: bool, policy: str, dtype: torch.dtype, text: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
-    """Return logits [B, T, V] of a padded prompt and of tokens after it, one by one."""
+    """Return logits [B, T, V] of a prompt with its mask, and of tokens after it, one by one."""
+    ids, mask, more = text
     model = subject.adaptive(policy, model=subject.model(dtype), fast=fast)
     cache = model.new_cache()
     with torch.no_grad():

@@ -137,7 +137,8 @@ class GateController(Trained[GateWeights], Controller):
         if budget < float(ready.budgets[0]) - SLACK:
             raise BudgetError(
                 f"{self.name}: a budget of {budget:g} is below the least that it was fitted for, "
-                f"{float(ready.budgets[0]):.3f}"
+                f"{float(ready.budgets[0]):.3f}",
+                float(ready.budgets[0]),
             )
         steps = _STRIDE * torch.arange(1, _STEPS)
         positions = torch.cat([torch.arange(self.settled + 1), self.settled + steps]).to(ready.budgets.device)

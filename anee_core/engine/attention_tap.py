@@ -58,6 +58,7 @@ class AttentionTap(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        """Stand in for `scaled_dot_product_attention`; it takes many parameters because that does."""
 
         def logits() -> Tensor:
             groups = query.shape[1] // key.shape[1]

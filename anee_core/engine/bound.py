@@ -109,7 +109,15 @@ def bind(
     return Bound(
         adapter=adapter,
         parts=parts,
-        policy=Policy(controller, cache_policy, policy.profiler, setting.calibration, limit, hard, shortcut),
+        policy=replace(
+            policy,
+            controller=controller,
+            cache_policy=cache_policy,
+            shortcut=shortcut,
+            calibration=setting.calibration,
+            budget=limit,
+            hard=hard,
+        ),
         budget=budget,
         step=step or reference,
         reference=reference,

@@ -50,7 +50,7 @@ def card(model: AdaptiveModel, place: str, measured: Mapping[str, Measured]) -> 
     budget = "" if model.budget is None else f", at a budget of {model.budget:g}"
     lines = [
         "---", data.to_yaml(), "---", "",
-        f"# {model.policy.enclosed()} for {base or type(model.parts.model).__name__}", "",
+        f"# {model.policy.title} for {base or model.name}", "",
         f"What ANEE runs the model under{budget}.", "",
         "```python",
         "import anee", "",

@@ -113,7 +113,7 @@ def write_report(model: AdaptiveModel, input_ids: Tensor, prompt: int, path: str
     for i, (name, figure) in enumerate(figures.items()):
         source: Any = "inline" if i == 0 else False
         parts[name] = pio.to_html(figure, full_html=False, include_plotlyjs=source, div_id=name, config=_CONFIG)
-    facts = {"model": type(model.parts.model).__name__, "policy": str(model.policy), "budget": model.budget or "none"}
+    facts = {"model": model.name, "policy": model.policy.title, "budget": model.budget or "none"}
     template = Template(Path(__file__).with_name("report_page.html").read_text(encoding="utf-8"))
     page = template.substitute(
         title=html.escape(f"{facts['policy']} on {facts['model']}"),

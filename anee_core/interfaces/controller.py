@@ -50,6 +50,8 @@ class Controller(Configurable, ABC):
 
     signals: ClassVar[tuple[str, ...]] = ()
     """Signals it wants, in the order in which it gets them."""
+    profiler: ClassVar[str] = "signals"
+    """Name of the registered profiler that knows them; by default the standard one."""
     default_budget: ClassVar[float | None] = None
     """Budget if the caller names none; None for no budget."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -78,6 +79,8 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         check_family(inner, adapter)
         self.parts: Parts = adapter.parts(inner)
         self.config = self.parts.config
+        self.name: str = os.path.basename(self.config.name_or_path) or type(inner).__name__
+        """What the model is called for people to read."""
         self.generation_config = self.parts.model.generation_config
         check_runnable(self.parts)
         self.last_trace: Trace | None = None
@@ -185,7 +188,7 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Run tokens through the model under the policy.
+        """Run tokens through the model under the policy; it takes many parameters because transformers' models do.
 
         Args:
             input_ids: [B, T] new tokens.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from anee_core.interfaces.profiler import Profiler
 from anee_core.interfaces.setting import Calibration
 from anee_core.interfaces.shortcut import Shortcut
 from anee_core.policy.options import spell
-from anee_core.policy.profiler import SignalProfiler
+from anee_core.policy.profiler import STANDARD, SignalProfiler
 
 POLICY_FORMAT = CheckpointFormat(
     name="policy",
@@ -33,7 +35,8 @@ class Policy:
     """What decides: a controller for layers, a cache policy for tokens, and the profiler that serves them.
 
     ``shortcut`` is what tokens get in the place of a layer that they skip, if anything. ``calibration`` is what the
-    controller was bound with, ``budget`` and ``hard`` what it was bound to, if they came with the policy.
+    controller was bound with, ``budget`` and ``hard`` what it was bound to, if they came with the policy. ``asked`` is
+    the string by which it was asked for, if it was.
     """
 
     controller: Controller = field(default_factory=DenseController)
@@ -43,6 +46,7 @@ class Policy:
     budget: float | None = None
     hard: bool = False
     shortcut: Shortcut | None = None
+    asked: str = field(default="", compare=False)
 
     @property
     def feeds_back(self) -> bool:
@@ -50,7 +54,18 @@ class Policy:
         return any(name in self.profiler.feedback for name in self.controller.signals)
 
     def __str__(self) -> str:
-        """Return the policy string that makes this policy."""
+        """Return the string by which the policy was asked for, or else the one that makes it."""
+        return self.asked or self.spelled
+
+    @property
+    def title(self) -> str:
+        """The policy's name for others to read: as it was asked for, with the last part of local paths alone."""
+        pieces = re.split(r"([:=,+\s])", str(self))
+        return "".join(os.path.basename(p) if os.path.isabs(p) or os.path.exists(p) else p for p in pieces)
+
+    @property
+    def spelled(self) -> str:
+        """The policy string that makes this policy, with all options that are not the default."""
         parts = (self.controller, self.shortcut, self.cache_policy)
         return "+".join(spell(part) for part in parts if part is not None and not isinstance(part, FullCachePolicy))
 
@@ -85,7 +100,7 @@ class Policy:
             CheckpointError: the folder cannot be written, or the policy has what no file holds: a profiler other than
                 the standard one, or weights in memory.
         """
-        if type(self.profiler) is not SignalProfiler:
+        if type(self.profiler) is not SignalProfiler and self.controller.profiler == STANDARD:
             raise CheckpointError(
                 f"a policy with its own profiler ({type(self.profiler).__name__}) cannot be saved: its folder holds "
                 "layer and token policy only"

@@ -14,6 +14,8 @@ from anee_core.interfaces.profiler import Observation, Profiler
 
 ENTROPY, MAX_PROBABILITY, SEQUENCE_SPENT = range(3)
 """Columns of `Observation.feedback`."""
+STANDARD = "signals"
+"""Name of the profiler that controllers get if they name no other."""
 
 
 @dataclass(frozen=True)

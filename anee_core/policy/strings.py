@@ -19,6 +19,7 @@ from anee_core.plugins import Plugins, Registry
 from anee_core.policy.hub import fetch, is_repository
 from anee_core.policy.options import configure, raw_options
 from anee_core.policy.policy import POLICY_FORMAT, Policy
+from anee_core.policy.profiler import STANDARD, SignalProfiler
 
 _PLURALS = {"controller": "layer policies", "cache_policy": "token policies", "shortcut": "shortcuts"}
 
@@ -27,11 +28,11 @@ def make_policy(given: str | Path | Policy | Controller | CachePolicy | None, pl
     """Return a policy from whatever a user may pass: a string, a folder, a policy or one of its parts."""
     match given:
         case None:
-            return Policy()
+            return Policy(asked="dense")
         case Policy():
-            return given
+            return _profiled(given, plugins)
         case Controller():
-            return Policy(controller=given)
+            return _profiled(Policy(controller=given), plugins)
         case CachePolicy():
             return Policy(cache_policy=given)
         case str():
@@ -51,9 +52,8 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
         PolicyError: unknown name or option, wrong value, two policies of one kind, or shortcuts with nothing to skip.
         CheckpointError: the folder's policy cannot be read.
     """
-    if os.path.isfile(
-        os.path.join(text, POLICY_FORMAT.header)
-    ):  # unlike Path.is_file, False for a name that is too long
+    # Unlike Path.is_file, this is False for a name that is too long.
+    if os.path.isfile(os.path.join(text, POLICY_FORMAT.header)):
         return load_policy(text, plugins)
     found: dict[str, Any] = {}
     # A plus that joins stands before a name; that of a number like 1e+3 does not.
@@ -72,7 +72,7 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
             known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies, *plugins.shortcuts]
             raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")
         if registry is plugins.policies and len(parts) == 1:
-            return _bundle(registry[name], name, options)
+            return _profiled(replace(_bundle(registry[name], name, options), asked=text.strip()), plugins)
         for kind, part in _parts(registry, name, options, plugins).items():
             if kind in found:
                 raise PolicyError(f"'{text}' names two {_PLURALS[kind]}; join one layer policy and one token policy")
@@ -81,7 +81,26 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
         raise PolicyError(
             f"'{text}' has shortcuts but skips no layer: join them with a layer policy, as in 'random:p=0.3+shortcuts'"
         )
-    return Policy(**found)
+    return _profiled(Policy(**found, asked=text.strip()), plugins)
+
+
+def _profiled(policy: Policy, plugins: Plugins) -> Policy:
+    """Return the policy with the profiler that its controller names, unless it brings one of its own.
+
+    Raises:
+        PolicyError: no such profiler is installed, or it does not know a signal that the controller wants.
+    """
+    name, wanted = policy.controller.profiler, policy.controller.signals
+    if name == STANDARD or type(policy.profiler) is not SignalProfiler:
+        return policy
+    profiler = plugins.profilers.require(name, PolicyError, "profiler")()
+    unknown = [signal for signal in wanted if signal not in profiler.names]
+    if unknown:
+        raise PolicyError(
+            f"{policy.controller.name}: the profiler '{name}' knows no signal '{unknown[0]}'; "
+            f"{suggestion(unknown[0], profiler.names)}"
+        )
+    return replace(policy, profiler=profiler)
 
 
 def _joined_folders(pieces: list[str]) -> list[str]:
@@ -142,7 +161,8 @@ def load_policy(folder: str | Path, plugins: Plugins) -> Policy:
         policy = parse_policy(f"{header['layers']}+{header['tokens']}{shortcut}", plugins)
     except PolicyError as error:
         raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
-    policy = policy.with_folders(lambda name, inside: path / inside)
+    # It is known by what it does, and not by where it was found.
+    policy = replace(policy.with_folders(lambda name, inside: path / inside), asked="")
     budget, hard = header["budget"], header["hard"]
     if budget is not None:
         check_budget(budget)

@@ -65,6 +65,8 @@ class Interactions(nn.Module):
 class SparseAttention(Objective):
     """Loss of a model whose tokens fade from its layers' attention, and what that saves.
 
+    It takes many parameters because it is put together of parts that are made elsewhere.
+
     Args:
         adapter: knows the model's family.
         parts: the model's modules.

@@ -16,10 +16,11 @@ from anee_core.cache.token_logs import compared
 from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.evaluation.divergence import divergence, divergences
-from anee_core.interfaces.formulas import ranks, unit_norm
+from anee_core.interfaces.formulas import ranks
 from anee_core.policy.shortcuts import ShortcutWeights
 from anee_core.training.objective import Objective
 from anee_core.training.options import MOST, GateOptions
+from anee_core.training.walk import Walk
 
 _EDGE = 1e-4
 """Ranks and shares are kept this far from 0 and 1, where a normal distribution has its infinities."""
@@ -28,6 +29,8 @@ _EDGE = 1e-4
 class GatedModel(Objective):
     """Loss of a model whose layers are skipped by a gate: log divergence from the dense model, plus the price of what
     is spent.
+
+    It takes many parameters because it is put together of parts that are made elsewhere.
 
     Args:
         adapter: knows the model's family.
@@ -114,28 +117,22 @@ class GatedModel(Objective):
             hidden_states = sequences.layer(layer_idx, hidden_states)
         return sequences.logits(hidden_states)
 
+    def walk(self, input_ids: Tensor, frozen: bool = False) -> Walk:
+        """Return token ids [B, T] on their way through the layers; ``frozen`` hidden states carry no gradients."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            sequences = WholeSequences(self.adapter, self.parts, input_ids)
+        return Walk(sequences, self.costs, self.free, frozen)
+
     def run(self, input_ids: Tensor, budgets: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return logits [B, T, V] under ``budgets`` [B], and each token's share of a dense one's FLOPs, [B, T]."""
-        sequences = WholeSequences(self.adapter, self.parts, input_ids)
-        hidden_states = sequences.embedded
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        run_shares, skip_shares = self.costs.token_shares(positions)
-        thresholds = self.thresholds_of(budgets, positions)
-        spent = torch.zeros(input_ids.shape, device=input_ids.device)
-        for layer_idx, free in enumerate(self.free):
-            output = sequences.layer(layer_idx, hidden_states)
-            if not free:
-                hidden_states, spent = output, spent + run_shares[layer_idx]
-                continue
-            unit = unit_norm(hidden_states)
-            score = self.score(unit.float(), layer_idx)
-            keep = self._keep(score - thresholds[..., layer_idx], noise)
-            keep = torch.where(positions < self.first, 1.0, keep)
-            instead = hidden_states + self.estimate(layer_idx, unit)
-            share = keep[..., None].to(unit.dtype)
-            hidden_states = share * output + (1 - share) * instead
-            spent = spent + keep * run_shares[layer_idx] + (1 - keep) * skip_shares[layer_idx]
-        return sequences.logits(hidden_states), spent
+        walk = self.walk(input_ids)
+        thresholds = self.thresholds_of(budgets, walk.positions)
+        for visit in walk.visits():
+            score = self.score(visit.unit.float(), visit.layer_idx)
+            keep = self._keep(score - thresholds[..., visit.layer_idx], noise)
+            keep = torch.where(walk.positions < self.first, 1.0, keep)
+            walk.go_on(visit, keep, self.estimate(visit.layer_idx, visit.unit))
+        return walk.logits(), walk.spent
 
     def estimate(self, layer_idx: int, unit: Tensor) -> Tensor:
         """Return the shortcut's estimate of what a layer adds to hidden states of this ``unit`` norm [B, T, D]."""

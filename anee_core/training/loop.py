@@ -50,6 +50,8 @@ def run_training(
 ) -> list[dict[str, float]]:
     """Train, and return the figures of every validation.
 
+    It takes many parameters because it joins what each kind of training makes in its own way.
+
     Args:
         objective: gives the loss; those of its parameters that require a gradient are trained.
         optimizers: each holds some of them; their learning rates are the largest of the run.

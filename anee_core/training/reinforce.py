@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anee_core.accounting.budget import SLACK
-from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.evaluation.divergence import divergences
-from anee_core.interfaces.formulas import unit_norm
 from anee_core.training.gate import GatedModel
 from anee_core.training.objective import Objective
 from anee_core.training.options import ReinforceOptions
@@ -81,44 +79,30 @@ class Reinforce(Objective):
 
         Return logits [B, T, V]; what each token spends of a dense one's FLOPs, the logarithm of the chance of its
         decisions, and their entropy, summed over layers, all [B, T]. Only the last two carry gradients. Under a hard
-        budget a layer that cannot be paid for is skipped as `Ledger.settle` would, and nobody decided that.
+        budget a layer that cannot be paid for is skipped as `Ledger.admit` would, and nobody decided that.
         """
         gated = self.gated
-        with torch.no_grad():
-            sequences = WholeSequences(gated.adapter, gated.parts, input_ids)
-        hidden_states = sequences.embedded
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        run_shares, skip_shares = gated.costs.token_shares(positions)
-        thresholds = gated.thresholds_of(budgets, positions)
-        spent = torch.zeros(input_ids.shape, device=input_ids.device)
-        log_chance, entropy = torch.zeros_like(spent), torch.zeros_like(spent)
-        late = positions >= gated.first
+        walk = gated.walk(input_ids, frozen=True)
+        thresholds = gated.thresholds_of(budgets, walk.positions)
+        log_chance, entropy = torch.zeros_like(walk.spent), torch.zeros_like(walk.spent)
+        late = walk.positions >= gated.first
         skippable = torch.tensor(gated.free, device=input_ids.device)[:, None]
-        wanted = torch.where(skippable, skip_shares, run_shares).sum(0) + torch.zeros_like(spent)
+        wanted = torch.where(skippable, walk.skip_shares, walk.run_shares).sum(0) + torch.zeros_like(walk.spent)
         limits = torch.where(hard, budgets + SLACK, torch.inf)[:, None]
-        for layer_idx, free in enumerate(gated.free):
-            with torch.no_grad():
-                output = sequences.layer(layer_idx, hidden_states)
-                unit = unit_norm(hidden_states)
-            if not free:
-                hidden_states, spent = output, spent + run_shares[layer_idx]
-                continue
-            margin = gated.score(unit.float(), layer_idx) - thresholds[..., layer_idx]
-            logit = margin / self.options.temperature
+        for visit in walk.visits():
+            layer_idx = visit.layer_idx
+            logit = (gated.score(visit.unit.float(), layer_idx) - thresholds[..., layer_idx]) / self.options.temperature
             keep = (torch.rand_like(logit) < logit.sigmoid()) | ~late
-            extra = run_shares[layer_idx] - skip_shares[layer_idx]
+            extra = walk.run_shares[layer_idx] - walk.skip_shares[layer_idx]
             affordable = wanted + extra <= limits
             wanted = wanted + keep * extra
             decided = late & affordable
             log_chance = log_chance + decided * functional.logsigmoid(torch.where(keep, logit, -logit))
             entropy = entropy + decided * (functional.softplus(logit) - logit * logit.sigmoid())
-            keep = keep & affordable
             with torch.no_grad():
-                instead = hidden_states + gated.estimate(layer_idx, unit)
-                hidden_states = torch.where(keep[..., None], output, instead)
-                spent = spent + torch.where(keep, run_shares[layer_idx], skip_shares[layer_idx])
-        with torch.no_grad():
-            return sequences.logits(hidden_states), spent, log_chance, entropy
+                estimate = gated.estimate(layer_idx, visit.unit)
+            walk.go_on(visit, keep & affordable, estimate)
+        return walk.logits(), walk.spent, log_chance, entropy
 
     def validate(self) -> dict[str, float]:
         """Return what the gated model does, as deployed."""

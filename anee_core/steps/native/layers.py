@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import addressof
+from typing import NamedTuple
 
 from torch import nn
 
@@ -44,7 +45,7 @@ class NativeLayer:
         self.pointers = pointers = Pointers(parts.model.dtype)
         head_dim = adapter.head_dim(config)
         queries, keys = adapter.attention_width(config), adapter.kv_width(config)
-        query, key, value = _attention_inputs(pointers, layer, parts, recipe, queries, keys, head_dim)
+        query, key, value = _attention_inputs(pointers, layer, parts, recipe, _Widths(queries, keys, head_dim))
         gate, up = _mlp_inputs(pointers, layer, recipe)
         _, call = adapter.probe(parts, layer_idx)
         angles = adapter.angles(parts, call)
@@ -97,10 +98,18 @@ def _norm(pointers: Pointers, layer: nn.Module, path: str | None) -> NormWeights
     return NormWeights() if path is None else pointers.norm(find(layer, path))
 
 
+class _Widths(NamedTuple):
+    """Of all queries of a token together, of all keys, and of one head."""
+
+    queries: int
+    keys: int
+    head_dim: int
+
+
 def _attention_inputs(
-    pointers: Pointers, layer: nn.Module, parts: Parts, recipe: Recipe, queries: int, keys: int, head_dim: int
+    pointers: Pointers, layer: nn.Module, parts: Parts, recipe: Recipe, widths: _Widths
 ) -> tuple[Matrix, Matrix, Matrix]:
-    layout = parts.layout
+    (queries, keys, head_dim), layout = widths, parts.layout
     if recipe.interleaved is not None:
         whole = find(layer, recipe.interleaved)
         firsts = ((0, queries), (head_dim, keys), (2 * head_dim, keys))
