@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 
 .PHONY: demo test test-real check format docs bench clean conformance conformance-oldest conformance-newest
 
-demo: .venv/demo.done  ## generate densely and under a layer-skipping policy
+demo: .venv/demo.done  ## what skipping layers saves and costs, beside int8 weights
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev.done  ## the default tests
@@ -23,7 +23,7 @@ format: .venv/dev.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-conformance: conformance-oldest conformance-newest  ## every family on the oldest and newest transformers; rewrites the README's table
+conformance: conformance-oldest conformance-newest  ## every family on the oldest and newest transformers; rewrites the table in docs/models.md
 	.venv-newest/bin/python docs/support_table.py
 
 conformance-oldest conformance-newest: conformance-%:

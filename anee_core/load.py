@@ -67,8 +67,8 @@ def load(
             and moved in place.
         prefill: how ``generate`` reads prompts; see `AdaptiveModel`.
         prefill_chunk: tokens read at once under a policy that drops tokens; see `AdaptiveModel`.
-        fast: whether decoding may use the native layer step where that is possible, see `anee_core.steps.native.step`; its
-            numbers agree with those of the model's own modules up to rounding.
+        fast: whether decoding may use a faster layer step where that is possible, see `anee_core.steps.native.step`;
+            its numbers agree with those of the model's own modules up to rounding.
         weights: ``"int8"`` or ``"int4"`` quantises the weights of the decoder layers, in place; see
             `anee_core.steps.quantised`. Default: as they are.
         tokenizer: for a loaded model, or instead of the model's own.

@@ -30,7 +30,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import anee
 from anee_core.bench.records import processor
 from anee_core.cache import AdaptiveCache
-from anee_core.cache_policies.asa import AsaCachePolicy, AsaWeights
+from anee_core.cache_policies import AsaCachePolicy, AsaWeights
 from anee_core.interfaces import CacheView
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy

@@ -123,11 +123,17 @@ def _write_weights(folder: Path) -> None:
         ),
         "shortcuts": (
             {"rank": RANK, "facts": {}},
-            {"down": 0.1 * draw(LAYERS, RANK, WIDTH), "up": draw(LAYERS, WIDTH, RANK), "bias": 0.1 * draw(LAYERS, WIDTH)},
+            {
+                "down": 0.1 * draw(LAYERS, RANK, WIDTH), "up": draw(LAYERS, WIDTH, RANK),
+                "bias": 0.1 * draw(LAYERS, WIDTH),
+            },
         ),
         "asa": (
             {"rank": RANK, "backbone": None, "facts": {}},
-            {"query": 0.3 * draw(LAYERS, RANK, WIDTH), "key": 0.3 * draw(LAYERS, RANK, WIDTH), "beta": 0.1 * draw(LAYERS)},
+            {
+                "query": 0.3 * draw(LAYERS, RANK, WIDTH), "key": 0.3 * draw(LAYERS, RANK, WIDTH),
+                "beta": 0.1 * draw(LAYERS),
+            },
         ),
     }  # fmt: skip
     for name, (header, tensors) in kinds.items():

@@ -1,4 +1,4 @@
-"""Writes the README's table of supported families from the reports of the conformance suite."""
+"""Writes the table of supported families in models.md from the reports of the conformance suite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "models.md"
 REPORTS = [ROOT / "docs" / "results" / f"conformance-{which}.json" for which in ("oldest", "newest")]
 START, END = "<!-- support table: written by docs/support_table.py -->", "<!-- end of the support table -->"
 
@@ -34,18 +34,18 @@ def support_table(reports: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"✓: passed on transformers {versions} (torch {torch}). Checks: {names}."])
 
 
-def with_table(readme: str, table: str) -> str:
-    """Return the README with its table replaced."""
-    before, rest = readme.split(START)
+def with_table(page: str, table: str) -> str:
+    """Return the page with its table replaced."""
+    before, rest = page.split(START)
     _, after = rest.split(END)
     return f"{before}{START}\n\n{table}\n\n{END}{after}"
 
 
 def main() -> None:
-    """Rewrite the README."""
+    """Rewrite the page."""
     table = support_table([json.loads(path.read_text()) for path in REPORTS])
-    README.write_text(with_table(README.read_text(encoding="utf-8"), table), encoding="utf-8")
-    print(f"wrote the table of {README}")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table), encoding="utf-8")
+    print(f"wrote the table of {PAGE}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, StableLmConfig
 
-from anee_core.conformance.report import run_checks
-from anee_core.conformance.subject import Subject
-from anee_core.conformance.suite import ADAPTER_CHECKS
-from anee_core.controllers.static import StaticController
+from anee_core.conformance import ADAPTER_CHECKS, Subject, run_checks
+from anee_core.controllers import StaticController
 from anee_core.interfaces import Layout, ModelAdapter
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy

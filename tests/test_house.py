@@ -117,3 +117,53 @@ def test_a_face_shows_what_is_there(face):
 @pytest.mark.parametrize("path", [*FILES, *(ROOT / "tests").rglob("*.py")], ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_holds_one_idea(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+PYTHON = [path for package in ("anee", "anee_core", "anee_adapters") for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def functions(path):
+    """Return the functions of a file, each with the docstring that speaks of its parameters."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
+                    yield inner, ast.get_docstring(node) or ""
+        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+            yield node, ast.get_docstring(node) or ""
+
+
+def test_more_than_six_parameters_have_a_reason():
+    for path in PYTHON:
+        for function, told in functions(path):
+            given = function.args
+            names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            count = len([name for name in names if name not in ("self", "cls")])
+            reason = "takes many parameters because" in " ".join(told.split())
+            assert count <= 6 or reason, f"{path}: {function.name} takes {count} parameters and does not say why"
+
+
+def test_structs_in_c_and_in_python_have_the_same_fields():
+    from anee_core.steps.native.structs import MIRRORED
+
+    header = (CORE / "steps" / "native" / "cpp" / "structs.h").read_text()
+    header = re.sub(r"//.*", "", header)
+    for struct in MIRRORED:
+        body = re.search(rf"struct {struct.__name__} \{{(.*?)\n\}};", header, flags=re.DOTALL)[1]
+        body = re.sub(r"\n    \w+ \w+\([^)]*\) const \{.*?\n    \}", "", body, flags=re.DOTALL)
+        fields = []
+        for declaration in filter(None, (part.strip() for part in body.split(";"))):
+            fields += [re.search(r"(\w+)$", piece.strip())[1] for piece in declaration.split(",")]
+        assert fields == [name for name, _ in struct._fields_], struct.__name__
+
+
+def test_a_library_with_other_structs_is_not_used(monkeypatch):
+    from anee_core.steps.native import build
+
+    monkeypatch.setattr(build, "LAYOUT", (*build.LAYOUT[:-1], 1))
+    build.library.cache_clear()
+    try:
+        with pytest.raises(build.NoLibraryError, match="structs are other ones"):
+            build.library()
+    finally:
+        build.library.cache_clear()

@@ -1,4 +1,4 @@
-"""Options of a command from the fields of dataclasses: their names, types, defaults and help are written once, there."""
+"""Options of a command from the fields of dataclasses, where names, types, defaults and help are written once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import typer
 
 @dataclass(frozen=True)
 class Flags:
-    """How the fields of a dataclass become options, where it is not by their own names. A field of a dataclass inside it
-    is called ``outer.inner``.
+    """How the fields of a dataclass become options, where it is not by their own names.
+
+    A field of a dataclass inside it is called ``outer.inner``.
 
     Args:
         hide: fields that are no options; they keep their defaults.

@@ -1,4 +1,4 @@
-"""Keys and values that layers are owed: of tokens that skipped them, to be written once a later token runs the layer."""
+"""Keys and values that layers are owed: of tokens that skipped them, for when a later token runs the layer."""
 
 from __future__ import annotations
 

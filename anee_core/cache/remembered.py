@@ -1,4 +1,4 @@
-"""What token policies remember of slots: kept beside keys and values, replaced at the end of a forward, brought back."""
+"""What token policies remember of slots: replaced at the end of a forward, and brought back by a rollback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Remembered:
 
     @torch.inference_mode(False)
     def append(self, layer_idx: int, start: int, state: Mapping[str, Tensor]) -> None:
-        """Store what a policy wants to know later of new tokens, whose slots begin at ``start``; [B, T, ...] by name."""
+        """Store what a policy wants to know later of new tokens, [B, T, ...] by name; slots begin at ``start``."""
         for name, rows in state.items():
             known = self.storage(layer_idx, name, rows.shape[2:], rows)
             known.narrow(1, start, rows.shape[1]).copy_(rows.detach())
@@ -78,7 +78,7 @@ class Remembered:
         self._staged = {}
 
     def knows(self, to: int) -> bool:
-        """Whether what was remembered when ``to`` tokens had been seen can be brought back, or has not changed since."""
+        """Whether what was remembered after ``to`` tokens can be brought back, or has not changed since."""
         return to in self._snapshots or all(seen <= to for seen in self._snapshots)
 
     def restore(self, to: int) -> None:

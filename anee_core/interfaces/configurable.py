@@ -15,7 +15,7 @@ from anee_core.interfaces.setting import Setting
 
 
 class Configurable:
-    """A dataclass whose fields are the options that a policy string can set; those with an underscore are no options."""
+    """A dataclass whose fields are the options that a policy string can set, but for those with an underscore."""
 
     name: ClassVar[str]
     positional: ClassVar[str | None] = None
@@ -127,8 +127,8 @@ class Trained(Configurable, Generic[W]):
         """
         if self._weights is None and not self.folder:
             raise PolicyError(
-                f"{self.name}: no weights are installed for this model; make some ({self.command}) and name the folder, "
-                f"as in '{self.name}:FOLDER'"
+                f"{self.name}: no weights are installed for this model; make some ({self.command}) and name the "
+                f"folder, as in '{self.name}:FOLDER'"
             )
         weights: Any = self._weights if self._weights is not None else self.weights_class.load(self.folder)
         layers, width = weights.size

@@ -41,6 +41,7 @@ def check_family(model: Any, adapter: ModelAdapter) -> None:
 
 
 def check_runnable(parts: Parts) -> None:
+    """Raise `ModelError` for a model whose modules cannot be run as they are."""
     attention_backend(parts.config)
     if parts.head is None:
         raise ModelError(f"{type(parts.model).__name__} has no language-model head; load it with AutoModelForCausalLM")

@@ -116,6 +116,7 @@ def dtype_of(given: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def device_of(given: str | torch.device | None) -> torch.device | None:
+    """Return the device of a name, or raise `InputError` if it cannot be used."""
     if given is None:
         return None
     try:

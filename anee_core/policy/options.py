@@ -15,6 +15,11 @@ from anee_core.interfaces.configurable import Configurable
 
 
 def raw_options(name: str, text: str, positional: str | None = None) -> dict[str, str]:
+    """Return the options in a part of a policy string as text, by name; ``positional`` may stand without its name.
+
+    Raises:
+        PolicyError: something is no option, or is given twice.
+    """
     if positional is not None and os.path.isdir(text.strip()):
         return {positional: text.strip()}  # whatever its name looks like
     options: dict[str, str] = {}
@@ -35,6 +40,11 @@ def raw_options(name: str, text: str, positional: str | None = None) -> dict[str
 
 
 def configure(factory: type[Configurable], name: str, text: str) -> Any:
+    """Return a part of a policy with the options that a policy string gives it.
+
+    Raises:
+        PolicyError: an option is unknown, or its value of another type.
+    """
     hints = typing.get_type_hints(factory)
     known = factory.option_names()
     values = {}

@@ -1,4 +1,4 @@
-"""What is trained, and how: options of each kind of training. Imports nothing heavy, so that a command line can read them."""
+"""What is trained, and how. Imports nothing heavy, so that a command line can read it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from anee_granite import GraniteAdapter
 from transformers import GraniteConfig
 
-from anee_core.conformance.suite import AdapterConformance
+from anee_core.conformance import AdapterConformance
 
 SMALL = {
     "vocab_size": 97,

@@ -6,7 +6,7 @@ import anee_smollm2
 import pytest
 from anee_smollm2 import source
 
-from anee_core.cache_policies.asa import AsaWeights
+from anee_core.cache_policies import AsaWeights
 from anee_core.errors import MissingPackageError
 from anee_core.hookspecs import SourceRequest
 from anee_core.plugins import Plugins

@@ -6,7 +6,7 @@ from anee_strided import StridedCachePolicy
 from transformers import AutoModelForCausalLM
 
 import anee
-from anee_core.conformance.suite import PolicyConformance
+from anee_core.conformance import PolicyConformance
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import PolicyError
 
