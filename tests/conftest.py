@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -13,17 +14,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read by the hub's client when it is import
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: two of them would spin
 
 import pytest
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from anee.cli import main
-from anee_core.steps.native.step import NativeStep
-
-torch.set_num_threads(1)  # layers this small only get slower on several
+# The process that hands out tests to others reads this file too: what takes seconds to import waits for the first use.
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+
+
+def pytest_collection_finish():
+    """Set up a process that runs tests, before the first."""
+    import torch
+
+    torch.set_num_threads(1)  # layers this small only get slower on several
+    gc.collect()
+    gc.freeze()  # the half million objects of torch and transformers need not be looked through again and again
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +46,7 @@ def note_stacks(monkeypatch):
     """Return what starts a list that grows with each block given to the native step for all layers at once: the number
     of its tokens, or None if it was refused; only of those that a function of the `Stack` picks.
     """
+    from anee_core.steps.native.step import NativeStep
 
     def start(noted=lambda stack: True):
         found, whole = [], NativeStep.all_layers
@@ -58,9 +63,18 @@ def note_stacks(monkeypatch):
     return start
 
 
+@pytest.fixture
+def no_environment_report(monkeypatch):
+    """Let lm-eval leave out of its results what machine it runs on: asking every tool takes longer than scoring."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama():
     """A Llama with four layers and grouped queries. Shared: tests leave it as it is."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -78,6 +92,9 @@ def tiny_llama():
 @pytest.fixture(scope="session")
 def tiny_gpt2():
     """A GPT-2 with four layers and 64 learned positions. Shared: tests leave it as it is."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=4, n_head=4, n_positions=64, **SPECIAL)
     return GPT2LMHeadModel(config).eval()
@@ -86,6 +103,9 @@ def tiny_gpt2():
 @pytest.fixture(scope="session")
 def word_tokenizer():
     """A tokenizer of 97 entries: one per printable ASCII character, so that every text survives a round trip."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     letters = [chr(code) for code in range(32, 127)]
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
@@ -106,6 +126,8 @@ def llama_folder(tiny_llama, word_tokenizer, tmp_path_factory):
 @pytest.fixture
 def text(tmp_path):
     """A file of made-up sentences."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     words = ["the cat", "a dog", "saw", "and then", "ran to", "the house", "of the man", "by night"]
     lines = [" ".join(words[i] for i in torch.randint(0, 8, (12,), generator=generator)) for _ in range(300)]
@@ -155,6 +177,7 @@ class Outcome:
 @pytest.fixture
 def run_anee(monkeypatch, capsys):
     """Return a function that runs the ``anee`` command in this process."""
+    from anee.cli import main
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["anee", *map(str, arguments)])

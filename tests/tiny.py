@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
 
 import anee
-from anee_core.conformance.subject import Subject
+from anee_core.calibration import CalibrationOptions
+from anee_core.conformance.subject import Subject, without_layers
 from anee_core.conformance.tiny import read_configs
-from anee_core.controllers.gate import GateWeights
+from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.interfaces import Calibration
 from anee_core.model import AdaptiveModel
 from anee_core.plugins import Plugins
 from anee_core.policy import ShortcutWeights
+from anee_core.training.gate import GatedModel, GateOptions
 
 PLUGINS = Plugins.discover()
 VOCABULARY = 97
+QUICK = CalibrationOptions(sequences=1, length=8, progress=False)
 
 CONFIGS = read_configs(Path(__file__).parent / "configs")
 """Every family that ANEE has an adapter for, in all its variants: six layers, width 32."""
@@ -29,6 +35,40 @@ def build(family, attention=None, dtype=torch.float32):
     """Return a tiny transformers model with weights large enough that every layer matters."""
     config = CONFIGS[family]
     return Subject(PLUGINS.adapters[config.model_type], config, plugins=PLUGINS).build(dtype, attention)
+
+
+@cache
+def shared(family, attention=None, dtype=torch.float32):
+    """Return that model, the same one for all tests: they leave it as it is."""
+    return build(family, attention, dtype)
+
+
+def pairwise(*factors, allowed=lambda *row: True):
+    """Return rows with a value of each factor, as few as a greedy choice finds, in which values meet in pairs.
+
+    Any two values of different factors that meet in some allowed row of the full product meet in one that is returned:
+    most faults show where two things come together, and all pairs are far fewer than all rows. The same factors give
+    the same rows.
+    """
+
+    def pairs(row):
+        return list(combinations(enumerate(row), 2))
+
+    holders = {}
+    for row in product(*factors):
+        for pair in pairs(row) if allowed(*row) else ():
+            holders.setdefault(pair, []).append(row)
+    missing, chosen, used = dict.fromkeys(holders), [], Counter()
+    while missing:
+        gains = [(sum(pair in missing for pair in pairs(row)), row) for row in holders[next(iter(missing))]]
+        most = max(gain for gain, _ in gains)
+        best = [row for gain, row in gains if gain == most]
+        # The one whose values have been used least, so that none stands in for the others.
+        chosen.append(min(best, key=lambda row: sum(used[value] for value in enumerate(row))))
+        used.update(enumerate(chosen[-1]))
+        for pair in pairs(chosen[-1]):
+            missing.pop(pair, None)
+    return chosen
 
 
 def adaptive(model, policy="dense", budget=None, **options) -> AdaptiveModel:
@@ -109,3 +149,20 @@ def gate_weights():
         torch.randn(layers, width, generator=generator) * 0.1,
     )
     return gate, shortcuts
+
+
+def gated(network, folder, **options):
+    """Return that gate in training, under options of `GateOptions`, and the model that runs it deployed."""
+    gate, shortcuts = gate_weights()
+    gate.save(folder)
+    shortcuts.save(folder)
+    deployed = adaptive(network, f"gate:{folder},protect=1 1+shortcuts:{folder}", 0.7)
+    parts = (deployed.adapter, deployed.parts, deployed.engine.costs)
+    return GatedModel(*parts, gate, shortcuts, GateController(protect=(1, 1)), GateOptions(**options)), deployed
+
+
+def skipping_equals_removing(model, network, ids):
+    """Check a model under ``static:skip=1 2`` against its network without these layers."""
+    expected = without_layers(network, model.adapter.layout.layers, {1, 2})(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert not torch.equal(expected, network(ids).logits)
