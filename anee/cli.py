@@ -39,19 +39,16 @@ def options(
 
 @dataclass(frozen=True)
 class GenerateLoading(Loading):
-    """How a model is loaded to generate.
-
-    Args:
-        hard: let no token exceed the budget.
-        weights: quantise the layers' weights: int8 or int4.
-        prefill: how the prompt is read: auto, adaptive or dense.
-        calibration_text: calibrate on this file, not on the model's own samples.
-    """
+    """How a model is loaded to generate."""
 
     hard: bool = False
+    """Let no token exceed the budget."""
     weights: str | None = None
+    """Quantise the layers' weights: int8 or int4."""
     prefill: str = "auto"
+    """How the prompt is read: auto, adaptive or dense."""
     calibration_text: str | None = None
+    """Calibrate on this file, not on the model's own samples."""
 
     def load(self, model: str, **options: Any) -> Any:
         """Return the model under the policy."""
@@ -64,17 +61,14 @@ class GenerateLoading(Loading):
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of a continuation.
-
-    Args:
-        stream: print tokens as they come.
-        as_json: print one JSON object.
-        picture: draw which layers ran for which token.
-    """
+    """What is shown of a continuation."""
 
     stream: bool = False
+    """Print tokens as they come."""
     as_json: bool = False
+    """Print one JSON object."""
     picture: bool = False
+    """Draw which layers ran for which token."""
 
 
 @app.command()

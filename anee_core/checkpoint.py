@@ -20,25 +20,22 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """One kind of checkpoint: ``NAME.json`` and ``NAME.safetensors`` in a folder.
-
-    Args:
-        name: of both files.
-        what: is kept there, for messages.
-        missing: what to tell who has no such folder.
-        remedy: what to do about a corrupt one.
-        renew: what to do about one of another version.
-        shapes: each tensor's, in sizes that the header names. Default: any tensors.
-        facts: what else the header says.
-    """
+    """One kind of checkpoint: ``NAME.json`` and ``NAME.safetensors`` in a folder."""
 
     name: str
+    """Of both files."""
     what: str
+    """Is kept there, for messages."""
     missing: str
+    """What to tell who has no such folder."""
     remedy: str
+    """What to do about a corrupt one."""
     renew: str
+    """What to do about one of another version."""
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Each tensor's, in sizes that the header names. Default: any tensors."""
     facts: frozenset[str] = frozenset()
+    """What else the header says."""
 
     @property
     def header(self) -> str:

@@ -23,17 +23,14 @@ _PARTS = ("ms per token after the prompt", "layers", "of them attention", "polic
 
 @dataclass(frozen=True)
 class Shown:
-    """Where the results go.
-
-    Args:
-        out: keeps what is measured; an interrupted run goes on.
-        plot: a picture.
-        markdown: the tables.
-    """
+    """Where the results go."""
 
     out: Path = Path("benchmarks/out/bench.json")
+    """Keeps what is measured; an interrupted run goes on."""
     plot: Path | None = None
+    """A picture."""
     markdown: Path | None = None
+    """The tables."""
 
 
 _EACH = frozenset({"model", "dtype", "batch", "context"})

@@ -16,23 +16,20 @@ from anee_core.errors import InputError
 
 @dataclass(frozen=True)
 class Checking:
-    """What is checked beside or instead of a target.
-
-    Args:
-        config: a small model config as JSON, or a folder of them; may be repeated.
-        model_type: family of an adapter that is not registered.
-        policy: check this policy string instead of an adapter; may be repeated.
-        budget: budget of the policies.
-        check: run only this check; may be repeated.
-        report: write the results to this file.
-    """
+    """What is checked beside or instead of a target."""
 
     config: tuple[Path, ...] = ()
+    """A small model config as JSON, or a folder of them; may be repeated."""
     model_type: str | None = None
+    """Family of an adapter that is not registered."""
     policy: tuple[str, ...] = ()
+    """Check this policy string instead of an adapter; may be repeated."""
     budget: float | None = None
+    """Budget of the policies."""
     check: tuple[str, ...] = ()
+    """Run only this check; may be repeated."""
     report: Path | None = None
+    """Write the results to this file."""
 
     def __post_init__(self) -> None:
         if self.budget is not None and not self.policy:

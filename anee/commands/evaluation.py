@@ -51,15 +51,12 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Compared:
-    """What is compared.
-
-    Args:
-        budgets: separated by commas. Default: 0.5 to 0.9.
-        baselines: add 'random' and a window.
-    """
+    """What is compared."""
 
     budgets: str | None = None
+    """Separated by commas. Default: 0.5 to 0.9."""
     baselines: bool = True
+    """Add 'random' and a window."""
 
     def numbers(self) -> tuple[float, ...]:
         """Return the budgets."""
@@ -130,19 +127,16 @@ def report(
 
 @dataclass(frozen=True)
 class Publishing:
-    """What a card says, and where it goes.
-
-    Args:
-        push: put it on the hub.
-        private: a new repository is private.
-        length: tokens per block of text.
-        blocks: of each text.
-    """
+    """What a card says, and where it goes."""
 
     push: bool = False
+    """Put it on the hub."""
     private: bool = False
+    """A new repository is private."""
     length: int = 512
+    """Tokens per block of text."""
     blocks: int = 8
+    """Of each text."""
 
 
 @flat

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
-import re
+import itertools
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -20,18 +22,16 @@ class Flags:
     """How the fields of a dataclass become options, where it is not by their own names.
 
     A field of a dataclass inside it is called ``outer.inner``.
-
-    Args:
-        hide: fields that are no options; they keep their defaults.
-        rename: names of options by field.
-        short: one-letter options by field, like ``-f``.
-        defaults: by field, in the place of the dataclass's; MISSING for an option that has to be given.
     """
 
     hide: frozenset[str] = frozenset()
+    """Fields that are no options; they keep their defaults."""
     rename: Mapping[str, str] = field(default_factory=dict)
+    """Names of options by field."""
     short: Mapping[str, str] = field(default_factory=dict)
+    """One-letter options by field, like ``-f``."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    """By field, in the place of the dataclass's; MISSING for an option that has to be given."""
 
     def inside(self, name: str) -> Flags:
         """Return the flags of a field that is a dataclass itself."""
@@ -48,8 +48,7 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command that takes the fields of its dataclass parameters as options.
 
     A parameter is such a one if it is annotated with a dataclass, alone or with `Flags`. A field that is a dataclass
-    itself is taken apart in the same way. What a field's option says of it is what the docstring of its class says
-    under "Args:".
+    itself is taken apart in the same way. What an option says of itself is the docstring behind its field.
     """
     hints = typing.get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
@@ -150,18 +149,13 @@ def _taken(hint: Any) -> Any:
 
 
 def _told(kind: type) -> dict[str, str]:
-    """Return what the docstrings of a dataclass, and of those that it is derived from, say of each of its fields."""
+    """Return what a dataclass, and those that it is derived from, say of each field in the docstring behind it."""
     found: dict[str, str] = {}
-    for each in reversed(kind.__mro__):
-        name = ""
-        _, _, described = inspect.cleandoc(each.__doc__ or "").partition("Args:\n")
-        for line in described.split("\n"):
-            if line and not line.startswith(" "):
-                break
-            begins = re.match(r"    (\w+): (.*)", line)
-            if begins:
-                name = begins[1]
-                found[name] = begins[2][0].upper() + begins[2][1:]
-            elif name and line.strip():
-                found[name] += f" {line.strip()}"
-    return {name: text.replace("``", "'").replace("`", "'") for name, text in found.items()}
+    for each in reversed(kind.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for item, behind in itertools.pairwise(body.body):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(behind, ast.Expr):
+                said = " ".join(str(ast.literal_eval(behind.value)).split())
+                found[item.target.id] = said.replace("``", "'").replace("`", "'")
+    return found

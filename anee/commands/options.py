@@ -18,19 +18,16 @@ NamedTexts = Annotated[list[str], typer.Option("--text", "-t", help="NAME=FILE t
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded.
-
-    Args:
-        policy: a policy string, like 'static:skip=5 14'.
-        budget: share of the dense FLOPs that may be spent.
-        dtype: type of the weights: float32, bfloat16 or float16. Default: as stored.
-        device: where to run, like cuda:0.
-    """
+    """How a model is loaded."""
 
     policy: str = "dense"
+    """A policy string, like 'static:skip=5 14'."""
     budget: float | None = None
+    """Share of the dense FLOPs that may be spent."""
     dtype: str | None = None
+    """Type of the weights: float32, bfloat16 or float16. Default: as stored."""
     device: str | None = None
+    """Where to run, like cuda:0."""
 
     def load(self, model: str, **options: Any) -> Any:
         """Return the model under the policy; ``options`` are further ones of `anee.load`."""
@@ -44,19 +41,16 @@ UnderPolicy = Annotated[Loading, Flags(short={"policy": "-p", "budget": "-b"})]
 
 @dataclass(frozen=True)
 class Continuation:
-    """How a prompt is continued.
-
-    Args:
-        max_new_tokens: how many tokens to add.
-        sample: sample instead of taking the likeliest token.
-        temperature: temperature of sampling.
-        seed: seed of sampling.
-    """
+    """How a prompt is continued."""
 
     max_new_tokens: int = 50
+    """How many tokens to add."""
     sample: bool = False
+    """Sample instead of taking the likeliest token."""
     temperature: float = 1.0
+    """Temperature of sampling."""
     seed: int | None = None
+    """Seed of sampling."""
 
     def of(self, model: Any, prompt: str, **options: Any) -> Any:
         """Return what a model makes of a prompt; ``options`` are further ones of its ``generate``."""

@@ -8,20 +8,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How tasks are scored.
-
-    Args:
-        tasks_dir: folder with NAME.jsonl, for tasks without a hub.
-        limit: examples per task.
-        mode: parallel, or decode: token by token, an audit.
-        batch: examples at once.
-        dtype: of the model: float32, bfloat16 or float16. Default: as stored.
-        device: where to run, like cuda:0.
-    """
+    """How tasks are scored."""
 
     tasks_dir: Path | None = None
+    """Folder with NAME.jsonl, for tasks without a hub."""
     limit: int | None = None
+    """Examples per task."""
     mode: str = "parallel"
+    """Parallel, or decode: token by token, an audit."""
     batch: int = 1
+    """Examples at once."""
     dtype: str | None = None
+    """Of the model: float32, bfloat16 or float16. Default: as stored."""
     device: str | None = None
+    """Where to run, like cuda:0."""

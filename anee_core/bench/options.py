@@ -9,35 +9,32 @@ from anee_core.errors import InputError
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured.
-
-    Args:
-        model: a model source, hub id, folder or one of `SIZES`, which get random weights.
-        dtype: type of the weights: float32, bfloat16 or float16.
-        batch: sequences at once.
-        context: tokens of each prompt.
-        tokens: new tokens whose times are taken.
-        repeats: how often each contender is run; they take turns.
-        skipped: shares of the layers to skip, at random for each token.
-        policies: further policy strings, each with a budget after an ``@`` if it takes one, as in ``rl@0.7``.
-        compiled: whether transformers compiled with a static cache takes part, which takes minutes to compile.
-        peers: whether other engines take part, where they are installed and the batch is 1.
-        weights: quantisations of the layers' weights that take part too, dense and with the last share skipped.
-        device: where it runs; other engines and quantised weights take part on the CPU alone.
-    """
+    """What is measured."""
 
     model: str = "smollm2"
+    """A model source, hub id, folder or one of `SIZES`, which get random weights."""
     dtype: str = "bfloat16"
+    """Type of the weights: float32, bfloat16 or float16."""
     batch: int = 1
+    """Sequences at once."""
     context: int = 128
+    """Tokens of each prompt."""
     tokens: int = 24
+    """New tokens whose times are taken."""
     repeats: int = 5
+    """How often each contender is run; they take turns."""
     skipped: tuple[float, ...] = (0.25, 0.5, 0.58)
+    """Shares of the layers to skip, at random for each token."""
     policies: tuple[str, ...] = ()
+    """Further policy strings, each with a budget after an ``@`` if it takes one, as in ``rl@0.7``."""
     compiled: bool = False
+    """Whether transformers compiled with a static cache takes part, which takes minutes to compile."""
     peers: bool = False
+    """Whether other engines take part, where they are installed and the batch is 1."""
     weights: tuple[str, ...] = ()
+    """Quantisations of the layers' weights that take part too, dense and with the last share skipped."""
     device: str = "cpu"
+    """Where it runs; other engines and quantised weights take part on the CPU alone."""
 
     @property
     def on_cpu(self) -> bool:
@@ -68,25 +65,22 @@ def policy_and_budget(text: str) -> tuple[str, float | None]:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How a sweep measures.
-
-    Args:
-        budgets: for every policy; in a policy string with ``{budget}`` each takes that place.
-        length: tokens per block of text.
-        blocks: of each text.
-        tokens: to decode for each measurement of time.
-        repeats: of each measurement of time, alternating with the dense model; the median counts. 0: no times.
-        dtype: type of the weights: float32, bfloat16 or float16. Default: as stored.
-        device: where they run. Default: on the CPU.
-    """
+    """How a sweep measures."""
 
     budgets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    """For every policy; in a policy string with ``{budget}`` each takes that place."""
     length: int = 512
+    """Tokens per block of text."""
     blocks: int = 4
+    """Of each text."""
     tokens: int = 16
+    """To decode for each measurement of time."""
     repeats: int = 3
+    """Of each measurement of time, alternating with the dense model; the median counts. 0: no times."""
     dtype: str | None = None
+    """Type of the weights: float32, bfloat16 or float16. Default: as stored."""
     device: str | None = None
+    """Where they run. Default: on the CPU."""
 
     def __post_init__(self) -> None:
         if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):

@@ -33,22 +33,20 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How shortcuts and gate are fitted.
-
-    Args:
-        rank: width of the shortcuts.
-        ridge: added to the diagonal of the inputs' second moments, as a share of its mean.
-        skipped: share of (layer, token) pairs that take their new shortcut during the fit, so that later layers are
-            fitted on hidden states such as they will see.
-        batch: sequences at once.
-        seed: draws those pairs.
-    """
+    """How shortcuts and gate are fitted."""
 
     rank: int = 128
+    """Width of the shortcuts."""
     ridge: float = 1e-3
+    """Added to the diagonal of the inputs' second moments, as a share of its mean."""
     skipped: float = 0.25
+    """Share of (layer, token) pairs that take their new shortcut during the fit, so that later layers are fitted on
+    hidden states such as they will see.
+    """
     batch: int = 4
+    """Sequences at once."""
     seed: int = 0
+    """Draws those pairs."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.batch < 1:
@@ -59,21 +57,18 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class GateCalibration:
-    """How a gate is calibrated.
-
-    Args:
-        text: a file to read instead of the model's own samples.
-        sequences: how many to fit on.
-        length: tokens of each.
-        fit: how shortcuts and gate are fitted.
-        progress: whether to show bars.
-    """
+    """How a gate is calibrated."""
 
     text: str | Path | None = None
+    """A file to read instead of the model's own samples."""
     sequences: int = 32
+    """How many to fit on."""
     length: int = 512
+    """Tokens of each."""
     fit: FitOptions = field(default_factory=FitOptions)
+    """How shortcuts and gate are fitted."""
     progress: bool = True
+    """Whether to show bars."""
 
     def __post_init__(self) -> None:
         if self.sequences < 1:

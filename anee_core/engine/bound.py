@@ -19,17 +19,14 @@ from anee_core.steps.reference import ReferenceStep, devices_of
 
 @dataclass(frozen=True)
 class Terms:
-    """On what terms a policy runs a model.
-
-    Args:
-        budget: share of the dense decoder-layer FLOPs that may be spent, in (0, 1]; None for the policy's default.
-        hard: whether no token may exceed the budget; otherwise it holds on average.
-        calibration: what the controller needs to know of the model, if anything.
-    """
+    """On what terms a policy runs a model."""
 
     budget: float | None = None
+    """Share of the dense decoder-layer FLOPs that may be spent, in (0, 1]; None for the policy's default."""
     hard: bool = False
+    """Whether no token may exceed the budget; otherwise it holds on average."""
     calibration: Calibration | None = None
+    """What the controller needs to know of the model, if anything."""
 
 
 @dataclass(frozen=True)

@@ -29,29 +29,26 @@ _HEIGHT = 16
 
 @dataclass(frozen=True)
 class Replay:
-    """A sequence of T tokens as it was read and generated.
-
-    Args:
-        tokens: their text.
-        prompt: how many of them are the prompt.
-        trace: of the replay.
-        ran: which layers ran, [L, T] bool.
-        held: slots that each layer held after each token, [L, T].
-        change: how much each layer changed the hidden state, relative to its norm, [L, T]; the last layer's is unknown.
-        entropy: of the next-token distribution after each token, as a share of log(vocabulary), [T].
-        confidence: its largest probability, [T].
-        spent: what each token spent of a dense one's decoder-layer FLOPs, [T].
-    """
+    """A sequence of T tokens as it was read and generated."""
 
     tokens: list[str]
+    """Their text."""
     prompt: int
+    """How many of them are the prompt."""
     trace: Trace
+    """Of the replay."""
     ran: Tensor
+    """Which layers ran, [L, T] bool."""
     held: Tensor
+    """Slots that each layer held after each token, [L, T]."""
     change: Tensor
+    """How much each layer changed the hidden state, relative to its norm, [L, T]; the last layer's is unknown."""
     entropy: Tensor
+    """Of the next-token distribution after each token, as a share of log(vocabulary), [T]."""
     confidence: Tensor
+    """Its largest probability, [T]."""
     spent: Tensor
+    """What each token spent of a dense one's decoder-layer FLOPs, [T]."""
 
 
 @torch.inference_mode()

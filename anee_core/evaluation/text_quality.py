@@ -20,25 +20,22 @@ _WIKITEXT = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Figures of a policy on a text, over the scored positions.
-
-    Args:
-        perplexity: of the next tokens.
-        spent: what a token spends of the decoder-layer FLOPs that it would dense, on average over all positions.
-        skipped: share of (layer, token) pairs, of all positions.
-        dropped: share of the context that layers no longer held: of all pairs of a token and an earlier one.
-        kv_bytes: allocated for keys and values, and what a policy keeps beside them, at the end of a block.
-        divergence: mean KL(dense || policy) in nats per token; NaN if there was nothing to compare with.
-        agreement: share of positions at which the likeliest token is the dense model's; NaN likewise.
-    """
+    """Figures of a policy on a text, over the scored positions."""
 
     perplexity: float
+    """Of the next tokens."""
     spent: float
+    """What a token spends of the decoder-layer FLOPs that it would dense, on average over all positions."""
     skipped: float
+    """Share of (layer, token) pairs, of all positions."""
     dropped: float
+    """Share of the context that layers no longer held: of all pairs of a token and an earlier one."""
     kv_bytes: float
+    """Allocated for keys and values, and what a policy keeps beside them, at the end of a block."""
     divergence: float = math.nan
+    """Mean KL(dense || policy) in nats per token; NaN if there was nothing to compare with."""
     agreement: float = math.nan
+    """Share of positions at which the likeliest token is the dense model's; NaN likewise."""
 
 
 def text_blocks(model: AdaptiveModel, path: str | Path, length: int, count: int) -> Tensor:

@@ -16,44 +16,43 @@ MOST = 0.95
 
 @dataclass(frozen=True)
 class AsaOptions:
-    """What is trained, and how.
-
-    Args:
-        backbone: what of the model is trained beside the interactions: nothing ("frozen"), low-rank updates of its
-            linears ("lora"), or everything ("full").
-        gamma: weight of the mean share of context that is kept.
-        target: share of the context to drop; gamma then adapts until it is met.
-        rank: width of the interaction projections.
-        alpha: schedule of the sparse sigmoid's sharpness; see `parse_schedule`. None: from 2 to 8 over four fifths of
-            the run.
-        beta: bias of the interactions at the start. None: where nothing is dropped at the first alpha.
-        start: folder with weights to start from, trained before for the same model.
-        distil: whether to learn from the dense model instead of the text; if the whole model is trained, it learns from
-            the text as a dense one too, and serves both. None: unless the whole model is trained.
-        length: tokens per block.
-        batch: blocks per batch.
-        rate: learning rate of the interactions.
-        backbone_rate: learning rate of the model's own weights.
-        warmup: steps until the learning rates are reached.
-        lora_rank: rank of the low-rank updates.
-        valid_blocks: blocks to validate on.
-    """
+    """What is trained, and how."""
 
     backbone: Backbone = "frozen"
+    """What of the model is trained beside the interactions: nothing ("frozen"), low-rank updates of its linears
+    ("lora"), or everything ("full").
+    """
     gamma: float = 0.3
+    """Weight of the mean share of context that is kept."""
     target: float | None = None
+    """Share of the context to drop; gamma then adapts until it is met."""
     rank: int = 64
+    """Width of the interaction projections."""
     alpha: str | None = None
+    """Schedule of the sparse sigmoid's sharpness; see `parse_schedule`. None: from 2 to 8 over four fifths of the run.
+    """
     beta: float | None = None
+    """Bias of the interactions at the start. None: where nothing is dropped at the first alpha."""
     start: str | None = None
+    """Folder with weights to start from, trained before for the same model."""
     distil: bool | None = None
+    """Whether to learn from the dense model instead of the text; if the whole model is trained, it learns from the
+    text as a dense one too, and serves both. None: unless the whole model is trained.
+    """
     length: int = 512
+    """Tokens per block."""
     batch: int = 4
+    """Blocks per batch."""
     rate: float = 1e-3
+    """Learning rate of the interactions."""
     backbone_rate: float = 1e-4
+    """Learning rate of the model's own weights."""
     warmup: int = 20
+    """Steps until the learning rates are reached."""
     lora_rank: int = 16
+    """Rank of the low-rank updates."""
     valid_blocks: int = 8
+    """Blocks to validate on."""
 
     def __post_init__(self) -> None:
         if self.backbone not in get_args(Backbone):
@@ -73,21 +72,18 @@ class AsaOptions:
 
 @dataclass(frozen=True)
 class GateOptions:
-    """How a gate is trained.
-
-    Args:
-        least: smallest budget that is trained for; each sequence draws its own from there to 0.95.
-        knots: budgets with shares of their own; between them shares are interpolated.
-        temperature: of the sigmoid that stands in for the step in the backward pass, in standard deviations.
-        noise: scale of the Gumbel noise on the scores.
-        pressure: how fast the price of spending rises while a budget is exceeded, per step.
-    """
+    """How a gate is trained."""
 
     least: float = 0.5
+    """Smallest budget that is trained for; each sequence draws its own from there to 0.95."""
     knots: int = 6
+    """Budgets with shares of their own; between them shares are interpolated."""
     temperature: float = 0.5
+    """Of the sigmoid that stands in for the step in the backward pass, in standard deviations."""
     noise: float = 0.3
+    """Scale of the Gumbel noise on the scores."""
     pressure: float = 0.5
+    """How fast the price of spending rises while a budget is exceeded, per step."""
 
     def __post_init__(self) -> None:
         if not 0 < self.least < MOST or self.knots < 2:
@@ -100,33 +96,30 @@ class GateOptions:
 
 @dataclass(frozen=True)
 class GateTraining:
-    """What is trained, and on what.
-
-    Args:
-        gate: how the gate is trained.
-        rank: width of the shortcuts.
-        length: tokens per block.
-        batch: blocks per batch.
-        rate: factor on the learning rates.
-        warmup: steps until the learning rates are reached.
-        valid_blocks: blocks to validate on.
-        calibration_sequences: pieces of text for the fit that the training starts from.
-        start: folder with a gate and shortcuts for the same model to start from, instead of a fit.
-        protect: how many first and last layers always run.
-        first: how many first tokens of a sequence run every layer.
-    """
+    """What is trained, and on what."""
 
     gate: GateOptions = field(default_factory=GateOptions)
+    """How the gate is trained."""
     rank: int = 128
+    """Width of the shortcuts."""
     length: int = 256
+    """Tokens per block."""
     batch: int = 4
+    """Blocks per batch."""
     rate: float = 1.0
+    """Factor on the learning rates."""
     warmup: int = 10
+    """Steps until the learning rates are reached."""
     valid_blocks: int = 8
+    """Blocks to validate on."""
     calibration_sequences: int = 32
+    """Pieces of text for the fit that the training starts from."""
     start: str | None = None
+    """Folder with a gate and shortcuts for the same model to start from, instead of a fit."""
     protect: tuple[int, int] = (1, 2)
+    """How many first and last layers always run."""
     first: int = 4
+    """How many first tokens of a sequence run every layer."""
 
     def __post_init__(self) -> None:
         if min(self.rank, self.batch, self.valid_blocks, self.calibration_sequences) < 1 or self.length <= self.first:
@@ -137,23 +130,20 @@ class GateTraining:
 
 @dataclass(frozen=True)
 class ReinforceOptions:
-    """How decisions are drawn and rewarded.
-
-    Args:
-        rollouts: how many are drawn for each text; the others are a rollout's baseline.
-        temperature: of the decisions, in standard deviations of the scores: the lower, the fewer are left to chance.
-        near_dense: divergence, in nats, under which spending less than the budget is rewarded.
-        entropy: weight of the decisions' entropy at the start; it falls to zero over the run.
-        hard: share of the texts under a hard budget, which no token exceeds.
-        steps: optimiser steps.
-    """
+    """How decisions are drawn and rewarded."""
 
     rollouts: int = 4
+    """How many are drawn for each text; the others are a rollout's baseline."""
     temperature: float = 0.1
+    """Of the decisions, in standard deviations of the scores: the lower, the fewer are left to chance."""
     near_dense: float = 0.1
+    """Divergence, in nats, under which spending less than the budget is rewarded."""
     entropy: float = 1e-3
+    """Weight of the decisions' entropy at the start; it falls to zero over the run."""
     hard: float = 0.5
+    """Share of the texts under a hard budget, which no token exceeds."""
     steps: int = 100
+    """Optimiser steps."""
 
     def __post_init__(self) -> None:
         if self.rollouts < 2 or self.steps < 1:
@@ -166,21 +156,18 @@ class ReinforceOptions:
 
 @dataclass(frozen=True)
 class RlTraining:
-    """Both stages.
-
-    Args:
-        supervised: the first; its text, lengths and batches are those of the second too.
-        reinforce: the second.
-        steps: of REINFORCE; the first stage has those of the run.
-        rate: factor on the learning rates of the second.
-        samples: texts that the model writes under the policy of the first stage, for the second to read as well.
-    """
+    """Both stages."""
 
     supervised: GateTraining = field(default_factory=GateTraining)
+    """The first; its text, lengths and batches are those of the second too."""
     reinforce: ReinforceOptions = field(default_factory=ReinforceOptions)
+    """The second."""
     steps: int = 100
+    """Of REINFORCE; the first stage has those of the run."""
     rate: float = 0.3
+    """Factor on the learning rates of the second."""
     samples: int = 32
+    """Texts that the model writes under the policy of the first stage, for the second to read as well."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.samples < 0 or self.rate <= 0:

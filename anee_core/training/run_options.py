@@ -10,29 +10,26 @@ from anee_core.errors import InputError
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes.
-
-    Args:
-        folder: where checkpoints and logs go; a run found there is continued.
-        steps: optimiser steps; with 0 what the run starts from is written as it would be after training.
-        accumulate: batches per step.
-        clip: largest gradient norm; 0 for no clipping.
-        precision: "no", "bf16" or "fp16".
-        seed: seed of everything random.
-        validate_every: steps between validations; 0 for none but the last.
-        save_every: steps between checkpoints.
-        progress: whether to show a bar.
-    """
+    """How a run goes."""
 
     folder: Path
+    """Where checkpoints and logs go; a run found there is continued."""
     steps: int
+    """Optimiser steps; with 0 what the run starts from is written as it would be after training."""
     accumulate: int = 1
+    """Batches per step."""
     clip: float = 1.0
+    """Largest gradient norm; 0 for no clipping."""
     precision: str = "no"
+    """"no", "bf16" or "fp16"."""
     seed: int = 0
+    """Seed of everything random."""
     validate_every: int = 100
+    """Steps between validations; 0 for none but the last."""
     save_every: int = 50
+    """Steps between checkpoints."""
     progress: bool = True
+    """Whether to show a bar."""
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.accumulate < 1 or self.save_every < 1:
