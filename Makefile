@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-real check format docs bench clean conformance conformance-oldest conformance-newest
+.PHONY: demo test test-real check format docs bench clean conformance conformance-oldest conformance-newest conformance-sample
 
 demo: .venv/demo.done  ## what skipping layers saves and costs, beside int8 weights
 	$(BIN)/python examples/demo.py
@@ -25,12 +25,19 @@ format: .venv/dev.done
 
 conformance: conformance-oldest conformance-newest  ## every family on the oldest and newest transformers; rewrites the table in docs/models.md
 	.venv-newest/bin/python docs/support_table.py
+	.venv-newest/bin/python .ci/families.py --record
 
-conformance-oldest conformance-newest: conformance-%:
+conformance-oldest conformance-newest: conformance-%: .venv-%
+	.venv-$*/bin/anee conformance --config tests/configs --json docs/results/conformance-$*.json
+
+conformance-sample: .venv-oldest  ## on the oldest transformers: a sample of the families, and those that have changed
+	.venv-oldest/bin/anee conformance $$(.venv-oldest/bin/python .ci/families.py)
+
+.PHONY: .venv-oldest .venv-newest
+.venv-oldest .venv-newest: .venv-%:
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --constraint constraints-$*.txt torch
 	.venv-$*/bin/pip install --quiet --upgrade --constraint constraints-$*.txt --editable . transformers
-	.venv-$*/bin/anee conformance --config tests/configs --json docs/results/conformance-$*.json
 
 docs: .venv/dev.done  ## the documentation site, in build/site; warnings are errors
 	$(BIN)/typer anee.cli utils docs --name anee --title "Command line" --output docs/cli.md
