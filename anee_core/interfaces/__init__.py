@@ -13,7 +13,7 @@ from anee_core.adapter.rotary import rotate, rotate_interleaved
 from anee_core.interfaces.cache_policy import CachePolicy, CacheView, Wants
 from anee_core.interfaces.configurable import Configurable
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
-from anee_core.interfaces.formulas import LinearGate, LinearInteraction
+from anee_core.interfaces.formulas import LinearGate, LinearInteraction, LowRankMap
 from anee_core.interfaces.hashed_random import uniform
 from anee_core.interfaces.profiler import Observation, Profiler
 from anee_core.interfaces.setting import Calibration, Setting
@@ -32,6 +32,7 @@ __all__ = [
     "Layout",
     "LinearGate",
     "LinearInteraction",
+    "LowRankMap",
     "ModelAdapter",
     "Observation",
     "Parts",
