@@ -1,4 +1,4 @@
-"""``python -m anee``."""
+"""The command line as ``python -m anee``."""
 
 from anee.cli import main
 

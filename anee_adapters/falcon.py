@@ -31,7 +31,7 @@ class FalconAdapter(ModelAdapter):
         return replace(self.layout, input_norm="input_layernorm", fused="self_attention.query_key_value")
 
     def recipe(self, config: Any) -> Recipe | None:
-        """Return that of layers with one key and value head, as in Falcon 7B."""
+        """Return the recipe of layers with one key and value head, as in Falcon 7B; others have none."""
         if config.new_decoder_architecture or not config.multi_query:
             return None
         return Recipe(

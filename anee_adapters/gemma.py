@@ -16,7 +16,7 @@ class GemmaAdapter(LlamaAdapter):
     """Gemma. The embedding module scales by itself."""
 
     def recipe(self, config: Any) -> Recipe:
-        """Return LLaMA's, for Gemma's layers."""
+        """Return LLaMA's recipe, for Gemma's layers."""
         return replace(super().recipe(config), layers=frozenset({"GemmaDecoderLayer"}))
 
 
@@ -26,7 +26,7 @@ class Gemma2Adapter(GemmaAdapter):
     layout: ClassVar[Layout] = replace(GemmaAdapter.layout, windows="by type")
 
     def recipe(self, config: Any) -> Recipe:
-        """Return Gemma's, with norms behind attention and MLP too."""
+        """Return Gemma's recipe, with norms behind attention and MLP too."""
         return replace(
             super().recipe(config),
             layers=frozenset({"Gemma2DecoderLayer"}),
@@ -51,7 +51,7 @@ class Gemma3Adapter(Gemma2Adapter):
     layout: ClassVar[Layout] = replace(Gemma2Adapter.layout, key_norm="self_attn.k_norm")
 
     def recipe(self, config: Any) -> Recipe:
-        """Return Gemma 2's without the cap."""
+        """Return Gemma 2's recipe without the cap."""
         return replace(super().recipe(config), layers=frozenset({"Gemma3DecoderLayer"}), cap=None)
 
     def refuse(self, config: Any) -> str | None:

@@ -21,7 +21,7 @@ class GPT2Adapter(ModelAdapter):
     )
 
     def recipe(self, config: Any) -> Recipe | None:
-        """Return that of GPT-2's blocks without cross-attention."""
+        """Return the recipe of GPT-2's blocks without cross-attention."""
         if config.add_cross_attention or config.reorder_and_upcast_attn:
             return None
         return Recipe(

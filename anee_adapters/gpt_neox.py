@@ -8,7 +8,7 @@ from anee_core.interfaces import Layout, ModelAdapter, Recipe
 
 
 class GPTNeoXAdapter(ModelAdapter):
-    """GPT-NeoX, parallel or sequential. A skipped layer asks the layer itself for keys and values."""
+    """GPT-NeoX, parallel or sequential. A token that skips a layer gets keys and values from the layer itself."""
 
     layout: ClassVar[Layout] = Layout(
         layers="gpt_neox.layers",
@@ -20,7 +20,7 @@ class GPTNeoXAdapter(ModelAdapter):
     )
 
     def recipe(self, config: Any) -> Recipe | None:
-        """Return that of parallel or sequential layers."""
+        """Return the recipe of parallel or sequential layers."""
         return Recipe(
             layers=frozenset({"GPTNeoXLayer"}),
             interleaved="attention.query_key_value",

@@ -12,7 +12,7 @@ from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts, Recipe,
 
 
 class GPTJAdapter(ModelAdapter):
-    """GPT-J. Before transformers 5.24 its layers look positions up in a table of their own, and then the model does."""
+    """GPT-J. Before transformers 5.24 each layer looks positions up in its own table; since then the model does."""
 
     layout: ClassVar[Layout] = Layout(
         layers="transformer.h",
@@ -25,14 +25,14 @@ class GPTJAdapter(ModelAdapter):
     )
 
     def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> tuple[LayerCall, ...]:
-        """Add what the model looks up; the layers that look for themselves are passed nothing."""
+        """Add the angles that the model looks up; layers that look for themselves are passed none."""
         call = LayerCall(position_ids)
         if _looks_up(parts):
             call = replace(call, position_embeddings=_looked_up(parts, 0, position_ids, hidden_states.dtype))
         return (call,) * len(parts.layers)
 
     def project_kv(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Turn neighbours, which the default does not."""
+        """Return keys and values as the default does, but with neighbours of the keys turned."""
         keys, values = super().project_kv(parts, layer_idx, hidden_states, replace(call, position_embeddings=None))
         looked_up = call.position_embeddings
         if looked_up is None:
@@ -41,7 +41,7 @@ class GPTJAdapter(ModelAdapter):
         return rotate_interleaved(keys, sin, cos), values
 
     def recipe(self, config: Any) -> Recipe | None:
-        """Return that of GPT-J: one norm, and rotary positions for neighbours."""
+        """Return the recipe of GPT-J: one norm, and rotary positions for neighbours."""
         return Recipe(
             layers=frozenset({"GPTJBlock"}),
             query="attn.q_proj",
@@ -54,7 +54,7 @@ class GPTJAdapter(ModelAdapter):
         )
 
     def angles(self, parts: Parts, call: LayerCall) -> tuple[Tensor, Tensor] | None:
-        """Return those of the table, which is the same in every layer, one for each number of a pair."""
+        """Return the angles of the table, which is the same in every layer, one for each number of a pair."""
         sin, cos = _looked_up(parts, 0, call.position_ids, parts.model.dtype)
         return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
 

@@ -22,7 +22,7 @@ class LlamaAdapter(ModelAdapter):
     )
 
     def recipe(self, config: Any) -> Recipe:
-        """Return that of LLaMA and those that differ from it in norms and windows only."""
+        """Return the recipe of LLaMA and of families that differ from it in norms and windows only."""
         return Recipe(
             layers=frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}),
             query="self_attn.q_proj",

@@ -31,7 +31,7 @@ class OPTAdapter(ModelAdapter):
         return replace(layout, final_norm=None) if config._remove_final_layer_norm else layout
 
     def recipe(self, config: Any) -> Recipe | None:
-        """Return that of layers with their norms in front."""
+        """Return the recipe of layers with their norms in front; others have none."""
         if not config.do_layer_norm_before:
             return None
         return Recipe(

@@ -17,7 +17,7 @@ class Phi3Adapter(LlamaAdapter):
     )
 
     def recipe(self, config: Any) -> Recipe:
-        """Return LLaMA's with the MLP's two inputs in one projection."""
+        """Return LLaMA's recipe with the MLP's two inputs in one projection."""
         return Recipe(
             layers=frozenset({"Phi3DecoderLayer"}),
             output="self_attn.o_proj",

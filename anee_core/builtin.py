@@ -51,7 +51,7 @@ def learned_depth(folder: str = "") -> Policy:
     """Return the policy "rl": a gate and shortcuts that were trained together, or fitted on first use.
 
     Args:
-        folder: with both. Default: what is installed for the model, or else fitted for it.
+        folder: holds both. Default: what is installed for the model, or else fitted for it.
     """
     return Policy(GateController(folder), shortcut=LowRankShortcut(folder))
 

@@ -23,19 +23,19 @@ class CheckpointFormat:
     """One kind of checkpoint: ``NAME.json`` and ``NAME.safetensors`` in a folder."""
 
     name: str
-    """Of both files."""
+    """Name of both files, without their endings."""
     what: str
-    """Is kept there, for messages."""
+    """What is kept there, as messages call it."""
     missing: str
-    """What to tell who has no such folder."""
+    """What messages tell who has no such folder."""
     remedy: str
-    """What to do about a corrupt one."""
+    """What messages say to do about a corrupt checkpoint."""
     renew: str
-    """What to do about one of another version."""
+    """What messages say to do about a checkpoint of another version."""
     shapes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Each tensor's, in sizes that the header names. Default: any tensors."""
+    """Shape of each tensor, in sizes that the header names; empty for any tensors."""
     facts: frozenset[str] = frozenset()
-    """What else the header says."""
+    """Names of what else the header says."""
 
     @property
     def header(self) -> str:

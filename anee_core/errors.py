@@ -27,14 +27,12 @@ class PolicyError(AneeError, ValueError):
 
 
 class BudgetError(PolicyError):
-    """A compute budget that is out of range or cannot be met.
-
-    ``least`` is the smallest budget that could be met, where the error is that this one is below it.
-    """
+    """A compute budget that is out of range or cannot be met."""
 
     def __init__(self, message: str, least: float | None = None) -> None:
         super().__init__(message)
         self.least = least
+        """Smallest budget that could be met, where the error is that the given one is below it."""
 
 
 class CheckpointError(AneeError):

@@ -30,11 +30,13 @@ class SourceRequest:
     """What a model source is asked for."""
 
     dtype: torch.dtype | None
+    """Floating-point type that the model is to have; None for as stored."""
     device: str | torch.device | None
+    """Device that the model is to be on; None to leave that to the source."""
 
 
 ModelSource = Callable[[SourceRequest], tuple[Any, Any]]
-"""Returns a loaded causal LM and its tokenizer (or None)."""
+"""A function that returns a loaded causal LM and its tokenizer (or None)."""
 
 
 class Hooks:

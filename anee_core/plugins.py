@@ -1,4 +1,4 @@
-"""Finds plugins, keeps broken ones from doing harm, and says who provides what."""
+"""Find plugins, keep broken ones from doing harm, and say who provides what."""
 
 from __future__ import annotations
 
@@ -31,22 +31,28 @@ KINDS = (
     "model_sources",
     "trained_policies",
 )
+"""Kinds of what plugins provide; the hook of each is called ``anee_`` and the kind."""
 _BUILT_IN = "anee"
 
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """One plugin: where it comes from, what it provides by kind, and what is wrong with it, if anything."""
+    """One plugin that was found."""
 
     name: str
+    """Name of its entry point."""
     distribution: str
+    """Distribution that it comes from."""
     version: str
+    """Version of the distribution."""
     provides: Mapping[str, tuple[str, ...]]
+    """Names of what it provides, by kind."""
     problem: str | None = None
+    """What is wrong with it; None if nothing is."""
 
     @property
     def origin(self) -> str:
-        """Return the entry point and the distribution it is from."""
+        """Entry point and distribution that it comes from, for messages."""
         return f"'{self.name}' of {self.distribution} {self.version}"
 
 

@@ -26,11 +26,11 @@ class Shown:
     """Where the results go."""
 
     out: Path = Path("benchmarks/out/bench.json")
-    """Keeps what is measured; an interrupted run goes on."""
+    """File that keeps what is measured; an interrupted run goes on."""
     plot: Path | None = None
-    """A picture."""
+    """Picture to write."""
     markdown: Path | None = None
-    """The tables."""
+    """File to write the tables to."""
 
 
 _EACH = frozenset({"model", "dtype", "batch", "context"})

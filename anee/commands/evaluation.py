@@ -19,7 +19,7 @@ from anee_core.bench.options import SweepOptions
 from anee_core.errors import InputError
 
 _NAMED = Flags(short={"policy": "-p", "budget": "-b"}, defaults={"policy": MISSING})
-"""For commands that make no sense without a policy."""
+"""Flags of commands that make no sense without a policy."""
 
 
 @flat
@@ -54,7 +54,7 @@ class Compared:
     """What is compared."""
 
     budgets: str | None = None
-    """Separated by commas. Default: 0.5 to 0.9."""
+    """Budgets separated by commas. Default: 0.5 to 0.9."""
     baselines: bool = True
     """Add 'random' and a window."""
 
@@ -136,7 +136,7 @@ class Publishing:
     length: int = 512
     """Tokens per block of text."""
     blocks: int = 8
-    """Of each text."""
+    """Blocks of each text."""
 
 
 @flat

@@ -31,7 +31,7 @@ class Flags:
     short: Mapping[str, str] = field(default_factory=dict)
     """One-letter options by field, like ``-f``."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """By field, in the place of the dataclass's; MISSING for an option that has to be given."""
+    """Defaults by field, in the place of the dataclass's; MISSING for an option that has to be given."""
 
     def inside(self, name: str) -> Flags:
         """Return the flags of a field that is a dataclass itself."""

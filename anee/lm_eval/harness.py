@@ -19,7 +19,7 @@ _FIGURES = ("budget spent", "context kept", "FLOPs", "weight bytes", "KV bytes")
 
 @register_model("anee")
 class AneeLM(HFLM):  # type: ignore[misc]
-    """Scores and generates under a policy, and counts what that took.
+    """A model that scores and generates under a policy, and counts what that took.
 
     It takes many parameters because lm-eval hands over what its command line is given, one by one.
 
@@ -88,10 +88,11 @@ class AneeLM(HFLM):  # type: ignore[misc]
         self._sums: dict[str, float] = dict.fromkeys(_FIGURES, 0.0)
 
     def spent(self) -> dict[str, float]:
-        """Return, on average over all tokens since counting began: share of the dense decoder-layer FLOPs spent, share
-        of the context that layers held, FLOPs, bytes of weights read, and bytes that keys and values took at the end of
-        the token's batch. Weights are read once for all tokens of a forward: they tell what decoding reads in the mode
-        "decode" alone.
+        """Return what was spent, on average over all tokens since counting began.
+
+        That is the share of the dense decoder-layer FLOPs spent, the share of the context that layers held, FLOPs,
+        bytes of weights read, and bytes that keys and values took at the end of the token's batch. Weights are read
+        once for all tokens of a forward: they tell what decoding reads in the mode "decode" alone.
         """
         return {name: total / max(self._tokens, 1) for name, total in self._sums.items()}
 

@@ -1,4 +1,4 @@
-"""How tasks are scored. Imports nothing heavy, so that a command line can read it."""
+"""How tasks are scored. It imports nothing heavy, so that a command line can read it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class TaskOptions:
     limit: int | None = None
     """Examples per task."""
     mode: str = "parallel"
-    """Parallel, or decode: token by token, an audit."""
+    """How a text is scored: parallel, or decode: token by token, as an audit."""
     batch: int = 1
     """Examples at once."""
     dtype: str | None = None
-    """Of the model: float32, bfloat16 or float16. Default: as stored."""
+    """Type of the weights: float32, bfloat16 or float16. Default: as stored."""
     device: str | None = None
     """Where to run, like cuda:0."""

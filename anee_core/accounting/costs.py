@@ -14,24 +14,24 @@ from anee_core.accounting.work import Work
 
 @dataclass(frozen=True)
 class CostModel:
-    """What each part of one model costs.
-
-    ``run`` and ``propagate`` hold one `Work` per layer: the layer's linears, and what gives a skipped token its keys
-    and values; ``shortcut`` what it gets in the layer's place, if anything. Attention adds ``pair_flops`` for each
-    (query, slot) pair. Head and embedding stand apart; the latter is what leads from a token to the first layer, and
-    from the last layer to the head.
-    """
+    """The cost of each part of one model."""
 
     run: tuple[Work, ...]
+    """Work of each layer's linears, where a token runs it; attention comes on top, by ``pair_flops``."""
     propagate: tuple[Work, ...]
+    """Work of giving a token that skips a layer its keys and values there, for each layer."""
     pair_flops: int
+    """FLOPs that attention adds in a layer for each pair of a query and a slot."""
     head: Work
+    """Work of the language-model head."""
     embedding: Work
+    """Work of what leads from a token to the first layer, and from the last layer to the head."""
     shortcut: tuple[Work, ...] = ()
+    """Work of the shortcut that a token gets in the place of a skipped layer, for each layer; empty for none."""
 
     @property
     def skip(self) -> tuple[Work, ...]:
-        """What skipping each layer takes."""
+        """Work of skipping each layer: keys and values, and the shortcut if there is one."""
         if not self.shortcut:
             return self.propagate
         return tuple(keys + instead for keys, instead in zip(self.propagate, self.shortcut, strict=True))
@@ -42,8 +42,9 @@ class CostModel:
         return len(self.run)
 
     def token_shares(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what running and what skipping each layer takes of a dense token's decoder-layer FLOPs, both
-        [L, ...] in fp32 for ``position_ids`` [...]: attention grows with the number of tokens before.
+        """Return the shares of a dense token's layer FLOPs that running and that skipping each layer take.
+
+        Both are [L, ...] in fp32 for ``position_ids`` [...]: attention grows with the number of tokens before.
         """
         attention = self.pair_flops * (position_ids + 1).float()
         run, skip = self._flops.to(position_ids.device).view(2, self.num_layers, *[1] * position_ids.dim())
@@ -52,15 +53,18 @@ class CostModel:
         return run / dense, skip / dense
 
     def saved_more(self, position_ids: Tensor) -> Tensor:
-        """Return the factor [...] by which skipping saves a larger share of a dense token's decoder-layer FLOPs at
-        ``position_ids`` [...] than `run_shares` and `skip_shares` say, since it saves attention too.
+        """Return the factor [...] by which skipping at ``position_ids`` [...] saves more than constant shares say.
+
+        Those are `run_shares` and `skip_shares`, which leave attention out. A skipped layer saves its attention too, so
+        the share of a dense token's decoder-layer FLOPs that is saved grows with the position.
         """
         _, skip = self.token_shares(position_ids)
         return (1 - skip.sum(0)) / (1 - sum(self.skip_shares))
 
     def spent_shares(self, ran: Tensor) -> Tensor:
-        """Return what each token of sequences that start at position 0 spends of a dense one's decoder-layer FLOPs,
-        [B, T], if it ran the layers ``ran`` [L, B, T] and skipped the others.
+        """Return what each token spends of a dense token's decoder-layer FLOPs, [B, T].
+
+        ``ran`` [L, B, T] says which layers it ran; it skipped the others. Sequences start at position 0.
         """
         run, skip = self.token_shares(torch.arange(ran.shape[2], device=ran.device))
         return torch.where(ran, run[:, None], skip[:, None]).sum(0)

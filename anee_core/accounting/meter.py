@@ -1,4 +1,4 @@
-"""Counts what one forward executes. While it runs that costs next to nothing; sums are made when somebody looks."""
+"""Counting of what one forward executes: next to nothing while it runs, since sums are made when somebody looks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anee_core.accounting.token_state import TokenState
 
 
 class Meter:
-    """What one forward over B x T tokens executed.
+    """The count of what one forward over B x T tokens executes.
 
     Args:
         costs: what the model's parts cost.
@@ -46,7 +46,7 @@ class Meter:
         self._head_calls, self._head_tokens = self._head_calls + 1, self._head_tokens + tokens
 
     def total(self) -> Spent:
-        """Return what was executed, and what the dense model would have."""
+        """Return what was executed, and what the dense model would have executed."""
         costs, tokens = self._costs, self._tokens
         if self._states is not None:
             states, held = self._states
@@ -81,18 +81,31 @@ class Spent:
     """Work executed by a number of forwards, against the dense model's for the same tokens."""
 
     layer_flops: int = 0
+    """FLOPs of layers that tokens ran, attention included."""
     propagation_flops: int = 0
+    """FLOPs of giving tokens their keys and values in layers that they skipped."""
     shortcut_flops: int = 0
+    """FLOPs of shortcuts in the place of skipped layers."""
     policy_flops: int = 0
+    """FLOPs of the matrix products of token policies."""
     dense_layer_flops: int = 0
+    """FLOPs of the dense model's layers for the same tokens."""
     head_flops: int = 0
+    """FLOPs of the language-model head."""
     embedding_flops: int = 0
+    """FLOPs of what leads from tokens to the first layer, and from the last layer to the head."""
     layer_bytes: int = 0
+    """Bytes of weights read by layers that tokens ran."""
     propagation_bytes: int = 0
+    """Bytes of weights read to give tokens their keys and values in layers that they skipped."""
     shortcut_bytes: int = 0
+    """Bytes of weights read by shortcuts."""
     dense_layer_bytes: int = 0
+    """Bytes of weights read by the dense model's layers for the same tokens."""
     head_bytes: int = 0
+    """Bytes of weights read by the language-model head."""
     embedding_bytes: int = 0
+    """Bytes of weights read between tokens and the first layer, and between the last layer and the head."""
 
     def add(self, other: Spent) -> None:
         """Add another record's counts to this one."""

@@ -1,4 +1,4 @@
-"""What ran: layers, tokens, FLOPs and bytes of one call, as numbers, as a table and as a picture."""
+"""The record of what ran: layers, tokens, FLOPs and bytes of one call, as numbers, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from anee_core.display import new_figure
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: who ran ([L, B, T] bool), which tokens are real ([B, T] bool), what was executed; how many slots
-    each layer held after each token ([L, B, T]), and the bytes that each layer had allocated in the end.
-    """
+    """The record of one forward."""
 
     ran: Tensor
+    """[L, B, T] bool: which tokens ran each layer."""
     real: Tensor
+    """[B, T] bool: which tokens are real and no padding."""
     meter: Meter
+    """The count of what was executed."""
     phase: Literal["prefill", "decode"]
+    """Whether the forward read a prompt or decoded tokens."""
     dense: bool
+    """Whether it read a prompt densely on request: with every layer, whatever the policy."""
     held: Tensor
+    """[L, B, T] slots that each layer held after each token."""
     kv_bytes: list[int]
+    """Bytes that each layer had allocated in the end, for keys, values and what a policy remembers of them."""
 
     @property
     def spent(self) -> Spent:
-        """What it cost."""
+        """The work of the forward."""
         return self.meter.total()
 
 
@@ -102,10 +107,10 @@ class Trace:
 
     @property
     def budget_spent(self) -> float:
-        """Share of the dense decoder-layer FLOPs that was executed, with what skipped layers cost: their keys
-        and values, and shortcuts.
+        """Share of the dense decoder-layer FLOPs that was executed.
 
-        The tokens of a prompt that was read densely on request are left out: no budget was set for them.
+        What skipped layers cost counts as well: their keys and values, and shortcuts. The tokens of a prompt that was
+        read densely on request are left out: no budget was set for them.
         """
         total = Spent()
         for step in self.steps:

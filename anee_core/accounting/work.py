@@ -13,16 +13,16 @@ from anee_core.errors import AdapterError
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs per token (2 per multiply-add) and bytes of weights.
-
-    ``weight_bytes`` are read by a call, however many tokens it has. ``token_bytes`` are those that each token reads
-    for itself, rows of a table or experts it is routed to, out of ``table_bytes`` in all.
-    """
+    """FLOPs per token, and bytes of weights."""
 
     flops: int = 0
+    """FLOPs per token, 2 for each multiply-add."""
     weight_bytes: int = 0
+    """Bytes of weights that a call reads, however many tokens it has."""
     token_bytes: int = 0
+    """Bytes that each token reads for itself: rows of a table, or experts that it is routed to."""
     table_bytes: int = 0
+    """Bytes of all these rows or experts together, beyond which no call reads."""
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -44,8 +44,9 @@ def module_work(module: Any) -> Work:
 
 
 def _own_product(module: nn.Module) -> int:
-    """Return the FLOPs of a matrix called ``weight``, whichever way round it is stored: GPT-2's projections, routers of
-    experts. One norm per head is a matrix too, but is not multiplied with.
+    """Return the FLOPs of a matrix called ``weight``, whichever way round it is stored; 0 if there is none.
+
+    GPT-2's projections and routers of experts have one. One norm per head is a matrix too, but is not multiplied with.
     """
     weight = module._parameters.get("weight")
     matrix = weight is not None and weight.dim() == 2 and "norm" not in type(module).__name__.lower()

@@ -11,15 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a decoder layer receives beside the hidden states.
-
-    ``position_ids`` is [B, T]; ``position_embeddings`` a pair of [B, T, Dh]; ``attention_mask`` is additive
-    [B, 1, T, S] in the model's dtype, or None where every held slot is visible.
-    """
+    """What a decoder layer receives beside the hidden states."""
 
     position_ids: Tensor
+    """[B, T] positions of the tokens."""
     position_embeddings: tuple[Tensor, Tensor] | None = None
+    """Pair of rotary angles, for most families cosines and sines [B, T, Dh]; None where layers receive none."""
     attention_mask: Tensor | None = None
+    """[B, 1, T, S] additive mask in the model's dtype; None where every held slot is visible."""
 
     def select(self, rows: Tensor, columns: Tensor) -> LayerCall:
         """Return the call for the tokens at ``rows`` x ``columns``, two index tensors that broadcast together."""

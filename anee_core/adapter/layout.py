@@ -14,28 +14,33 @@ from anee_core.errors import AdapterError, ModelError
 class Layout:
     """Where the parts of a model family are, as dotted paths, and how its decoder layer is called.
 
-    The first group of paths starts at the causal LM, the second at one decoder layer. ``None`` means that the family
-    has no such part, or that its adapter does not need it: only ``layers`` and ``attention`` are always needed.
+    The first group of paths starts at the causal LM, the second at one decoder layer. None means that the family has no
+    such part, or that its adapter does not need it: only ``layers`` and ``attention`` are always needed.
     """
 
     layers: str
+    """List of the decoder layers."""
     final_norm: str | None = None
+    """Norm behind the last layer."""
     rotary: str | None = None
     """Module that maps (hidden states, position ids) to the (cos, sin) every layer receives."""
     learned_positions: str | None = None
-    """Embedding that is added to the token embedding."""
+    """Embedding of positions, which is added to the token embedding."""
 
     attention: str
+    """Attention of a layer."""
     mlp: str | None = None
+    """MLP of a layer."""
     experts: str | None = None
     """Module that holds the stacked weights of a mixture of experts; layers without one are dense."""
     input_norm: str | None = None
     """Norm in front of the key and value projections."""
     key: str | None = None
+    """Key projection, if it is separate. With it and ``value`` a skipped layer computes no queries."""
     value: str | None = None
-    """Separate key and value projections. With them a skipped layer computes no queries."""
+    """Value projection, if it is separate."""
     fused: str | None = None
-    """Instead of those: one projection whose outputs end with all keys and then all values."""
+    """Instead of ``key`` and ``value``: one projection whose outputs end with all keys and then all values."""
     key_norm: str | None = None
     """Norm over each head's keys, before rotary."""
 
@@ -71,13 +76,21 @@ class Parts:
 
     # torch types whatever a Module returns or holds as "Tensor or Module"; Any says "a module, called as one".
     model: Any
+    """The causal LM."""
     layout: Layout
+    """The layout by which its modules were found."""
     embedding: Any
+    """Embedding of tokens."""
     layers: tuple[nn.Module, ...]
+    """Decoder layers that the model runs, in their order."""
     final_norm: Any
+    """Norm behind the last layer; an identity if the layout names none."""
     head: Any
+    """Language-model head; None if the model has none."""
     rotary: Any
+    """Module that maps (hidden states, position ids) to (cos, sin); None if the layout names none."""
     learned_positions: Any
+    """Embedding of positions; None if the layout names none."""
     cache_argument: str
     """Argument of a layer that carries the cache."""
 

@@ -23,12 +23,13 @@ from anee_core.errors import AdapterError
 
 
 class ModelAdapter(ABC):
-    """One model family. Stateless: one instance serves many models.
+    """What ANEE knows of one model family. It is stateless: one instance serves many models.
 
     A subclass states ``layout``; every method below is a default that can be overridden where a family differs.
     """
 
     layout: ClassVar[Layout]
+    """Where the parts of the family are."""
 
     def refuse(self, config: Any) -> str | None:
         """Return why a config of this family cannot be run exactly, or None if it can."""
@@ -180,7 +181,7 @@ class ModelAdapter(ABC):
         if fused is None or not sliceable(fused):
             hidden_states, call = self.probe(parts, layer_idx)
             return executed_work(layer, lambda: self.project_kv(parts, layer_idx, hidden_states, call))
-        # Called past its module, a slice cannot be noticed.
+        # A slice is multiplied without calling its module, so hooks would not notice it.
         norms = [module_work(find(layer, path)) for path in (layout.input_norm, layout.key_norm) if path is not None]
         return sum(norms, tail_work(fused, 2 * self.kv_width(parts.config)))
 
@@ -232,7 +233,7 @@ class ModelAdapter(ABC):
 
 
 class _CapturedError(Exception):
-    """Ends a layer call once its keys and values are known."""
+    """What ends a layer call once its keys and values are known."""
 
 
 class _Capture:

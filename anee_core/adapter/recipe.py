@@ -22,18 +22,21 @@ class Recipe:
     interleaved: str | None = None
     """One projection whose outputs are query, key and value of each head in turn."""
     query_norm: str | None = None
-    """Norm over each head's queries; that of the keys is the layout's."""
+    """Norm over each head's queries, if there is one; that of the keys is the layout's."""
     mlp_norm: str | None = None
-    """None if the MLP gets what attention gets."""
+    """Norm in front of the MLP; None if the MLP gets what attention gets."""
     attended_norm: str | None = None
-    """Norm over what attention gives, before it is added."""
+    """Norm over what attention gives, before it is added; None for none."""
     changed_norm: str | None = None
-    """Norm over what the MLP gives, before it is added."""
+    """Norm over what the MLP gives, before it is added; None for none."""
     gate: str | None = None
+    """The MLP's gate projection; None if it has none, or if it is part of ``gate_up``."""
     up: str | None = None
+    """The MLP's up projection; None if it is part of ``gate_up``."""
     gate_up: str | None = None
-    """Instead of both: one projection whose outputs are all gates and then all ups."""
+    """Instead of ``gate`` and ``up``: one projection whose outputs are all gates and then all ups."""
     down: str
+    """The MLP's down projection."""
     activation: str
     """Attribute of the config that names the MLP's activation."""
     cap: str | None = None

@@ -19,33 +19,38 @@ from anee_core.steps.deferred import DeferredStep
 from anee_core.steps.native.step import NativeStep
 
 DENSE = "ANEE dense, decode()"
+"""Name of the contender against whose time skipping is measured."""
 
 
 @dataclass
 class Contender:
-    """Something that generates: ``run`` takes token ids [B, T], a number of new tokens and a stopwatch."""
+    """Something that generates, and whose speed is measured."""
 
     name: str
+    """Name in tables and records."""
     run: Callable[[Tensor, int, Stopwatch], Any]
+    """Function that generates, given token ids [B, T], a number of new tokens, and a stopwatch that sees each of them.
+    """
     model: AdaptiveModel | None = None
-    """What runs, if it is ours."""
+    """The model that runs, if it is ANEE's; None for transformers and other engines."""
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of all layers' weights as they are stored, if it is ours."""
+        """Bytes of all layers' weights as they are stored; 0 if the model is not ANEE's."""
         return 0 if self.model is None else sum(work.weight_bytes for work in self.model.engine.costs.run)
 
     @property
     def ran(self) -> float:
-        """Share of the layers that were run for new tokens."""
+        """Share of the layers that ran for new tokens in the last generation."""
         if self.model is None or self.model.last_trace is None:
             return 1.0
         made = [step.ran for step in self.model.last_trace.steps if step.phase == "decode"]
         return float(torch.cat(made, dim=2).float().mean())
 
     def parts(self, prompt: Tensor, count: int) -> dict[str, float | None]:
-        """Return the milliseconds per token after the prompt that `TimedStep` tells apart, and the rest, in a run of
-        its own.
+        """Return the milliseconds per token after the prompt that each part takes, measured in a run of its own.
+
+        The parts are those of `TimedStep`, and the rest; there are none if the model is not ANEE's.
         """
         if self.model is None:
             return {}

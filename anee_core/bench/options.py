@@ -9,7 +9,7 @@ from anee_core.errors import InputError
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured."""
+    """What a benchmark of speed measures."""
 
     model: str = "smollm2"
     """A model source, hub id, folder or one of `SIZES`, which get random weights."""
@@ -68,15 +68,15 @@ class SweepOptions:
     """How a sweep measures."""
 
     budgets: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
-    """For every policy; in a policy string with ``{budget}`` each takes that place."""
+    """Budgets of every policy; in a policy string with ``{budget}`` each takes that place."""
     length: int = 512
     """Tokens per block of text."""
     blocks: int = 4
-    """Of each text."""
+    """Blocks of each text."""
     tokens: int = 16
-    """To decode for each measurement of time."""
+    """Tokens to decode for each measurement of time."""
     repeats: int = 3
-    """Of each measurement of time, alternating with the dense model; the median counts. 0: no times."""
+    """How often each time is measured, alternating with the dense model; the median counts. 0: no times."""
     dtype: str | None = None
     """Type of the weights: float32, bfloat16 or float16. Default: as stored."""
     device: str | None = None

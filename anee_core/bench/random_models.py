@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {
         vocab_size=32000, max_position_embeddings=4096,
     ),
 }  # fmt: skip
-"""Configs by name."""
+"""Functions that make the config of each size, by its name."""
 
 
 def build(size: str, dtype: torch.dtype = torch.float32) -> Any:

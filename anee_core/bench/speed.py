@@ -86,9 +86,10 @@ def _record(other: Contender, watches: list[Stopwatch], first: list[Stopwatch]) 
 
 
 def draw(benches: list[dict[str, Any]], out: Path) -> None:
-    """Save a picture of ms per token against the share of layers skipped, a panel for each of the ``benches`` that
-    `measure` returned, with a ``title`` in each. The ideal line is the dense time less what reading the skipped
-    layers' weights would take at the bandwidth measured.
+    """Save a picture of ms per token against the share of layers skipped, with a panel for each benchmark.
+
+    ``benches`` are what `measure` returned, with a ``title`` in each. The ideal line is the dense time less what
+    reading the skipped layers' weights would take at the bandwidth measured.
 
     Raises:
         MissingPackageError: matplotlib is not installed.

@@ -37,7 +37,7 @@ def run_sweep(
     They are kept in ``out``.json one by one; what is there already is not measured again.
 
     Raises:
-        AneeError: a model, policy or text that cannot be had. A budget out of a policy's reach is left out, and said.
+        AneeError: a model, policy or text cannot be had. A budget out of a policy's reach is left out with a notice.
     """
     options = options or SweepOptions()
     setting = {name: value for name, value in asdict(options).items() if name != "budgets"}
@@ -108,8 +108,9 @@ def draw(records: list[dict[str, Any]], out: Path) -> None:
 
 
 def relative(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records of one model and text with ``quality``, their perplexity, and ``kv``, their K/V bytes, as
-    shares of the dense model's.
+    """Return the records of one model and text with figures relative to those of the dense model.
+
+    ``quality`` is the perplexity, and ``kv`` the K/V bytes, as shares of the dense model's.
     """
     dense = next(r for r in records if r["policy"] == "dense")
     return [

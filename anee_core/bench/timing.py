@@ -1,4 +1,4 @@
-"""Where the time goes: watches held to generation, to layer steps and to memory."""
+"""Watches that tell where time goes: held to generation, to layer steps and to memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from anee_core.steps.native.structs import Seconds
 
 
 class TimedStep(StepAround):
-    """Does what another step does, and adds up the seconds that it takes for layers and head, and what is between the
-    calls for layers: decisions, and the masks and accounts that follow from them.
+    """Do what another step does, and add up the seconds that it takes.
+
+    They are told apart for layers, the head, and what lies between the calls for layers: decisions, and the masks and
+    accounts that follow from them.
     """
 
     def __init__(self, step: LayerStep) -> None:
@@ -35,13 +37,15 @@ class TimedStep(StepAround):
         """Begin anew."""
         self._taken = {"layers": 0.0, "head": 0.0, "between": 0.0}
         self.inside = Seconds()
-        """What the library says of itself."""
+        """What the library says that attention and decisions take within it."""
         if self._native is not None:
             self._native.seconds = self.inside
 
     def close(self) -> dict[str, float | None]:
-        """Take the watch away, and return the seconds that were taken: by layers, which may be in several parts; the
-        part of it that is attention, None where the layers' own modules ran; decisions; the head.
+        """Take the watch away, and return the seconds that each part took.
+
+        ``layers`` may have been taken in several pieces; ``attention`` is the part of it that is attention, None where
+        the layers' own modules ran; ``policy`` is what decisions took.
         """
         if self._native is not None:
             self._native.seconds = None
@@ -55,22 +59,22 @@ class TimedStep(StepAround):
         }
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
-        """Look at a block; what follows is between."""
+        """Let the step look at a block; what follows lies between the calls for layers."""
         super().begin(hidden_states, cache)
         self._left = time.perf_counter()
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
-        """Take all layers."""
+        """Let the step take all layers, and time it."""
         output: Tensor | None = self._layers(super().all_layers, hidden_states, stack, cache)
         return output
 
     def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
-        """Run a layer."""
+        """Let the step run a layer, and time it."""
         output: Tensor = self._layers(super().run, given, mask)
         return output
 
     def propagate(self, given: LayerInput) -> None:
-        """Write keys and values of tokens that skip a layer."""
+        """Let the step write keys and values of tokens that skip a layer, and time it."""
         self._layers(super().propagate, given)
 
     def head(self, hidden_states: Tensor) -> Any:
@@ -125,8 +129,9 @@ class Stopwatch:
 
 
 def read_bandwidth(device: str = "cpu", nbytes: int | None = None, repeats: int = 10) -> float:
-    """Return how fast memory can be read, in GB/s: the best of some sums over a tensor of ``nbytes``, by default a
-    large one.
+    """Return how fast memory can be read, in GB/s.
+
+    It is the best of some sums over a tensor of ``nbytes``, by default a large one.
     """
     nbytes = nbytes or 1 << (28 if device == "cpu" else 31)
     data = torch.ones(nbytes // 4, device=device)

@@ -25,14 +25,14 @@ _SLACK = 16
 """Free slots beyond those that fill up until the next compaction."""
 
 Pay = Callable[["AdaptiveCache", int, Tensor, LayerCall, Tensor], None]
-"""Writes keys and values that are owed: cache, layer, hidden states [B, P, D], call, slots [P]."""
+"""A function that writes keys and values that are owed: cache, layer, hidden states [B, P, D], call, slots [P]."""
 
 
 class AdaptiveCache(TransformersNames):
     """Keys and values of all layers, with per-slot positions and validity.
 
-    ``seen`` is the logical length: tokens processed, what `get_seq_length` reports. The slots held are another
-    number, per layer and row. A forward is `begin` (hand out slots), `write` for each layer, `commit`.
+    ``seen`` is the logical length: tokens read, what `get_seq_length` reports. The slots held are another number,
+    per layer and row. A forward is `begin` (hand out slots), `write` for each layer, `commit`.
 
     Whatever is allocated is allocated outside inference mode, so that a prompt read in it can be continued outside.
     """
@@ -42,16 +42,17 @@ class AdaptiveCache(TransformersNames):
         nothing = Slots.nothing()
         super().__init__(layers=[LayerStore(self._extent, nothing) for _ in range(num_layers)])
         self.feedback: FeedbackLog | None = None
-        """For policies that feed back: what is known of each row's own output."""
+        """What is known of each row's own output; None until a policy that feeds back asks."""
         self.scores: ScoreLog | None = None
-        """For policies that compare tokens: what each was given at each layer."""
+        """What each token was given at each layer; None until a policy that compares tokens asks."""
         self.keeps_dropped = False
         """Whether dropped slots stay, so that a rollback can bring them back."""
         self.pay: Pay | None = None
+        """What writes keys and values that layers are owed; None where nothing is put off."""
         self.debts = Debts()
         self._remembered = Remembered(self.layers)
         self._sets: list[Slots] = []
-        """Each of the slots once, if that is known."""
+        """Each distinct `Slots` once; empty if that has to be found out."""
         self._starts: list[int] = []
         """Slot of the current block's first token, in each layer."""
         self._pending = 0
@@ -61,18 +62,18 @@ class AdaptiveCache(TransformersNames):
         self._attached = False
         """Whether keys or values that were written carry a gradient."""
         self._horizon = 0
-        """Tokens seen at the last drop whose slots are freed."""
+        """Number of tokens seen at the last drop whose slots are freed."""
         self._final = 0
-        """Tokens seen up to which drops are not to be taken back."""
+        """Number of tokens seen up to which drops are not to be taken back."""
 
     @property
     def seen(self) -> int:
-        """Tokens processed, dropped ones included."""
+        """Number of tokens read, dropped ones included."""
         return self._extent.seen
 
     @property
     def batch(self) -> int:
-        """Rows; 0 before the first forward."""
+        """Number of rows; 0 before the first forward."""
         return self._extent.batch
 
     @property
@@ -157,7 +158,7 @@ class AdaptiveCache(TransformersNames):
     def owe(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> int:
         """Note that the current tokens [B, 1, D] skipped a layer and have no keys and values there yet.
 
-        Return how many slots of a row are without, now.
+        Return how many slots of a row have none by now.
         """
         return self.debts.add(layer_idx, Debt(self._starts[layer_idx], hidden_states, call))
 
@@ -185,8 +186,9 @@ class AdaptiveCache(TransformersNames):
 
     @torch.inference_mode(False)
     def dropping(self, name: str, width: int, like: Tensor) -> list[tuple[Slots, Tensor]]:
-        """Return each layer's slots, and what is remembered of them under a name, [B, capacity, width] in the dtype of
-        ``like``, for a step that writes both: what it drops of the current block's forward, and of its tokens.
+        """Return each layer's slots and what is remembered of them under a name, for a step that drops tokens.
+
+        Both are written by the step. What is remembered is [B, capacity, width], in the dtype of ``like``.
         """
         found = []
         for layer_idx in range(len(self.layers)):
@@ -197,14 +199,14 @@ class AdaptiveCache(TransformersNames):
 
     @torch.inference_mode(False)
     def evict(self, layer_idx: int | None, alive: Tensor, state: Mapping[str, Tensor] | None = None) -> None:
-        """Drop slots of one layer, or if None is given of all, which are `alike` then: ``alive`` [B, T, S] says what is
-        held after each of the T newest tokens.
+        """Drop slots of one layer, or for None of all layers, which are `alike` then; memory is freed by `commit`.
 
-        ``state`` is what is remembered of one layer from now on, [B, S, ...]. Memory is freed by `commit`.
+        ``alive`` [B, T, S] says what is held after each of the T newest tokens. ``state`` is what is remembered of one
+        layer from now on, [B, S, ...].
         """
         slots = self.layers[0].slots if layer_idx is None else self._own_slots(layer_idx)
         if not self._pending:
-            # Outside a forward: not final before the next one, unlike what fell at the end of the last.
+            # Outside a forward: what is dropped now is not final before the next one, unlike what was dropped before.
             self._horizon, self._final = self._last_final_drop(), self.seen - 1
         slots.evict(alive, self.seen + self._pending)
         if state:
@@ -277,9 +279,7 @@ class AdaptiveCache(TransformersNames):
                 self._compact(slots, most, least)
 
     def _compact(self, slots: Slots, most: int, least: int) -> None:
-        """Move what is held to the front, in all layers that have these slots, whose fullest and emptiest row hold
-        ``most`` and ``least``.
-        """
+        """Move what is held to the front, in all layers with these slots: ``least`` to ``most`` tokens of a row."""
         sharing = [i for i, layer in enumerate(self.layers) if layer.slots is slots]
         for layer_idx in sharing:
             self.settle(layer_idx)
@@ -325,7 +325,7 @@ class AdaptiveCache(TransformersNames):
         return max([self._horizon, *torch.stack(final).tolist()]) if final else self._horizon
 
     def accept(self) -> None:
-        """Take nothing back of what was dropped so far: free it, whether the cache `keeps_dropped` or not."""
+        """Make final what was dropped so far: free it, whether the cache `keeps_dropped` or not."""
         self._final = self.seen
         self._remembered.forget_earlier()
         self._free()
@@ -350,22 +350,18 @@ class AdaptiveCache(TransformersNames):
         return self.layers[0].slots.next_positions()
 
     def layer_nbytes(self) -> list[int]:
-        """Return the bytes that each layer has allocated for keys, values and what its policy remembers of them, the
-        hidden states of tokens whose keys and values it is owed included.
-        """
+        """Return the bytes that each layer has allocated: keys, values, what is remembered, and states of its debts."""
         found = [layer.nbytes() for layer in self.layers]
         for layer_idx in self.debts.layers():
             found[layer_idx] += self.debts.nbytes(layer_idx)
         return found
 
     def nbytes(self) -> int:
-        """Return the bytes allocated for keys, values and what a policy remembers of them."""
+        """Return the bytes that all layers have allocated, see `layer_nbytes`."""
         return sum(self.layer_nbytes())
 
     def held_by_token(self) -> Tensor:
-        """Return how many slots each layer holds after each token of the block that was begun, if none drops any,
-        [L, B, T].
-        """
+        """Return how many slots each layer holds after each new token, if none drops any, [L, B, T]."""
         counts = {id(slots): slots.held_by_token(self._pending) for slots in self._distinct()}
         if len(counts) == 1:
             return next(iter(counts.values())).expand(len(self.layers), -1, -1)

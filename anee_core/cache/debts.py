@@ -11,11 +11,14 @@ from anee_core.adapter.layer_call import LayerCall
 
 
 class Debt(NamedTuple):
-    """One token of each row that skipped a layer: its slot, its hidden states [B, 1, D] and what it was called with."""
+    """One token of each row that skipped a layer, and has no keys and values there yet."""
 
     slot: int
+    """Slot of the token, the same in every row."""
     hidden_states: Tensor
+    """[B, 1, D] hidden states in front of the layer."""
     call: LayerCall
+    """What the layer receives beside them."""
 
 
 class Debts:

@@ -19,11 +19,11 @@ class Extent:
     """How far a cache reaches. One object, shared by the cache and its layers."""
 
     batch: int = 0
-    """Rows."""
+    """Number of rows; 0 before the first forward."""
     capacity: int = 0
     """Slots that a layer which holds nothing yet is to have room for."""
     seen: int = 0
-    """Tokens processed."""
+    """Number of tokens read, dropped ones included."""
 
 
 class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships without types
@@ -160,7 +160,7 @@ def rows_of(state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 
 
 def misfit(what: str, shape: Sequence[int], dtype: torch.dtype) -> CacheError:
-    """Return the error for what of a new token does not fit that of the tokens held."""
+    """Return the error for something of a new token that does not fit what the cache holds of others."""
     return CacheError(
         f"the cache holds other {what} than {list(shape)} in {dtype} of each token, which it gets now: start a new "
         "cache for another model, dtype or policy"

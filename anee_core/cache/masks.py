@@ -34,10 +34,14 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class MaskMaker:
-    """Builds the masks of one forward, once for each set of slots and window.
+    """Maker of the masks of one forward; one serves all layers with the same slots and window.
 
-    ``query_position`` is [B, T]; ``implicit_causal`` says whether the attention backend is causal by itself when it
-    gets no mask for a first block (sdpa is, eager is not), ``always`` whether layers want a mask in any case.
+    Args:
+        query_position: [B, T] positions of the new tokens.
+        dtype: of the masks.
+        implicit_causal: whether the attention backend is causal by itself when it gets no mask for a first block (sdpa
+            is, eager is not).
+        always: whether layers want a mask in any case.
     """
 
     def __init__(self, query_position: Tensor, dtype: torch.dtype, implicit_causal: bool, always: bool = False) -> None:

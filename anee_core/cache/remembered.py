@@ -11,7 +11,7 @@ from anee_core.cache.layer_store import LayerStore, misfit, rows_of
 
 
 class Remembered:
-    """The ``state`` of all layers' stores, what is to replace it, and what it was before earlier forwards."""
+    """What is remembered in all layers' stores, what is to replace it, and what it was before earlier forwards."""
 
     def __init__(self, layers: Sequence[LayerStore]) -> None:
         self._layers = layers
@@ -51,11 +51,11 @@ class Remembered:
         return {name: known.narrow(1, 0, store.slots.used) for name, known in store.state.items()}
 
     def stage(self, layer_idx: int, state: Mapping[str, Tensor]) -> None:
-        """Let a layer's slots be remembered so, [B, S, ...] by name, from the end of the forward on."""
+        """Keep what is to be remembered of a layer's slots, [B, S, ...] by name, from the end of the forward on."""
         self._staged[layer_idx] = {name: known.detach() for name, known in state.items()}
 
     def commit(self, seen: int, keep: bool) -> bool:
-        """Replace what was staged; ``keep`` what it was when ``seen`` tokens had been.
+        """Put what was staged in its place; ``keep`` says whether what was there after ``seen`` tokens can be restored.
 
         Return whether something that was remembered before is gone for good.
         """

@@ -15,25 +15,25 @@ EMPTY = -1
 
 
 class Slots:
-    """Per-row bookkeeping of up to ``capacity`` slots.
-
-    For each row and slot: ``position`` (the token's position id), ``born`` (its index in the sequence of tokens seen)
-    and ``died`` (how many tokens had been seen when it was dropped), all [B, capacity] int64. A slot is valid while
-    ``died`` is NEVER. ``used`` slots have been handed out. Known on the host: ``full``, True while every used slot of
-    every row is valid; ``gaps``, whether tokens between others may have been
-    dropped; ``evicting``, whether some were since the last compaction; ``check_at``, the number of
-    used slots from which on it is worth looking whether to compact.
-    """
+    """Bookkeeping of up to ``capacity`` slots for each row. A slot is valid while its ``died`` is NEVER."""
 
     def __init__(self, batch: int, device: torch.device, capacity: int) -> None:
         self.position = torch.zeros(batch, capacity, dtype=torch.long, device=device)
+        """[B, capacity] int64 position ids of the slots' tokens."""
         self.born = torch.zeros_like(self.position)
+        """[B, capacity] int64 index of each token in the sequence of tokens seen."""
         self.died = torch.full_like(self.position, EMPTY)
+        """[B, capacity] int64: how many tokens had been seen when the token was dropped; or NEVER, or EMPTY."""
         self.used = 0
+        """Number of slots that have been handed out, in every row."""
         self.full = True
+        """Whether every used slot of every row is valid. This and what follows is known on the host."""
         self.evicting = False
+        """Whether some tokens were dropped since the last compaction."""
         self.gaps = False
+        """Whether tokens between others may have been dropped."""
         self.check_at = 0
+        """Number of used slots from which on it is worth looking whether to compact."""
         # Slots from here on were appended one block after another: slot s of every row is token s - offset.
         self._aligned_from = 0
 
@@ -94,7 +94,7 @@ class Slots:
     def evict(self, alive: Tensor, seen: int) -> None:
         """Drop valid slots: ``alive`` [B, T, used] says after each of the T newest tokens what is still held.
 
-        ``seen`` tokens are there, those included. What is dropped can come back until it is compacted away.
+        ``seen`` is the number of tokens read, those included. What is dropped can come back until it is compacted away.
         """
         died = self.died[:, : self.used]
         dropped = (died == NEVER) & ~alive[:, -1]

@@ -12,7 +12,7 @@ class TokenLog:
     """Entries [B, tokens, ...] that grow with the sequence. Like the cache, they outlive inference mode."""
 
     fill: ClassVar[float] = 0.0
-    """Of entries that nothing was recorded in."""
+    """Value of entries that nothing was recorded in."""
 
     def __init__(self, entries: Tensor) -> None:
         self._entries = entries
@@ -36,10 +36,10 @@ UNKNOWN = (1.0, 0.0)
 
 
 class FeedbackLog(TokenLog):
-    """For each token index: entropy and largest probability of the distribution it was drawn from, and the share of
-    dense FLOPs its sequence had spent before it. Entries are `Observation.feedback`.
+    """For each token index an `Observation.feedback`, which policies may know when they decide on the token.
 
-    ``start`` tokens have been seen already, at a cost of ``budget`` each.
+    That is entropy and largest probability of the distribution that it was drawn from, and the share of dense FLOPs
+    that its sequence had spent before it. ``start`` tokens have been seen already, at a cost of ``budget`` each.
     """
 
     @torch.inference_mode(False)
@@ -75,12 +75,12 @@ _PIECE = 256
 
 
 class ScoreLog(TokenLog):
-    """Entries [B, tokens, L] in fp32; NaN for tokens that no other is compared with.
+    """Scores of tokens at each layer, [B, tokens, L] in fp32; NaN for tokens that no other is compared with.
 
     Args:
-        batch: rows.
-        layers: of the model.
-        device: where they are.
+        batch: number of rows.
+        layers: number of the model's layers.
+        device: where the entries are.
         start: tokens that have been seen already; none is compared with them.
     """
 
@@ -118,8 +118,10 @@ class ScoreLog(TokenLog):
 
 
 def compared(kept: Tensor, scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return of each of the last T tokens how many of the ``window`` ones before it that count, and are not NaN, have a
-    lower score, and how many those are, both [B, T].
+    """Return how many of the tokens that a token is compared with have a lower score, and how many those are.
+
+    Both are [B, T], for the last T tokens. Each is compared with the ``window`` last tokens before it that count: those
+    whose score is not NaN.
 
     Args:
         kept: [B, S] scores of all tokens so far.

@@ -10,19 +10,20 @@ from transformers.cache_utils import Cache
 
 
 class TransformersNames(Cache):  # type: ignore[misc]  # transformers ships without types
-    """Turns transformers' names into those of `AdaptiveCache`."""
+    """Translation of what transformers asks of a cache into the names of `AdaptiveCache`."""
 
     keeps_dropped: bool
+    """Whether dropped slots stay, so that a rollback can bring them back."""
 
     @property
     @abstractmethod
     def seen(self) -> int:
-        """Tokens processed, dropped ones included."""
+        """Number of tokens read, dropped ones included."""
 
     @property
     @abstractmethod
     def batch(self) -> int:
-        """Rows."""
+        """Number of rows; 0 before the first forward."""
 
     @abstractmethod
     def rollback(self, count: int) -> None:
@@ -30,7 +31,7 @@ class TransformersNames(Cache):  # type: ignore[misc]  # transformers ships with
 
     @abstractmethod
     def accept(self) -> None:
-        """Take nothing back of what was dropped so far."""
+        """Make final what was dropped so far."""
 
     @abstractmethod
     def reorder(self, rows: Tensor) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class CacheWriter:
-    """What a decoder layer gets as its cache: puts its keys and values into slots already handed out.
+    """What a decoder layer gets as its cache: it puts keys and values into slots already handed out.
 
     The layer computes some tokens of the block: all of them, or those at ``rows`` [R, 1] x ``columns`` [R, C].
     """

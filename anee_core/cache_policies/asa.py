@@ -1,5 +1,6 @@
-"""Adaptively sparse attention: each token decides which earlier ones the layer may forget (Anagnostidis et al., 2023,
-arXiv:2305.15805).
+"""Adaptively sparse attention: each token decides which earlier ones the layer may forget.
+
+The method is that of Anagnostidis et al., 2023 (arXiv:2305.15805).
 """
 
 from __future__ import annotations
@@ -32,19 +33,22 @@ _KEY = "interaction_key"
 
 @dataclass(frozen=True)
 class AsaWeights(TrainedWeights):
-    """Interaction projections ``query`` and ``key`` [L, r, D], and the bias ``beta`` [L] of each layer.
-
-    ``backbone`` names the model that was trained together with them, as its config does under ``anee_backbone``; None
-    if the model stayed as it was. ``facts`` is what the training wants to be known: figures, settings.
-    """
+    """Interaction projections and biases that were trained for one model."""
 
     format: ClassVar[CheckpointFormat] = _FORMAT
 
     query: Tensor
+    """[L, r, D] projections of the token that decides."""
     key: Tensor
+    """[L, r, D] projections of the tokens that it keeps or drops."""
     beta: Tensor
+    """[L] bias of each layer."""
     backbone: str | None = None
+    """Name of the model that was trained together with them, as its config has it under ``anee_backbone``; None if the
+    model stayed as it was.
+    """
     facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the training wants to be known: figures, settings."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class AsaCachePolicy(Trained[AsaWeights], CachePolicy):
 
     @property
     def interaction(self) -> LinearInteraction | None:
-        """What it computes, once bound; a policy derived from this one may compute something else."""
+        """The formula of its decisions, once bound; None for derived policies, which may compute something else."""
         return self._interaction if type(self) is AsaCachePolicy else None
 
     def work(self, layer_idx: int) -> tuple[int, int]:

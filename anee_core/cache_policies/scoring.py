@@ -16,12 +16,12 @@ from anee_core.interfaces.cache_policy import CacheView, Wants
 
 _SCORE = "score"
 _FIRST = 1e30
-"""Above every score."""
+"""A number above every score."""
 
 
 @dataclass(frozen=True)
 class ScoringCachePolicy(BudgetedCachePolicy):
-    """Gives each token a score and keeps the highest.
+    """Keep the tokens with the highest scores.
 
     Tokens are taken one after another, since what one of them drops is gone for the next. The first ``sinks`` tokens
     of a sequence and the ``recent`` newest stay before all others.
@@ -87,7 +87,7 @@ class ScoringCachePolicy(BudgetedCachePolicy):
         return alive & ((rank < allowed) | ~due)
 
     def decide(self, view: CacheView) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Take the new tokens one after another."""
+        """Take the new tokens one after another; see `CachePolicy.decide`."""
         scores = view.state[_SCORE].clone()
         slots = view.valid.shape[1]
         tokens = view.query_position.shape[1]
@@ -111,7 +111,7 @@ class ScoringCachePolicy(BudgetedCachePolicy):
 
 @dataclass(frozen=True)
 class AttentionCachePolicy(ScoringCachePolicy):
-    """Scores tokens by the attention that they get."""
+    """Score tokens by the attention that they get."""
 
     wants: ClassVar[Wants] = frozenset({"attention"})
     rewrites: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Fits shortcuts and a gate in closed form: ridge regressions on each layer's input at unit norm.
+"""Fit shortcuts and a gate in closed form: ridge regressions on each layer's input at unit norm.
 
 A shortcut is the reduced-rank regression of what the layer adds. The gate is the regression of how far the shortcut is
 off: the logarithm of its error relative to what the layer adds.
@@ -38,13 +38,18 @@ _FIRST = 4
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted: shortcuts, and of the gate all but its budgets; see `GateWeights`."""
+    """Shortcuts and a gate that were fitted together; the gate has no budgets yet, see `GateWeights`."""
 
     shortcuts: ShortcutWeights
+    """Weights of the shortcuts."""
     weight: Tensor
+    """[L, D] weight of the gate's scores."""
     bias: Tensor
+    """[L] bias of the scores."""
     mean: Tensor
+    """[L] mean of the scores on the text of the fit."""
     spread: Tensor
+    """[L] their standard deviation."""
 
 
 def fit(
@@ -59,7 +64,7 @@ def fit(
         model: what to fit for.
         blocks: token ids [N, T].
         folder: for what is kept meanwhile.
-        options: how.
+        options: how to fit.
         progress: whether to show a bar.
 
     Raises:

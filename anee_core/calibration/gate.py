@@ -1,4 +1,4 @@
-"""Makes shortcuts and a gate for a model without training: fits them in closed form."""
+"""Make shortcuts and a gate for a model without training, by fitting them in closed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures once per model how much each layer matters and how sure the model usually is."""
+"""Measure once per model how much each layer matters and how sure the model usually is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is calibrated. Imports nothing heavy, so that a command line can read it."""
+"""How a model is calibrated. It imports nothing heavy, so that a command line can read it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from anee_core.errors import InputError
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How to calibrate.
-
-    ``text`` is a file to read instead of the model's own samples. ``sequences`` of ``length`` tokens are used (None:
-    96, or the model's context if that is shorter); ``seed`` draws the samples. ``folder`` is where results are kept
-    (default: the user's cache folder), and
-    ``progress`` shows a bar.
-    """
+    """How to calibrate."""
 
     text: str | Path | None = None
+    """A file to read instead of the model's own samples; None for the samples."""
     sequences: int = 4
+    """Number of sequences to measure on."""
     length: int | None = None
+    """Tokens of each sequence. None: 96, or the model's context if that is shorter."""
     seed: int = 0
+    """Seed of the samples."""
     folder: str | Path | None = None
+    """Folder that keeps the results. None: the user's cache folder."""
     progress: bool = True
+    """Whether to show a bar."""
 
     def check(self) -> None:
         """Raise `InputError` if the text file is not there."""
@@ -38,7 +38,7 @@ class FitOptions:
     rank: int = 128
     """Width of the shortcuts."""
     ridge: float = 1e-3
-    """Added to the diagonal of the inputs' second moments, as a share of its mean."""
+    """What is added to the diagonal of the inputs' second moments, as a share of its mean."""
     skipped: float = 0.25
     """Share of (layer, token) pairs that take their new shortcut during the fit, so that later layers are fitted on
     hidden states such as they will see.
@@ -46,7 +46,7 @@ class FitOptions:
     batch: int = 4
     """Sequences at once."""
     seed: int = 0
-    """Draws those pairs."""
+    """Seed of the draw of pairs that take their shortcut."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.batch < 1:
@@ -62,9 +62,9 @@ class GateCalibration:
     text: str | Path | None = None
     """A file to read instead of the model's own samples."""
     sequences: int = 32
-    """How many to fit on."""
+    """Number of sequences to fit on."""
     length: int = 512
-    """Tokens of each."""
+    """Tokens of each sequence."""
     fit: FitOptions = field(default_factory=FitOptions)
     """How shortcuts and gate are fitted."""
     progress: bool = True

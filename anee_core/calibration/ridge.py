@@ -45,8 +45,9 @@ class Moments:
         return weight, mean_y - mean_x @ weight, covariance
 
     def reduced(self, rank: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``down`` [r, D], ``up`` [E, r] and ``bias`` [E]: the ridge solution, of the rank whose predictions
-        lose the least (reduced-rank regression; Izenman, 1975).
+        """Return the ridge solution of the rank whose predictions lose the least, as ``down``, ``up`` and ``bias``.
+
+        They are [r, D], [E, r] and [E] (reduced-rank regression; Izenman, 1975).
         """
         weight, _, covariance = self.solve(ridge)
         predicted = weight.T @ covariance @ weight

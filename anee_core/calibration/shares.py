@@ -1,4 +1,4 @@
-"""Which share of the tokens skips each layer, so that a budget is spent: solved for, since spending is linear in it."""
+"""Solve for the share of tokens that skips each layer, so that a budget is spent: spending is linear in the shares."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from anee_core.accounting.costs import CostModel
 from anee_core.controllers.gate import GateWeights
 
 BUDGETS = tuple(round(0.3 + 0.05 * i, 2) for i in range(14))
-"""0.3 to 0.95; the first entries may be out of reach, and 1 is always there."""
+"""Budgets from 0.3 to 0.95 that have shares; the first may be out of reach, and 1 is always there."""
 _CLOSE = 0.002
 _HALVINGS = 50
 
 
 def from_one_score(gate: GateWeights, costs: CostModel, protected: frozenset[int]) -> GateWeights:
-    """Return a gate with shares under which every token skips a layer whose score lies below a number, the same for all
-    layers; scores are taken as normally distributed on the text of the fit.
+    """Return a gate whose shares follow from one score for all layers, below which every token skips.
+
+    Scores are taken as normally distributed on the text of the fit.
     """
     low = float((gate.mean - 9 * gate.spread).min())
     high = float((gate.mean + 9 * gate.spread).max())
@@ -36,7 +37,7 @@ def from_trained(
     protected: frozenset[int],
     beyond: Callable[[float], float] = lambda budget: 0.0,
 ) -> GateWeights:
-    """Return a gate with the shares that it has, those of each budget moved together until that is spent.
+    """Return a gate with its shares moved, those of each budget together, until that budget is spent.
 
     On text a layer is not skipped by quite its share of the tokens, since scores drift along a sequence. What is spent
     ``beyond`` a budget because of that is held back.

@@ -27,12 +27,16 @@ class MismatchError(AssertionError):
 
 @dataclass(frozen=True)
 class Check(Generic[S]):
-    """A named check of a subject ``S``; ``look`` says where a fault that it finds is likely to be."""
+    """A named check of a subject ``S``."""
 
     name: str
+    """Name by which it is reported and chosen."""
     promise: str
+    """What holds where the check passes, as a sentence without its capital and full stop."""
     look: str
+    """Where a fault that it finds is likely to be."""
     run: Callable[[S], None]
+    """The check itself, which raises `MismatchError` where the promise is broken."""
     first: bool = False
     """Whether later checks of a subject make no sense if this one fails."""
 

@@ -12,7 +12,7 @@ from anee_core.steps.deferred import DeferredStep
 from anee_core.steps.native.step import NativeStep
 
 _FAST = (1e-4, 1e-3)
-"""In fp32, where sums are taken in another order."""
+"""Absolute and relative tolerance in fp32, where sums are taken in another order."""
 _POLICIES = (
     "dense",
     "static:skip=1 3",

@@ -16,17 +16,21 @@ from anee_core.policy.policy import Policy
 from anee_core.policy.strings import make_policy
 
 FAMILIES = {"gpt2": 9, "llama": 6, "mistral": 4}
-"""Number of layers, by family: learned positions; rotary ones and grouped queries; a sliding window."""
+"""Number of layers, by family. They have learned positions, rotary ones with grouped queries, and a sliding window."""
 
 
 @dataclass
 class PolicySubject:
-    """A policy, as a string or an object, and the budget that it is to run under, if it needs one."""
+    """A policy to check, and the budget that it runs under."""
 
     policy: str | Policy | Controller | CachePolicy
+    """A policy string, a policy, or one of its parts."""
     budget: float | None = None
+    """Budget that it is to run under; None if it needs none."""
     plugins: Plugins = field(default_factory=Plugins.discover)
+    """What is installed."""
     _models: dict[str, Subject] = field(default_factory=dict)
+    """Models of each family, shared by all checks."""
 
     def __post_init__(self) -> None:
         made = self.made

@@ -25,14 +25,20 @@ _NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Result:
-    """One check of one subject. ``failure`` says in one line what was expected, what was found and where to look."""
+    """Result of one check of one subject."""
 
     subject: str
+    """Name of what was checked."""
     kind: str
+    """Model type of the subject, or "policy" for a policy."""
     check: str
+    """Name of the check."""
     passed: bool
+    """Whether the promise holds."""
     seconds: float
+    """Seconds that the check took."""
     failure: str | None = None
+    """What was expected, what was found and where to look, in one line; None if the check passed."""
 
     @property
     def not_run(self) -> bool:
@@ -45,7 +51,9 @@ class Report:
     """The results of a run, and the versions it ran with."""
 
     results: list[Result] = field(default_factory=list)
+    """Results in the order in which checks ran."""
     versions: dict[str, str] = field(default_factory=lambda: _versions())
+    """Versions of Python and packages, by name."""
 
     @property
     def passed(self) -> bool:

@@ -77,8 +77,9 @@ def _follow_hooks(subject: Subject, positions: Tensor) -> None:
 
 @check("skip", look="ModelAdapter.project_kv and run: neither may rely on the layer before")
 def skip(subject: Subject) -> None:
-    """Skipping layers for all tokens is the transformers model without them, in a sequence and in generation; with
-    shortcuts, their estimates come in the layers' place.
+    """Skipping layers for all tokens is the transformers model without them, in a sequence and in generation.
+
+    With shortcuts, their estimates come in the layers' place.
     """
     model, ids = subject.model(), subject.tokens()
     every = subject.layers

@@ -26,23 +26,27 @@ _GAIN = 0.45
 CLOSE = (5e-5, 1e-3)
 """Absolute and relative tolerance in fp32 where sums may be taken in another order."""
 LOOSE = (0.15, 0.05)
-"""The same in bf16."""
+"""Absolute and relative tolerance in bf16."""
 
 
 @dataclass
 class Subject:
-    """An adapter and a config of its family, small enough to build again and again.
-
-    ``refused`` holds configs of the family that the adapter must refuse.
-    """
+    """An adapter and a config of its family, small enough to build again and again."""
 
     adapter: ModelAdapter
+    """The adapter to check."""
     config: Any
+    """A small config of its family."""
     name: str = "config"
+    """Name of the config in reports."""
     refused: tuple[Any, ...] = ()
+    """Configs of the family that the adapter must refuse."""
     plugins: Plugins = field(default_factory=Plugins.discover)
+    """What is installed."""
     _built: dict[tuple[torch.dtype, str | None], nn.Module] = field(default_factory=dict)
+    """Models that all checks share, by dtype and attention backend."""
     _pristine: dict[str, Any] = field(default_factory=dict)
+    """See `pristine`; empty before the first model is built."""
 
     def __post_init__(self) -> None:
         least = {"num_hidden_layers": 4, "max_position_embeddings": 64, "vocab_size": 32}

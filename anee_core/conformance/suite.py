@@ -40,15 +40,16 @@ ADAPTER_CHECKS: tuple[Check[Subject], ...] = (
 
 
 class AdapterConformance:
-    """Subclass it as ``Test...`` and name an adapter and small configs: pytest runs every check on every config.
-
-    ``refused`` holds configs of the family that the adapter must refuse.
-    """
+    """Subclass it as ``Test...`` and name an adapter and small configs: pytest runs every check on every config."""
 
     adapter: ClassVar[ModelAdapter]
+    """The adapter to check."""
     configs: ClassVar[Mapping[str, Any]]
+    """Small configs of its family, by name."""
     refused: ClassVar[tuple[Any, ...]] = ()
+    """Configs of the family that the adapter must refuse."""
     _last: ClassVar[Subject | None] = None
+    """What was checked last; its models serve the next check."""
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Make one test of each config and check (called by pytest)."""
@@ -72,13 +73,12 @@ class AdapterConformance:
 
 
 class PolicyConformance:
-    """Subclass it as ``Test...`` and name policies: pytest runs every check on each of them.
-
-    ``policies`` maps names to (policy string or object, budget or None).
-    """
+    """Subclass it as ``Test...`` and name policies: pytest runs every check on each of them."""
 
     policies: ClassVar[Mapping[str, tuple[Any, float | None]]]
+    """Pairs of a policy string or object and a budget or None, by name."""
     _last: ClassVar[tuple[str, PolicySubject] | None] = None
+    """Name of the policy that was checked last, and its models, which serve the next check."""
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Make one test of each policy and check (called by pytest)."""

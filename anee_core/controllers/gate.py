@@ -36,28 +36,33 @@ _FORMAT = CheckpointFormat(
 _REPAYING = 32
 """How many tokens pay back what the first ones spend beyond the budget."""
 _STRIDE, _STEPS = 64, 2048
-"""Tokens after those share prepared shares by 64; beyond 131,000, all do."""
+"""Tokens after those have the same prepared shares, 64 at a time; from position 131,000 on all have the same."""
 
 
 @dataclass(frozen=True)
 class GateWeights(TrainedWeights):
-    """What is fitted or trained.
+    """Weights of a gate, and the shares of tokens that skip each layer under each budget.
 
-    A token's score in front of a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``bias`` [L]; the
-    higher, the more it would lose by skipping. ``mean`` [L] and ``spread`` [L] are the scores' mean and standard
-    deviation on the text of the fit. ``shares`` [Q, L] are the shares of the tokens that skip each layer, those with
-    the lowest scores, under each of the ``budgets`` [Q] (ascending). ``facts`` says how all this was found.
+    A token's score in front of a layer is ``weight`` times its hidden state at unit norm, plus ``bias``; the higher it
+    is, the more the token would lose by skipping.
     """
 
     format: ClassVar[CheckpointFormat] = _FORMAT
 
     weight: Tensor
+    """[L, D] weight of the scores."""
     bias: Tensor
+    """[L] bias of the scores."""
     mean: Tensor
+    """[L] mean of the scores on the text of the fit."""
     spread: Tensor
+    """[L] their standard deviation."""
     budgets: Tensor
+    """[Q] budgets, ascending."""
     shares: Tensor
+    """[Q, L] shares of the tokens that skip each layer, those with the lowest scores, under each of the budgets."""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    """How all this was found."""
 
     def check(self, folder: str | Path) -> None:
         """Raise `CheckpointError` if spreads are 0, budgets out of order or shares out of range."""
@@ -68,8 +73,9 @@ class GateWeights(TrainedWeights):
             )
 
     def shares_at(self, budgets: Tensor) -> Tensor:
-        """Return the shares [..., L] for budgets [...], between those of the budgets around each; below the least that
-        was prepared, those of the least.
+        """Return the shares [..., L] for budgets [...], between those of the budgets around each.
+
+        Below the least budget that was prepared, they are those of the least.
         """
         known = self.budgets.float()
         right = torch.searchsorted(known, budgets).clamp(1, len(known) - 1)
@@ -153,11 +159,10 @@ class GateController(Trained[GateWeights], Controller):
         return self.first + _REPAYING
 
     def allowed(self, budget: Tensor, positions: Tensor, costs: CostModel) -> Tensor:
-        """Return the budgets whose shares tokens at ``positions`` have, in a sequence that meets ``budget``; both
-        shapes are broadcast.
+        """Return the budgets whose shares tokens at ``positions`` have, in a sequence that meets ``budget``.
 
-        The first tokens run every layer. The next ones pay that back, in equal parts. Shares are solved for without
-        attention; where that has its part, skipping saves more, and fewer skips are enough.
+        Both shapes are broadcast. The first tokens run every layer. The next ones pay that back, in equal parts. Shares
+        are solved for without attention; where that has its part, skipping saves more, and fewer skips are enough.
         """
         debt = self.first * (1 - budget) / _REPAYING
         spent = torch.where(positions < self.settled, budget - debt, budget)
@@ -169,7 +174,7 @@ class GateController(Trained[GateWeights], Controller):
 
     @property
     def linear(self) -> LinearGate | None:
-        """What it computes, once bound; a controller derived from this one may compute something else."""
+        """The formula of its decisions, once bound; None for derived controllers, which may compute something else."""
         return self._linear if type(self) is GateController else None
 
     @property

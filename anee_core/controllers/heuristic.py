@@ -18,7 +18,7 @@ from anee_core.interfaces.setting import Setting
 
 @dataclass(frozen=True)
 class HeuristicController(Controller):
-    """Calibrated importance and last-token confidence under the budget.
+    """Decide by calibrated importance and last-token confidence, under the budget.
 
     Layers are ordered by calibrated importance. A token may spend the budget, plus what its sequence has left over,
     plus or minus ``spread`` by how the largest probability of the distribution it was drawn from ranks among the

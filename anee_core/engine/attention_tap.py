@@ -13,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 from anee_core.errors import ModelError
 
 Answer = Callable[[Callable[[], Tensor]], "Tensor | None"]
-"""Is given a function that returns attention logits [R, H, C, S] in fp32; returns the additive mask to use,
-[R, 1, C, S], or None for the layer's own.
+"""A function that is given another, which returns attention logits [R, H, C, S] in fp32; it returns the additive mask
+to use, [R, 1, C, S], or None for the layer's own.
 """
 
 
 class AttentionTap(TorchFunctionMode):
-    """While entered, hands the logits of one layer's attention to ``answer`` and applies the mask that it returns.
+    """While entered, hand the logits of one layer's attention to ``answer`` and apply the mask that it returns.
 
     Fused attention stays fused: its queries and keys are multiplied once more, on the side, if the logits are wanted;
     ``flops`` says what that took. Where a family computes its attention by hand, the logits are what goes into its

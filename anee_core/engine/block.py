@@ -10,17 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """The tokens of one forward.
-
-    ``embeddings`` is [B, T, D]; ``input_ids`` (None if embeddings were given) and ``position_ids`` are [B, T];
-    ``real`` [B, T] is False for padding, None if there is none.
-    """
+    """The tokens of one forward."""
 
     embeddings: Tensor
+    """[B, T, D] embeddings of the tokens."""
     position_ids: Tensor
+    """[B, T] positions of the tokens."""
     input_ids: Tensor | None = None
+    """[B, T] ids of the tokens; None if embeddings were given."""
     real: Tensor | None = None
+    """[B, T] bool, False for padding; None if there is none."""
     phase: Literal["prefill", "decode"] = "decode"
+    """Whether the forward reads a prompt or decodes tokens."""
 
     def split(self, length: int) -> list[Block]:
         """Return the block in pieces of at most ``length`` tokens."""
@@ -40,15 +41,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens of a block that run one layer: ``all`` of them, ``none``, or ``some``.
-
-    Of some, ``run`` holds rows [R, 1] and columns [R, C] of those that run; a row with fewer than C repeats its last
-    one, which computes the same twice and so changes nothing. ``skip`` holds rows [1, N] and columns [1, N].
-    """
+    """The tokens of a block that run one layer."""
 
     kind: Literal["all", "none", "some"]
+    """Whether all, none or some of them run it."""
     run: tuple[Tensor, Tensor] | None = None
+    """Rows [R, 1] and columns [R, C] of those that run, if they are some; a row with fewer than C repeats its last one,
+    which computes the same twice and so changes nothing.
+    """
     skip: tuple[Tensor, Tensor] | None = None
+    """Rows [1, N] and columns [1, N] of those that skip the layer, if they are some."""
 
     def counts(self, tokens: int) -> tuple[int, int]:
         """Return how many of a block's ``tokens`` run the layer, counting what is computed twice, and how many skip."""

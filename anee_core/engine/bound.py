@@ -31,20 +31,24 @@ class Terms:
 
 @dataclass(frozen=True)
 class Bound:
-    """What an engine runs.
-
-    ``policy`` and ``budget`` are for this very model. Layers are run by ``step``; ``reference`` is the one that calls
-    the model's own modules. ``devices`` and ``windows`` hold one entry for each layer.
-    """
+    """What every forward of an engine works with."""
 
     adapter: ModelAdapter
+    """Adapter of the model's family."""
     parts: Parts
+    """The model's modules."""
     policy: Policy
+    """Policy, bound to this very model."""
     budget: Budget
+    """Limit on what a token may spend, for this very model."""
     step: LayerStep
+    """Way in which layers are run."""
     reference: ReferenceStep
+    """Step that calls the model's own modules."""
     devices: tuple[torch.device, ...]
+    """Device of each layer."""
     windows: tuple[int | None, ...]
+    """How many positions back each layer sees, itself included; None for all."""
 
     @property
     def costs(self) -> CostModel:

@@ -18,15 +18,14 @@ from anee_core.interfaces.cache_policy import CachePolicy, CacheView
 
 @dataclass(frozen=True)
 class DropPlace:
-    """One layer that drops of its own accord.
-
-    ``states`` [B, T, D] are what its attention gets, normed; None for a policy that does not want them. ``window`` is
-    how many positions back it sees, or None for all.
-    """
+    """One layer that drops tokens of its own accord."""
 
     layer_idx: int
+    """Index of the layer."""
     states: Tensor | None
+    """[B, T, D] what its attention gets, normed; None for a policy that does not want them."""
     window: int | None
+    """How many positions back the layer sees, itself included; None for all."""
 
 
 class Drop:
@@ -82,8 +81,9 @@ class Drop:
             self._decide(self._view)
 
     def visible(self) -> Tensor | None:
-        """Return what of the layer's slots the policy lets each new token see, [B, T, S], if it is known by now and
-        hides anything that the cache still holds.
+        """Return which of the layer's slots the policy lets each new token see, [B, T, S].
+
+        None if that is not known yet, or hides nothing that the cache still holds.
         """
         if self._alive is None:
             return None

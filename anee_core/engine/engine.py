@@ -1,4 +1,4 @@
-"""Runs blocks of tokens through one model under one policy: layers, final norm, head."""
+"""Run blocks of tokens through one model under one policy: layers, final norm, head."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ from anee_core.steps.layer_step import LayerStep
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward gives.
-
-    ``hidden_states`` [B, T, D] are final and normed. ``spent`` [B, T] is what each token spent, as a share of a dense
-    token's layer FLOPs, for policies that feed it back. ``inputs`` are what each layer got, if that was to be kept.
-    """
+    """What a forward gives."""
 
     hidden_states: Tensor
+    """[B, T, D] final hidden states, normed."""
     spent: Tensor | None
+    """[B, T] what each token spent, as a share of a dense token's layer FLOPs; None unless the policy feeds it back."""
     inputs: tuple[Tensor, ...] = ()
+    """What each layer got, [B, T, D]; empty unless that was to be kept."""
 
 
 class Engine:
-    """Runs blocks of tokens through one model under one policy.
+    """What runs blocks of tokens through one model under one policy.
 
     Args:
         adapter: knows the model's family.

@@ -1,4 +1,4 @@
-"""Turns a controller's actions into what is executed: protected layers, exits and the budget."""
+"""Turn a controller's actions into what is executed: protected layers, exits and the budget."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from anee_core.steps.calls import GateCall, KnownScores, Limit
 
 
 class Ledger:
-    """What each token of one forward has spent so far, ``spent`` [B, T], and which tokens have exited. Whatever nobody
-    asks for is not worked out.
+    """What each token of one forward has spent so far, and which tokens have exited.
+
+    Whatever nobody asks for is not worked out.
     """
 
     def __init__(self, budget: Budget, position_ids: Tensor) -> None:
@@ -34,7 +35,7 @@ class Ledger:
 
     @cached_property
     def _wanted(self) -> Tensor:
-        """What the layers wanted so far would cost, beside the least that a token can spend, [B, T]."""
+        """What each token spends if it runs the layers wanted so far and skips all others that it may, [B, T]."""
         return torch.where(self._always, *self._shares).sum(0)
 
     @cached_property

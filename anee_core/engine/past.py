@@ -14,15 +14,14 @@ from anee_core.engine.bound import Bound
 
 @dataclass(frozen=True)
 class Past:
-    """What is known of earlier tokens.
-
-    ``seen`` counts them. ``feedback`` [B, 1, 3] is `Observation.feedback` of the token to come, for a policy that feeds
-    back; ``scores`` are those of earlier tokens, for a controller that compares.
-    """
+    """What is known of earlier tokens."""
 
     seen: int = 0
+    """Number of earlier tokens."""
     feedback: Tensor | None = None
+    """[B, 1, 3] `Observation.feedback` of the token to come; None for a policy that does not feed back."""
     scores: ScoreLog | None = None
+    """Scores of earlier tokens; None for a controller that does not compare."""
 
 
 def past_of(bound: Bound, block: Block, cache: AdaptiveCache, dense: bool) -> Past:
@@ -33,7 +32,7 @@ def past_of(bound: Bound, block: Block, cache: AdaptiveCache, dense: bool) -> Pa
 
 
 def feedback_log(bound: Bound, block: Block, cache: AdaptiveCache, start: int) -> FeedbackLog:
-    """Return the cache's log of what sequences made of their tokens; a new one begins after ``start`` tokens."""
+    """Return the cache's log of what policies feed back; a new one begins after ``start`` tokens."""
     if cache.feedback is None:
         batch, device = block.position_ids.shape[0], block.position_ids.device
         cache.feedback = FeedbackLog(batch, device, start, bound.budget.limit or 1.0)

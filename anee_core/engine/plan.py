@@ -1,4 +1,4 @@
-"""Which tokens run which layer: observes, asks the controller, has the ledger admit them, reads the outcome once."""
+"""Plan which tokens run which layer: observe, ask the controller, have the ledger admit them, read the outcome once."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ class Plan:
         return self._selections[layer_idx]
 
     def decide_all(self, hidden_states: Tensor) -> Tensor | None:
-        """Return each token's `TokenState` at each layer, [L, B, T] uint8 on the host, if the controller can say that
-        in front of the first one, whose input is [B, T, D].
+        """Return each token's `TokenState` at each layer, [L, B, T] uint8 on the host, if that is known beforehand.
+
+        It is if the controller decides on all layers in front of the first one, whose input is [B, T, D]. None
+        otherwise.
         """
         if self._all_run:
             shape = self._num_layers, *self._block.position_ids.shape
@@ -76,7 +78,7 @@ class Plan:
         return self._ledger.gate(controller.linear, known)
 
     def undecided(self) -> Tensor:
-        """Return the `TokenState` of tokens that are not known yet to skip layers, [L, B, T] uint8 on the host."""
+        """Return RUNS for all tokens but padding, [L, B, T] uint8 on the host, for a gate to decide on."""
         real, shape = self._block.real, self._block.position_ids.shape
         states = torch.full((self._num_layers, *shape), TokenState.RUNS, dtype=torch.uint8)
         return states if real is None else (states * real.cpu()).contiguous()

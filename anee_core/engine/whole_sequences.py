@@ -13,16 +13,14 @@ from anee_core.cache.masks import additive, in_reach
 
 
 class WholeSequences:
-    """Token ids [B, T], and what is needed to take their hidden states from layer to layer; gradients flow.
-
-    ``embedded`` [B, T, D] is the input of the first layer.
-    """
+    """Token ids [B, T], and what takes their hidden states from layer to layer; gradients flow."""
 
     def __init__(self, adapter: ModelAdapter, parts: Parts, input_ids: Tensor) -> None:
         self._adapter, self._parts = adapter, parts
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         self._positions = positions[:1]
         self.embedded = adapter.embed(parts, parts.embedding(input_ids), positions)
+        """[B, T, D] input of the first layer."""
         self._calls = adapter.begin(parts, self.embedded, positions)
         self._masks: dict[int | None, Tensor] = {}
         self._implicit = attention_backend(parts.config) == "sdpa" and not parts.layout.always_masked

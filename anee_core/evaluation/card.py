@@ -15,11 +15,14 @@ from anee_core.policy.hub import is_repository
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on one text: under the policy, the dense model's perplexity, and on how many tokens."""
+    """What was measured on one text."""
 
     policy: TextQuality
+    """Figures of the policy."""
     dense: float
+    """Perplexity of the dense model."""
     tokens: int
+    """Number of tokens of the text."""
 
 
 def save_with_card(
@@ -28,9 +31,9 @@ def save_with_card(
     """Save a model's policy with a card, and return the folder.
 
     Args:
-        model: under the policy.
-        folder: where.
-        measured: by the name of the text.
+        model: runs under the policy that is saved.
+        folder: where it is saved.
+        measured: what was measured, by the name of the text.
         place: where the card says that the policy is. Default: the folder.
 
     Raises:

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 _PIECE = 64
-"""Tokens at once: what lies between is as large as the logits, and slow to get by the hundred megabytes."""
+"""Tokens that are compared at once: what is computed on the way is as large as their logits, and memory by the hundred
+megabytes is slow to get.
+"""
 
 
 def divergences(wanted: Tensor, logits: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _CONFIG = {"responsive": True, "displayModeBar": False}
 _HEIGHT = 16
-"""Pixels of a layer."""
+"""Pixels of a layer in a picture."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Replay:
     """A sequence of T tokens as it was read and generated."""
 
     tokens: list[str]
-    """Their text."""
+    """Text of each token."""
     prompt: int
-    """How many of them are the prompt."""
+    """Number of tokens of the prompt."""
     trace: Trace
-    """Of the replay."""
+    """Record of the replay."""
     ran: Tensor
     """Which layers ran, [L, T] bool."""
     held: Tensor
@@ -44,9 +44,9 @@ class Replay:
     change: Tensor
     """How much each layer changed the hidden state, relative to its norm, [L, T]; the last layer's is unknown."""
     entropy: Tensor
-    """Of the next-token distribution after each token, as a share of log(vocabulary), [T]."""
+    """Entropy of the next-token distribution after each token, as a share of log(vocabulary), [T]."""
     confidence: Tensor
-    """Its largest probability, [T]."""
+    """Largest probability of that distribution, [T]."""
     spent: Tensor
     """What each token spent of a dense one's decoder-layer FLOPs, [T]."""
 
@@ -167,7 +167,7 @@ def _map(
 
 
 def _budget(seen: Replay, budget: float | None) -> go.Figure:
-    """Return what tokens spent, and the mean so far."""
+    """Return a picture of what tokens spent, and of the mean so far."""
     mean = seen.spent.cumsum(0) / torch.arange(1, len(seen.spent) + 1)
     figure = _lines({"this token": seen.spent, "mean so far": mean}, seen)
     if budget is not None:
@@ -177,7 +177,7 @@ def _budget(seen: Replay, budget: float | None) -> go.Figure:
 
 
 def _lines(values: dict[str, Tensor], seen: Replay) -> go.Figure:
-    """Return curves [T] over the tokens."""
+    """Return a picture of curves [T] over the tokens."""
     import plotly.graph_objects as go
 
     figure = go.Figure()

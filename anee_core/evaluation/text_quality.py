@@ -23,19 +23,19 @@ class TextQuality:
     """Figures of a policy on a text, over the scored positions."""
 
     perplexity: float
-    """Of the next tokens."""
+    """Perplexity of the next tokens."""
     spent: float
     """What a token spends of the decoder-layer FLOPs that it would dense, on average over all positions."""
     skipped: float
-    """Share of (layer, token) pairs, of all positions."""
+    """Share of (layer, token) pairs that were skipped, over all positions."""
     dropped: float
     """Share of the context that layers no longer held: of all pairs of a token and an earlier one."""
     kv_bytes: float
-    """Allocated for keys and values, and what a policy keeps beside them, at the end of a block."""
+    """Bytes allocated for keys and values, and what a policy keeps beside them, at the end of a block."""
     divergence: float = math.nan
     """Mean KL(dense || policy) in nats per token; NaN if there was nothing to compare with."""
     agreement: float = math.nan
-    """Share of positions at which the likeliest token is the dense model's; NaN likewise."""
+    """Share of positions at which the likeliest token is the dense model's; NaN if there was none to compare with."""
 
 
 def text_blocks(model: AdaptiveModel, path: str | Path, length: int, count: int) -> Tensor:
@@ -67,8 +67,8 @@ def text_quality(
     """Run a model on token ids [N, T] as it is deployed, and return its figures.
 
     Args:
-        model: under its policy.
-        blocks: token ids.
+        model: runs under its policy.
+        blocks: token ids [N, T].
         first: first position that is scored, at least 1.
         batch: blocks at once.
         dense: what `dense_logits` returned for the same blocks, ``first`` and ``batch``.
@@ -100,8 +100,9 @@ def text_quality(
 
 
 def dense_logits(model: AdaptiveModel, blocks: Tensor, first: int = 1, batch: int = 1) -> list[Tensor]:
-    """Return the dense model's next-token logits [B, T - first, V] of each batch, to compare policies with. Its layers
-    run as the model's do, so that nothing but the policy sets the two apart.
+    """Return the dense model's next-token logits [B, T - first, V] of each batch, to compare policies with.
+
+    Its layers run as the model's do, so that nothing but the policy sets the two apart.
     """
     plain = AdaptiveModel(model.model, model.adapter).use_step(model.engine.step)
     return [_logits(plain, rows, first) for rows in torch.split(blocks, batch)]

@@ -17,10 +17,15 @@ class Decodable(Protocol):
     """A model that reads tokens into a cache and says what may come next."""
 
     adapter: ModelAdapter
+    """Adapter of the model's family."""
     config: Any
+    """The model's transformers config."""
     generation_config: Any
+    """The model's transformers generation config."""
     tokenizer: Any
+    """Tokenizer of the model; None if it has none."""
     last_trace: Trace | None
+    """Record of the last call; None before the first."""
 
     @property
     def device(self) -> torch.device:

@@ -28,18 +28,31 @@ class DecodeOptions:
     """Options of `decode`; None takes the model's generation config's value, then transformers' default."""
 
     max_new_tokens: int | None = None
+    """How many tokens a row may get."""
     do_sample: bool | None = None
+    """Whether to draw tokens; otherwise the likeliest one is taken."""
     temperature: float | None = None
+    """Temperature of the draw, above 0."""
     top_k: int | None = None
+    """How many of the likeliest tokens to draw from; 0 for all."""
     top_p: float | None = None
+    """Probability that the likeliest tokens to draw from have together, in (0, 1]."""
     repetition_penalty: float | None = None
+    """Factor by which tokens that a row holds already become less likely; 1 for none."""
     eos_token_id: int | list[int] | None = None
+    """Ids of the tokens that end a row."""
     pad_token_id: int | None = None
+    """Id that stands behind a row's end."""
     stop_strings: str | list[str] | None = None
+    """Texts that end a row."""
     streamer: Any = None
+    """Object that gets the prompts and then each token, as in transformers."""
     logits_processor: Sequence[Any] | None = None
+    """Further processors of the logits, as in transformers."""
     stopping_criteria: Sequence[Any] | None = None
+    """Further criteria that end rows, as in transformers."""
     seed: int | None = None
+    """Seed of this call's sampling; None to go on with torch's own random state."""
 
 
 _BEYOND = frozenset(
@@ -95,17 +108,20 @@ def choose_options(model: Decodable, options: dict[str, Any]) -> DecodeOptions:
 
 @dataclass(frozen=True)
 class Rules:
-    """How next tokens are drawn, and what ends a row.
-
-    ``processors`` are in transformers' order, ``eos`` holds the end-of-sequence ids, ``pad`` stands behind a row's end.
-    """
+    """How next tokens are drawn, and what ends a row."""
 
     processors: LogitsProcessorList
+    """Processors of the scores, in transformers' order."""
     criteria: StoppingCriteriaList
+    """What ends a row beside the end-of-sequence ids."""
     eos: Tensor
+    """End-of-sequence ids."""
     pad: int
+    """Id that stands behind a row's end."""
     do_sample: bool
+    """Whether tokens are drawn; otherwise the likeliest one is taken."""
     generator: torch.Generator | None
+    """Source of the draws; None for torch's own."""
 
     def process(self, rows: Rows, scores: Tensor) -> Tensor:
         """Return the scores [R, V] of the next tokens as they are drawn from."""

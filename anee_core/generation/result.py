@@ -12,21 +12,22 @@ from anee_core.errors import InputError
 
 @dataclass
 class Generation:
-    """What a generation produced.
-
-    ``sequences`` [B, T + N] holds prompts and new tokens, padded behind a row's end; ``new_tokens`` each row's new
-    tokens without padding; ``texts`` and ``completions`` each row as text, with and without its prompt. Times are in
-    seconds; the first new token belongs to the prompt's. Where transformers' ``generate`` did the work, all of it
-    counts as ``decode_seconds``.
-    """
+    """What a generation produced."""
 
     sequences: Tensor
+    """[B, T + N] prompts and new tokens, padded behind a row's end."""
     new_tokens: list[list[int]]
+    """New tokens of each row, without padding."""
     trace: Trace
+    """Record of what ran."""
     prompt_seconds: float = 0.0
+    """Seconds until the first new token; 0 where transformers' ``generate`` did the work."""
     decode_seconds: float = 0.0
+    """Seconds of all further tokens; of the whole work where transformers' ``generate`` did it."""
     texts: list[str] = field(default_factory=list)
+    """Each row as text, with its prompt; empty where only token ids were asked for."""
     completions: list[str] = field(default_factory=list)
+    """Each row as text, without its prompt; empty likewise."""
 
     @property
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""Text in, text out."""
+"""Generation from text to text."""
 
 from __future__ import annotations
 

@@ -16,42 +16,45 @@ from anee_core.interfaces.setting import Setting
 
 @dataclass(frozen=True)
 class CacheView:
-    """One layer's cache as a `CachePolicy` sees it: S slots in the order of their tokens, the T newest at the end.
-
-    ``query_position`` [B, T] are the new tokens' positions, ``ran`` [B, T] says which of them run the layer and so
-    attend, ``real`` [B, T] which are no padding. ``position_ids`` and ``valid`` are [B, S]. ``state`` is what was
-    remembered of each slot, [B, S, ...].
-
-    Only for a policy that wants them: ``states`` [B, T, D], what the layer's attention gets of the new tokens, normed;
-    ``keys`` [B, H, S, Dh]; and ``attention`` [B, H, T, S], the logits before softmax: -inf where a new token cannot see
-    a slot, whatever was dropped. Of tokens that do not run, they say nothing.
-    """
+    """One layer's cache as a `CachePolicy` sees it: S slots in the order of their tokens, the T newest at the end."""
 
     layer_idx: int
+    """Index of the layer."""
     position_ids: Tensor
+    """[B, S] positions of the slots' tokens."""
     valid: Tensor
+    """[B, S] bool: which slots hold a token."""
     query_position: Tensor
+    """[B, T] positions of the new tokens."""
     ran: Tensor
+    """[B, T] bool: which of the new tokens run the layer and so attend."""
     real: Tensor
+    """[B, T] bool: which of the new tokens are no padding."""
     state: Mapping[str, Tensor]
+    """What was remembered of each slot, [B, S, ...], by name."""
     states: Tensor | None = None
+    """[B, T, D] what the layer's attention gets of the new tokens, normed; None unless the policy wants it."""
     keys: Tensor | None = None
+    """[B, H, S, Dh] keys of the slots; None unless the policy wants them."""
     attention: Tensor | None = None
+    """[B, H, T, S] logits before softmax: -inf where a new token cannot see a slot, whatever was dropped. Of tokens
+    that do not run they say nothing. None unless the policy wants them.
+    """
 
 
 Wants = frozenset[Literal["states", "keys", "attention"]]
-"""Costly parts of a `CacheView`."""
+"""Costly parts of a `CacheView`, by field."""
 
 
 class CachePolicy(Configurable, ABC):
-    """Decides which cached tokens a layer keeps.
+    """What decides which cached tokens a layer keeps.
 
     Tokens are taken in order: each attends to what is held, then the layer drops what the policy no longer wants. What
     was dropped once stays dropped.
     """
 
     wants: ClassVar[Wants] = frozenset()
-    """Which of them it needs."""
+    """Which costly parts of a `CacheView` it needs."""
     before_attention: ClassVar[bool] = False
     """Whether what a token makes the layer drop is hidden from that token's own attention already."""
     rewrites: ClassVar[bool] = False
@@ -64,8 +67,9 @@ class CachePolicy(Configurable, ABC):
 
     @property
     def alike(self) -> bool:
-        """Whether all layers keep the same tokens, by their positions alone; nothing is remembered then, and one
-        decision serves all layers.
+        """Whether all layers keep the same tokens, by their positions alone.
+
+        Nothing is remembered then, and one decision serves all layers.
         """
         return False
 

@@ -18,11 +18,13 @@ class Configurable:
     """A dataclass whose fields are the options that a policy string can set, but for those with an underscore."""
 
     name: ClassVar[str]
+    """Name that a policy string uses."""
     positional: ClassVar[str | None] = None
     """The option whose name may be left out where it stands first."""
     checkpoint: ClassVar[CheckpointFormat | None] = None
-    """For what is trained: what the folder named by its option ``folder`` holds. If the option is empty, `anee.load`
-    takes the folder that an installed plugin has for the model."""
+    """What the folder named by its option ``folder`` holds, for a part that is trained; None for others. If the option
+    is empty, `anee.load` takes the folder that an installed plugin has for the model.
+    """
 
     @property
     def holds_weights(self) -> bool:
@@ -46,6 +48,7 @@ class TrainedWeights:
     """
 
     format: ClassVar[CheckpointFormat]
+    """Format of the folder that holds them."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -93,11 +96,14 @@ class Trained(Configurable, Generic[W]):
 
     positional: ClassVar[str | None] = "folder"
     weights_class: ClassVar[type[TrainedWeights]]
+    """Class of the weights."""
     command: ClassVar[str]
-    """Makes such weights, for messages."""
+    """Command that makes such weights, for messages."""
 
     folder: str
+    """Folder that holds the weights; empty if none is named."""
     _weights: W | None
+    """Weights in memory; None if they are to be read from the folder."""
 
     @property
     def holds_weights(self) -> bool:
@@ -106,7 +112,7 @@ class Trained(Configurable, Generic[W]):
 
     @classmethod
     def of(cls, weights: W, **options: Any) -> Self:
-        """Return one with weights in memory, not yet bound."""
+        """Return a part with weights in memory, not yet bound."""
         made: Any = cls  # a dataclass, which this class is not
         found: Self = made(_weights=weights, **options)
         return found

@@ -28,25 +28,30 @@ class Action(IntEnum):
 
 @dataclass(frozen=True)
 class DecisionContext:
-    """Where a decision is taken. ``position_ids`` and ``input_ids`` are [B, T].
-
-    For a controller that compares tokens (`Controller.compares`): ``score`` [B, T] is what it gave each at this layer,
-    ``lower`` how many of the earlier tokens in the sequence have a lower one, and ``compared`` how many those are.
-    """
+    """What a controller is told of the tokens that it decides on, beside their signals."""
 
     layer_idx: int
+    """First layer that is decided on."""
     num_layers: int
+    """Number of decoder layers."""
     position_ids: Tensor
+    """[B, T] positions of the tokens."""
     input_ids: Tensor | None
+    """[B, T] ids of the tokens; None if embeddings were given."""
     phase: Literal["prefill", "decode"]
+    """Whether the forward reads a prompt or decodes tokens."""
     budget: float | None
+    """Share of the dense decoder-layer FLOPs that may be spent; None for no budget."""
     score: Tensor | None = None
+    """[B, T] what the controller gave each token at this layer, if it compares tokens (see `Controller.compares`)."""
     lower: Tensor | None = None
+    """[B, T] how many of the earlier tokens that a token is compared with have a lower score."""
     compared: Tensor | None = None
+    """[B, T] how many earlier tokens it is compared with."""
 
 
 class Controller(Configurable, ABC):
-    """Decides when a layer is worth running."""
+    """What decides when a layer is worth running."""
 
     signals: ClassVar[tuple[str, ...]] = ()
     """Signals it wants, in the order in which it gets them."""
@@ -94,8 +99,9 @@ class Controller(Configurable, ABC):
         return None
 
     def shares(self, position_ids: Tensor) -> Tensor:
-        """Return the shares [B, T, L] of tokens like those at positions [B, T] that are to skip each layer, for a
-        controller that is `linear`.
+        """Return the share of tokens that is to skip each layer, [B, T, L], for tokens at positions [B, T].
+
+        Only a controller that is `linear` has to say so.
         """
         raise NotImplementedError(f"{type(self).__name__} is no linear gate")
 

@@ -12,20 +12,26 @@ from typing_extensions import Self
 
 @dataclass(frozen=True)
 class LinearGate:
-    """A controller's `decide` as a formula.
+    """A controller's `decide` as a formula, in fp32.
 
-    A token's score at a layer is ``weight`` [L, D] times its hidden state at unit norm, plus ``bias`` [L]. Its rank is
-    the share of the last ``window`` tokens with lower scores, where a normal distribution with ``mean`` [L] and
-    ``spread`` [L] counts for ``prior`` further tokens. It skips the layer if its rank is below the share of tokens that
-    are to skip it; a share below 0 says that it runs the layer and that no token is compared with it. All in fp32.
+    A token's score at a layer is ``weight`` times its hidden state at unit norm, plus ``bias``. Its rank is the share
+    of the last ``window`` tokens with lower scores, where a normal distribution with ``mean`` and ``spread`` counts for
+    ``prior`` further tokens. It skips the layer if its rank is below the share of tokens that are to skip it; a share
+    below 0 says that it runs the layer and that no token is compared with it.
     """
 
     weight: Tensor
+    """[L, D] weight of the scores."""
     bias: Tensor
+    """[L] bias of the scores."""
     mean: Tensor
+    """[L] mean of the normal distribution."""
     spread: Tensor
+    """[L] standard deviation of the normal distribution."""
     prior: float
+    """Number of tokens that the normal distribution counts for."""
     window: int
+    """With how many earlier tokens a token is compared at most."""
 
     def to(self, device: torch.device) -> Self:
         """Return the gate with its tensors on a device."""
@@ -37,8 +43,10 @@ class LinearGate:
         return unit @ self.weight[layer_idx].to(unit.device) + self.bias[layer_idx].to(unit.device)
 
     def rank(self, score: Tensor, lower: Tensor, compared: Tensor, layer_idx: int) -> Tensor:
-        """Return the share of tokens with scores below ``score`` [...] at a layer: ``lower`` [...] of the ``compared``
-        [...] ones, and for ``prior`` tokens what the normal distribution says.
+        """Return the share of tokens with scores below ``score`` [...] at a layer.
+
+        It counts ``lower`` [...] of the ``compared`` [...] ones, and for ``prior`` tokens what the normal distribution
+        says.
         """
         mean, spread = (part[layer_idx].to(score.device) for part in (self.mean, self.spread))
         return ranks((score - mean) / spread, lower, compared, self.prior)
@@ -46,29 +54,36 @@ class LinearGate:
 
 @dataclass(frozen=True)
 class LinearInteraction:
-    """The formula of a cache policy whose tokens keep a slot j while ``query x . key x_j / sqrt(r) + bias > 0``, where
-    x [D] is what a layer's attention gets of each; ``query`` and ``key`` are [L, r, D], ``bias`` is [L].
+    """A cache policy's formula: a token x keeps slot j while ``query x . key x_j / sqrt(r) + bias > 0``.
 
-    What is dropped is hidden from the token's own attention, and a token that skips the layer drops nothing. ``state``
-    is the name under which ``key x_j`` is remembered. A step that knows the formula can decide by itself, for one new
+    Here x [D] is what a layer's attention gets of a token. What is dropped is hidden from the token's own attention,
+    and a token that skips the layer drops nothing. A step that knows the formula can decide by itself, for one new
     token in each row.
     """
 
     query: Tensor
+    """[L, r, D] projection of the token that decides."""
     key: Tensor
+    """[L, r, D] projection of the tokens that it keeps or drops."""
     bias: Tensor
+    """[L] bias of each layer."""
     state: str
+    """Name under which ``key x_j`` is remembered."""
 
 
 @dataclass(frozen=True)
 class LowRankMap:
-    """A shortcut's `estimate` as a formula: ``up @ down @ n(h) + bias`` of a hidden state h, where n scales h to unit
-    norm; ``down`` is [L, r, D], ``up`` [L, D, r] and ``bias`` [L, D].
+    """A shortcut's `estimate` as a formula: ``up @ down @ n(h) + bias`` of a hidden state h.
+
+    Here n scales h to unit norm.
     """
 
     down: Tensor
+    """[L, r, D] map from the hidden state to r numbers."""
     up: Tensor
+    """[L, D, r] map from those to the estimate."""
     bias: Tensor
+    """[L, D] bias of the estimate."""
 
     def estimate(self, layer_idx: int, hidden_states: Tensor) -> Tensor:
         """Return what a layer would add to hidden states [..., D], of the same shape."""
@@ -83,7 +98,9 @@ def unit_norm(hidden_states: Tensor) -> Tensor:
 
 
 def ranks(deviation: Tensor, lower: Tensor, compared: Tensor, prior: float) -> Tensor:
-    """Return the share [...] of tokens with lower scores: ``lower`` [...] of the ``compared`` [...] ones, and for
-    ``prior`` tokens what a normal distribution says of scores by their ``deviation`` [...], in standard deviations.
+    """Return the share [...] of tokens with lower scores.
+
+    It counts ``lower`` [...] of the ``compared`` [...] ones, and for ``prior`` tokens what a normal distribution says
+    of scores by their ``deviation`` [...], in standard deviations.
     """
     return (lower + prior * torch.special.ndtr(deviation)) / (compared + prior)

@@ -11,26 +11,30 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Observation:
-    """What a profiler may look at in front of one layer.
-
-    ``hidden_states`` and ``previous`` are [B, T, D]: the layer's input and the input of the layer before (the same
-    tensor in front of the first). ``feedback`` [B, T, 3] holds entropy and largest probability of the distribution
-    that each token was drawn from, and the share of dense FLOPs that its sequence has spent before it.
-    ``seen`` [B, T] counts the tokens before it, ``spent`` [B, T] what the token itself has spent.
-    """
+    """What a profiler may look at in front of one layer."""
 
     hidden_states: Tensor
+    """[B, T, D] input of the layer."""
     previous: Tensor
+    """[B, T, D] input of the layer before; the same tensor in front of the first."""
     layer_idx: int
+    """Index of the layer."""
     num_layers: int
+    """Number of decoder layers."""
     spent: Tensor
+    """[B, T] what each token has spent so far, as a share of a dense token's layer FLOPs."""
     seen: Tensor
+    """[B, T] number of tokens before each."""
     budget: float
+    """Share of the dense decoder-layer FLOPs that may be spent; 1 if there is no budget."""
     feedback: Tensor | None = None
+    """[B, T, 3] entropy and largest probability of the distribution that each token was drawn from, and the share of
+    dense FLOPs that its sequence has spent before it; None if no signal needs that.
+    """
 
 
 class Profiler(ABC):
-    """Measures the state of tokens."""
+    """What measures the state of tokens."""
 
     names: ClassVar[tuple[str, ...]]
     """Signals this profiler knows."""

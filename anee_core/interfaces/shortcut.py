@@ -13,7 +13,7 @@ from anee_core.interfaces.setting import Setting
 
 
 class Shortcut(Configurable, ABC):
-    """Estimates what a skipped layer would have done to the hidden state, for little."""
+    """What estimates, for little, what a skipped layer would have done to the hidden state."""
 
     def bind(self, setting: Setting) -> Shortcut:
         """Return a shortcut for one model; this one stays as it is and can serve others.

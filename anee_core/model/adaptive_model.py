@@ -37,7 +37,7 @@ from anee_core.steps.quantised import QUANTISED
 
 
 class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transformers ships without types
-    """Runs a pretrained causal LM under a policy.
+    """A pretrained causal LM that runs under a policy.
 
     It is called and generates like the model it holds; attributes it lacks are looked up there. The model's modules
     are called as they are, never copied or patched.
@@ -139,8 +139,9 @@ class AdaptiveModel(nn.Module, GenerationMixin):  # type: ignore[misc]  # transf
 
     @property
     def slow_because(self) -> str | None:
-        """Why layers run by their own modules, though they might run faster; None if they do run fast. It is known once
-        a block of a few tokens has been run without gradients.
+        """Why layers run by their own modules, though they might run faster; None if they do run fast.
+
+        It is known once a block of a few tokens has been run without gradients.
         """
         return self.engine.step.slow_because
 

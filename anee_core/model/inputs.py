@@ -1,4 +1,4 @@
-"""Reads and checks what a forward is given."""
+"""Read and check what a forward is given."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from anee_core.errors import InputError
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a forward is given of its tokens; see `AdaptiveModel.forward` for the shapes."""
+    """What a forward is given of its tokens."""
 
     input_ids: Tensor | None = None
+    """[B, T] new tokens; None if their embeddings are given."""
     attention_mask: Tensor | None = None
+    """[B, S + T] for S tokens seen before, or [B, T], 0 for padding; None for no padding."""
     position_ids: Tensor | None = None
+    """[B, T] positions; None to count them over the real tokens of each row."""
     inputs_embeds: Tensor | None = None
+    """[B, T, D] instead of ``input_ids``."""
 
 
 def read_block(parts: Parts, inputs: Inputs, cache: AdaptiveCache, position_limit: int | None) -> Block:

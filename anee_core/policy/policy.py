@@ -32,21 +32,24 @@ POLICY_FORMAT = CheckpointFormat(
 
 @dataclass(frozen=True)
 class Policy:
-    """What decides: a controller for layers, a cache policy for tokens, and the profiler that serves them.
-
-    ``shortcut`` is what tokens get in the place of a layer that they skip, if anything. ``calibration`` is what the
-    controller was bound with, ``budget`` and ``hard`` what it was bound to, if they came with the policy. ``asked`` is
-    the string by which it was asked for, if it was.
-    """
+    """What decides: a controller for layers, a cache policy for tokens, and what serves them."""
 
     controller: Controller = field(default_factory=DenseController)
+    """Layer policy: decides which layers a token runs."""
     cache_policy: CachePolicy = field(default_factory=FullCachePolicy)
+    """Token policy: decides which tokens a layer keeps."""
     profiler: Profiler = field(default_factory=SignalProfiler)
+    """Profiler that measures the signals of the controller."""
     calibration: Calibration | None = None
+    """What the controller was bound with, if it came with the policy."""
     budget: float | None = None
+    """Budget that the controller was bound to, if it came with the policy."""
     hard: bool = False
+    """Whether no token may exceed that budget."""
     shortcut: Shortcut | None = None
+    """What tokens get in the place of a layer that they skip; None for nothing."""
     asked: str = field(default="", compare=False)
+    """String by which the policy was asked for; empty if it was not."""
 
     @property
     def feeds_back(self) -> bool:

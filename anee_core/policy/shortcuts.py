@@ -29,19 +29,23 @@ _FORMAT = CheckpointFormat(
 
 @dataclass(frozen=True)
 class ShortcutWeights(TrainedWeights):
-    """What is fitted: ``down`` [L, r, D], ``up`` [L, D, r] and ``bias`` [L, D]; ``facts`` says how."""
+    """Weights of shortcuts that were fitted or trained."""
 
     format: ClassVar[CheckpointFormat] = _FORMAT
 
     down: Tensor
+    """[L, r, D] maps from a hidden state to r numbers."""
     up: Tensor
+    """[L, D, r] maps from those to the estimates."""
     bias: Tensor
+    """[L, D] biases of the estimates."""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    """How they were found."""
 
 
 @dataclass(frozen=True)
 class LowRankShortcut(Trained[ShortcutWeights], Shortcut):
-    """Adds ``up @ down @ n(h) + bias`` to the hidden state h of a token that skips a layer; n scales h to unit norm.
+    """Add ``up @ down @ n(h) + bias`` to the hidden state h of a token that skips a layer; n scales h to unit norm.
 
     Options:
         folder: what ``anee calibrate`` wrote; may stand first, without its name. Default: what is installed for the
@@ -68,7 +72,7 @@ class LowRankShortcut(Trained[ShortcutWeights], Shortcut):
 
     @property
     def low_rank(self) -> LowRankMap | None:
-        """What it computes, once bound; a shortcut derived from this one may compute something else."""
+        """The formula of its estimates, once bound; None for derived shortcuts, which may compute something else."""
         return self._map if type(self) is LowRankShortcut else None
 
     @cached_property

@@ -18,16 +18,18 @@ Places = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerInput:
-    """What goes into one layer: the hidden states [B, T, D] of a block, or of it the tokens at ``places`` [R, C].
-
-    ``call`` is what the layer receives beside them, for the whole block. ``cache`` gets their keys and values.
-    """
+    """What goes into one layer: a block of tokens, or some of them."""
 
     layer_idx: int
+    """Index of the layer."""
     hidden_states: Tensor
+    """[B, T, D] hidden states of the whole block."""
     call: LayerCall
+    """What the layer receives beside them, for the whole block."""
     cache: AdaptiveCache
+    """Cache that gets the tokens' keys and values."""
     places: Places | None = None
+    """Rows and columns of the tokens that are meant, [R, C]; None for the whole block."""
 
     def selected(self) -> tuple[Tensor, LayerCall]:
         """Return the hidden states [R, C, D] of the tokens that are meant, and the call for them, without a mask."""
@@ -38,70 +40,71 @@ class LayerInput:
 
 @dataclass(frozen=True)
 class Limit:
-    """The share ``most`` of a dense token's layer FLOPs that no token may exceed.
-
-    ``run_shares`` and ``skip_shares`` [L, B, T] are what each layer takes of them; ``wanted`` [B, T] is what it takes
-    to skip all layers but those that always run.
-    """
+    """A limit on what each token spends, as a share of a dense token's layer FLOPs."""
 
     run_shares: Tensor
+    """[L, B, T] what it takes to run each layer."""
     skip_shares: Tensor
+    """[L, B, T] what it takes to skip each layer."""
     wanted: Tensor
+    """[B, T] what it takes to skip all layers but those that always run."""
     most: float
+    """Share that no token may exceed."""
 
 
 @dataclass(frozen=True)
 class KnownScores:
-    """What a linear gate compares with.
-
-    ``shares`` [B, T, L] says which share of tokens is to skip each layer; ``scores`` [B, S, L] holds those of the
-    ``seen`` earlier tokens, and has room for the step to write the new ones behind them.
-    """
+    """What a linear gate compares new tokens with."""
 
     shares: Tensor
+    """[B, T, L] share of tokens that is to skip each layer."""
     scores: Tensor
+    """[B, S, L] scores of the earlier tokens, with room for the step to write the new ones behind them."""
     seen: int
+    """Number of earlier tokens."""
 
 
 @dataclass(frozen=True)
 class GateCall:
-    """A linear gate, and what it needs to know of the new tokens.
-
-    Some layers run ``always`` [L]; if there is a ``limit``, no token exceeds it.
-    """
+    """A linear gate, and what it needs to know of the new tokens."""
 
     gate: LinearGate
+    """The gate."""
     known: KnownScores
+    """What it compares the tokens with."""
     always: Tensor
+    """[L] bool: which layers always run."""
     limit: Limit | None
+    """What no token may exceed; None for no limit."""
 
 
 @dataclass(frozen=True)
 class DropCall:
-    """A linear interaction that decides what each row's new token keeps of the cache.
-
-    The step writes into ``held`` [L, B] int32 how many slots each layer holds after it.
-    """
+    """A linear interaction that decides what each row's new token keeps of the cache."""
 
     interaction: LinearInteraction
+    """The interaction."""
     held: Tensor
+    """[L, B] int32, into which the step writes how many slots each layer holds after the token."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A forward through all layers, for a step that can take them at once.
-
-    Every layer receives ``call``, and its own of the ``masks`` [B, 1, T, S], or None. ``states`` [L, B, T] uint8 on the
-    host holds a `TokenState` for each token at each layer; if there is a ``gate``, the step writes what that decides of
-    all that are no padding.
-    ``dropping`` says what is dropped, if anything; there are no masks then. ``shortcut`` is what skipped tokens get.
-    ``inputs`` [L, B, T, D], if given, is for the step to write what each layer receives.
-    """
+    """A forward through all layers, for a step that can take them at once."""
 
     call: LayerCall
+    """What every layer receives."""
     masks: Sequence[Tensor | None]
+    """Mask of each layer, [B, 1, T, S] or None; all None where tokens are dropped."""
     states: Tensor
+    """[L, B, T] uint8 on the host: a `TokenState` for each token at each layer. If there is a ``gate``, the step writes
+    what that decides of all tokens that are no padding.
+    """
     gate: GateCall | None
+    """What decides on the way who runs; None if ``states`` says it."""
     dropping: DropCall | None
+    """What drops tokens of the cache; None for nothing."""
     shortcut: Shortcut | None
+    """What tokens get in the place of layers that they skip; None for nothing."""
     inputs: Tensor | None = None
+    """[L, B, T, D], into which the step writes what each layer receives; None if nobody wants to know."""

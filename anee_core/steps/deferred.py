@@ -19,14 +19,14 @@ from anee_core.steps.calls import LayerInput, Stack
 from anee_core.steps.layer_step import StepAround
 
 _MOST = 64
-"""Tokens that a layer may owe keys and values; more are paid at once, which bounds the memory."""
+"""Tokens whose keys and values a layer may be owed; more are written at once, which bounds the memory."""
 
 
 class DeferredStep(StepAround):
-    """Puts off propagation while a model decodes token by token; another step does the work."""
+    """Put off propagation while a model decodes token by token; another step does the work."""
 
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
-        """Let the step look at the block, and the cache know who pays."""
+        """Let the step look at the block, and the cache know who writes what is owed."""
         self._step.begin(hidden_states, cache)
         cache.pay = self._pay
 
@@ -34,7 +34,7 @@ class DeferredStep(StepAround):
         self._step.settle(LayerInput(layer_idx, hidden_states, call, cache), slots)
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
-        """Pay what the layers that run owe, take all, and note what those owe that a whole batch skips."""
+        """Write what the layers that run are owed, take all, and note what those are owed that a whole batch skips."""
         length = hidden_states.shape[1]
         if stack.gate is not None or length > 1 or torch.is_grad_enabled():
             cache.settle_all()  # who runs what is not known yet, or is too much to put off
@@ -51,7 +51,7 @@ class DeferredStep(StepAround):
         return output
 
     def _owe(self, skipped: list[bool], inputs: Tensor, stack: Stack, cache: AdaptiveCache) -> None:
-        """Note what the layers owe that were ``skipped``, given all layers' ``inputs`` [L, B, 1, D]."""
+        """Note what the layers are owed that were ``skipped``, given all layers' ``inputs`` [L, B, 1, D]."""
         shared: Tensor | None = None
         for layer_idx, whole in enumerate(skipped):
             if not whole:
@@ -63,12 +63,12 @@ class DeferredStep(StepAround):
                 cache.settle(layer_idx)
 
     def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
-        """Pay what the layer owes, and run it."""
+        """Write what the layer is owed, and run it."""
         given.cache.settle(given.layer_idx)
         return self._step.run(given, mask)
 
     def propagate(self, given: LayerInput) -> None:
-        """Note what is owed, if a whole batch of single tokens skips the layer; otherwise pay at once."""
+        """Note what the layer is owed, if a whole batch of single tokens skips it; otherwise write it at once."""
         batch, length = given.hidden_states.shape[:2]
         if given.places is not None or length > 1 or torch.is_grad_enabled():
             return self._step.propagate(given)

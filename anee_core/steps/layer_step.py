@@ -11,7 +11,7 @@ from anee_core.steps.calls import LayerInput, Stack
 
 
 class LayerStep(Protocol):
-    """Runs decoder layers, writes the keys and values of tokens that skip them, and applies the head.
+    """What runs decoder layers, writes the keys and values of tokens that skip them, and applies the head.
 
     An implementation may fuse, compile or capture; `ReferenceStep` is what it must agree with.
     """
@@ -60,19 +60,19 @@ class LayerStep(Protocol):
 
 
 class StepAround:
-    """Leaves everything to another step: what wraps one overrides what it changes."""
+    """A step that leaves everything to another one; what is derived from it overrides what it changes."""
 
     def __init__(self, step: LayerStep) -> None:
         self._step = step
 
     @property
     def inner(self) -> LayerStep:
-        """The step."""
+        """The step that everything is left to."""
         return self._step
 
     @property
     def slow_because(self) -> str | None:
-        """Why the step leaves layers to their own modules, if it does."""
+        """Why the inner step leaves layers to their own modules; None if it does not."""
         return self._step.slow_because
 
     @property

@@ -15,14 +15,14 @@ from anee_core.steps.calls import LayerInput, Stack
 
 
 class ReferenceStep:
-    """Calls the model's own modules, wherever they are and whatever wraps them."""
+    """Call the model's own modules, wherever they are and whatever wraps them."""
 
     def __init__(self, adapter: ModelAdapter, parts: Parts) -> None:
         self._adapter, self._parts = adapter, parts
 
     @property
     def slow_because(self) -> str | None:
-        """That this is what was asked for."""
+        """Why layers run by their own modules: because that was asked for."""
         return "fast=False"
 
     @property
@@ -34,7 +34,7 @@ class ReferenceStep:
         """Do nothing: modules need no preparation."""
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:
-        """Leave it to `run` and `propagate`."""
+        """Return None: layers are taken one by one, by `run` and `propagate`."""
         return None
 
     def run(self, given: LayerInput, mask: Tensor | None) -> Tensor:
@@ -47,12 +47,12 @@ class ReferenceStep:
         return self._adapter.run(self._parts, given.layer_idx, hidden_states, call.with_mask(mask), writer)
 
     def propagate(self, given: LayerInput) -> None:
-        """Project through the layer's own norm and projections."""
+        """Write keys and values through the layer's own norm and projections."""
         keys, values = self._adapter.project_kv(self._parts, given.layer_idx, *given.selected())
         given.cache.write(given.layer_idx, keys, values, *(given.places or ()))
 
     def settle(self, given: LayerInput, slots: Tensor) -> None:
-        """Project all of them at once."""
+        """Write the keys and values of all the tokens at once."""
         keys, values = self._adapter.project_kv(self._parts, given.layer_idx, given.hidden_states, given.call)
         given.cache.write_slots(given.layer_idx, keys, values, slots)
 

@@ -71,7 +71,7 @@ class SparseAttention(Objective):
         adapter: knows the model's family.
         parts: the model's modules.
         interactions: the trained part.
-        alpha: of the sparse sigmoid, by step.
+        alpha: sharpness of the sparse sigmoid, by step.
         gamma: weight of the mean survival over all pairs of a token and an earlier one.
         target: share of those pairs to drop; gamma then changes by the step until it is met. None for a fixed gamma.
         distil: whether to learn from the dense model's next-token distributions instead of the text. If the whole model
@@ -111,7 +111,7 @@ class SparseAttention(Objective):
         return self
 
     def begin(self, step: int) -> None:
-        """Sharpen."""
+        """Set the sharpness of the sparse sigmoid."""
         self.alpha = self.alpha_schedule(step)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,8 +154,9 @@ class SparseAttention(Objective):
         return AsaWeights(parts.query.detach(), parts.key.detach(), parts.beta.detach(), backbone, facts)
 
     def validate(self) -> dict[str, float]:
-        """Return perplexity and share of context dropped of the held-out blocks under the deployed step function, and
-        the dense model's perplexity.
+        """Return the held-out blocks' perplexity and share of context dropped, and the dense model's perplexity.
+
+        Tokens are dropped by the step function that is deployed.
         """
         if self.held_out is None:
             return {}

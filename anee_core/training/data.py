@@ -1,4 +1,4 @@
-"""Text files to batches of token ids, in an order that depends on the seed and the step alone."""
+"""From text files to batches of token ids, in an order that depends on the seed and the step alone."""
 
 from __future__ import annotations
 

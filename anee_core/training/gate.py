@@ -27,8 +27,9 @@ _EDGE = 1e-4
 
 
 class GatedModel(Objective):
-    """Loss of a model whose layers are skipped by a gate: log divergence from the dense model, plus the price of what
-    is spent.
+    """Loss of a model whose layers are skipped by a gate.
+
+    It is the logarithm of the divergence from the dense model, plus the price of what is spent.
 
     It takes many parameters because it is put together of parts that are made elsewhere.
 
@@ -39,7 +40,7 @@ class GatedModel(Objective):
         gate: weights to start from.
         shortcuts: weights to start from.
         controller: says which tokens and layers always run, and how much the fit's statistics count.
-        options: how.
+        options: how the gate is trained.
         held_out: blocks [N, T] to validate on, as deployed.
     """
 
@@ -102,8 +103,9 @@ class GatedModel(Objective):
         return lowest + (MOST - lowest) * torch.rand(input_ids.shape[0], device=input_ids.device)
 
     def move_price(self, price: Tensor, budgets: Tensor, over: Tensor) -> None:
-        """Raise the prices [Q] of the knots near ``budgets`` [B] that are exceeded (``over`` [B] is above 0), and lower
-        those of budgets that are not used up: dual ascent, in place.
+        """Raise the prices [Q] of knots near budgets that are exceeded, and lower those near budgets not used up.
+
+        ``budgets`` [B] are exceeded where ``over`` [B] is above 0. This is dual ascent, in place.
         """
         shares = self.near(budgets)
         rise = (shares * over[:, None]).sum(0) / shares.sum(0).clamp(min=1e-6)
@@ -140,9 +142,10 @@ class GatedModel(Objective):
         return unit @ down.T @ up.T + self.shortcut_bias[layer_idx].to(unit.dtype)
 
     def score(self, unit: Tensor, layer_idx: int) -> Tensor:
-        """Return how scores [B, T] rank among those of earlier tokens, as quantiles of a normal distribution: what
-        `GateController.decide` compares. Gradients are those of the distance to the earlier tokens' mean, in their
-        standard deviations.
+        """Return how scores [B, T] rank among those of earlier tokens, as quantiles of a normal distribution.
+
+        That is what `GateController.decide` compares. Gradients are those of the distance to the mean of the earlier
+        tokens, in their standard deviations.
         """
         # What is decided must not depend on the precision that layers are trained in.
         with torch.autocast(unit.device.type, enabled=False):
@@ -176,16 +179,18 @@ class GatedModel(Objective):
         return soft + ((margin >= 0).float() - soft).detach()
 
     def thresholds_of(self, budgets: Tensor, positions: Tensor) -> Tensor:
-        """Return the thresholds [B, T, L] of tokens at ``positions`` [T] in sequences with ``budgets`` [B], as
-        quantiles of a normal distribution.
+        """Return the thresholds [B, T, L] of tokens in sequences with ``budgets`` [B], as normal quantiles.
+
+        The tokens are at ``positions`` [T].
         """
         allowed = self._controller.allowed(budgets[:, None], positions, self.costs)
         with torch.autocast(allowed.device.type, enabled=False):
             return _normal(self.near(allowed) @ torch.special.ndtr(self.thresholds))
 
     def near(self, budgets: Tensor) -> Tensor:
-        """Return the weights of each knot for budgets [...], [..., Q]: linear between two neighbours, and those of an
-        end beyond it.
+        """Return the weight of each knot for budgets [...], [..., Q].
+
+        Weights are linear between two neighbours; beyond an end, that end has all of it.
         """
         budgets = budgets.clamp(self.budgets[0], self.budgets[-1])
         place = (budgets - self.budgets[0]) / (self.budgets[1] - self.budgets[0])

@@ -81,8 +81,9 @@ def train_gate(
 
 
 def start_of(model: AdaptiveModel, blocks: Any, run: RunOptions, options: GateTraining) -> Path:
-    """Return the folder that a training starts from: the one that was asked for, or that of a closed-form fit, which
-    is made if it is not there, on some of the blocks of all texts.
+    """Return the folder that a training starts from: the one asked for, or that of a closed-form fit.
+
+    The fit is made if it is not there, on some of the blocks of all texts.
     """
     if options.start is not None:
         return Path(options.start)
@@ -126,8 +127,9 @@ def optimizer_of(objective: GatedModel, factor: float) -> torch.optim.Optimizer:
 
 
 def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: dict[str, Any]) -> None:
-    """Save what was trained in the run's folder, with shares of tokens that meet every budget on the held-out blocks;
-    shortcuts in bf16, which halves the folder.
+    """Save what was trained in the run's folder, with shares that meet every budget on the held-out blocks.
+
+    Shortcuts are saved in bf16, which halves the folder.
     """
     gate, shortcuts = objective.fitted()
     facts = {"steps": run.steps, **facts}
@@ -147,8 +149,9 @@ def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: 
 
 
 def spending(objective: GatedModel, folder: Path, options: GateTraining, progress: bool = False) -> np.ndarray:
-    """Return what a folder's gate and shortcuts spend on the held-out blocks, as deployed, under the budgets [Q] that
-    were trained for.
+    """Return what a folder's gate and shortcuts spend on the held-out blocks under the trained budgets, [Q].
+
+    They run as deployed.
     """
     assert objective.held_out is not None
     policy, budgets = deployed(folder, options), objective.budgets.tolist()
@@ -178,5 +181,5 @@ def deployed(folder: Path, options: GateTraining) -> Policy:
 
 
 def _controller(options: GateTraining) -> GateController:
-    """Return the controller that runs what always runs."""
+    """Return a controller with the tokens and layers protected that always run."""
     return GateController(protect=options.protect, first=options.first)

@@ -1,4 +1,4 @@
-"""What is trained, and how. Imports nothing heavy, so that a command line can read it."""
+"""Options of trainings: what is trained, and how. It imports nothing heavy, so that a command line can read it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST = 0.95
 
 @dataclass(frozen=True)
 class AsaOptions:
-    """What is trained, and how."""
+    """What is trained for adaptively sparse attention, and how."""
 
     backbone: Backbone = "frozen"
     """What of the model is trained beside the interactions: nothing ("frozen"), low-rank updates of its linears
@@ -79,7 +79,7 @@ class GateOptions:
     knots: int = 6
     """Budgets with shares of their own; between them shares are interpolated."""
     temperature: float = 0.5
-    """Of the sigmoid that stands in for the step in the backward pass, in standard deviations."""
+    """Temperature of the sigmoid that stands in for the step in the backward pass, in standard deviations."""
     noise: float = 0.3
     """Scale of the Gumbel noise on the scores."""
     pressure: float = 0.5
@@ -133,9 +133,9 @@ class ReinforceOptions:
     """How decisions are drawn and rewarded."""
 
     rollouts: int = 4
-    """How many are drawn for each text; the others are a rollout's baseline."""
+    """Rollouts that are drawn for each text; the others are a rollout's baseline."""
     temperature: float = 0.1
-    """Of the decisions, in standard deviations of the scores: the lower, the fewer are left to chance."""
+    """Temperature of the decisions, in standard deviations of the scores: the lower, the fewer are left to chance."""
     near_dense: float = 0.1
     """Divergence, in nats, under which spending less than the budget is rewarded."""
     entropy: float = 1e-3
@@ -156,16 +156,16 @@ class ReinforceOptions:
 
 @dataclass(frozen=True)
 class RlTraining:
-    """Both stages."""
+    """Both stages of a training of the policy "rl"."""
 
     supervised: GateTraining = field(default_factory=GateTraining)
-    """The first; its text, lengths and batches are those of the second too."""
+    """The first stage; its text, lengths and batches are those of the second too."""
     reinforce: ReinforceOptions = field(default_factory=ReinforceOptions)
-    """The second."""
+    """The second stage."""
     steps: int = 100
-    """Of REINFORCE; the first stage has those of the run."""
+    """Steps of REINFORCE; the first stage has those of the run."""
     rate: float = 0.3
-    """Factor on the learning rates of the second."""
+    """Factor on the learning rates of the second stage."""
     samples: int = 32
     """Texts that the model writes under the policy of the first stage, for the second to read as well."""
 

@@ -39,7 +39,7 @@ def train_rl(
     options: RlTraining | None = None,
     valid: str | Path | None = None,
 ) -> dict[str, dict[float, float]]:
-    """Train both stages; return what each diverges from the dense model on held-out text, by budget.
+    """Train both stages; return how far each is from the dense model on held-out text, by budget.
 
     The stages are kept in ``supervised`` and ``reinforce`` inside ``run.folder``, which itself gets the better one, and
     what is returned in ``stages.json``. A run found there is continued.
@@ -86,8 +86,9 @@ def train_rl(
 def with_samples(
     model: AdaptiveModel, blocks: Any, stage: Path, least: float, run: RunOptions, options: RlTraining
 ) -> Any:
-    """Return blocks of text with others that the model writes under a stage's policy, at budgets from ``least`` to
-    0.95: that is the text that it will see where it is deployed.
+    """Return blocks of text with others that the model writes under a stage's policy.
+
+    Budgets go from ``least`` to 0.95. That is the text that the model will see where it is deployed.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -113,8 +114,9 @@ def with_samples(
 def compared(
     model: AdaptiveModel, folder: Path, options: GateTraining, blocks: Tensor, budgets: list[float]
 ) -> dict[float, float]:
-    """Return the divergence of a gate and its shortcuts from the dense model, in nats per token, at each budget, as
-    deployed on token ids [N, T].
+    """Return the divergence of a gate and its shortcuts from the dense model at each budget, in nats per token.
+
+    They run as deployed, on token ids [N, T].
     """
     policy = deployed(folder, options)
     probe, dense = AdaptiveModel(model.model, model.adapter), dense_logits(model, blocks)

@@ -21,7 +21,7 @@ class RunOptions:
     clip: float = 1.0
     """Largest gradient norm; 0 for no clipping."""
     precision: str = "no"
-    """"no", "bf16" or "fp16"."""
+    """Mixed precision: "no", "bf16" or "fp16"."""
     seed: int = 0
     """Seed of everything random."""
     validate_every: int = 100

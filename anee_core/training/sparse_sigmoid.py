@@ -98,7 +98,7 @@ def _bisect(w: Tensor, a: float) -> Tensor:
 
 
 class _LogSurvival(torch.autograd.Function):
-    """Saves the probabilities only: they give the slope, and the sums are taken again."""
+    """Logarithm of survival. Only probabilities are saved: they give the slope, and the sums are taken again."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, alpha: float) -> Tensor:

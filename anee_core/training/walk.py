@@ -16,15 +16,18 @@ from anee_core.interfaces.formulas import unit_norm
 
 @dataclass(frozen=True)
 class Visit:
-    """One layer that may be skipped: what it makes of the hidden states [B, T, D], and those at ``unit`` norm."""
+    """One layer that may be skipped."""
 
     layer_idx: int
+    """Index of the layer."""
     output: Tensor
+    """[B, T, D] what the layer makes of the hidden states."""
     unit: Tensor
+    """[B, T, D] hidden states in front of the layer, at unit norm."""
 
 
 class Walk:
-    """Takes sequences from layer to layer. Layers that always run are run; at the others somebody decides.
+    """Sequences on their way from layer to layer. Layers that always run are run; at the others somebody decides.
 
     Args:
         sequences: token ids on their way.

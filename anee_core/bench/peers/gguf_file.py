@@ -1,4 +1,4 @@
-"""Writes models of the LLaMA and GPT-2 families as GGUF files, for llama.cpp to read."""
+"""Write models of the LLaMA and GPT-2 families as GGUF files, for llama.cpp to read."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def write_gguf(network: Any, path: Path) -> None:
 
 
 def token_of(name: str) -> int:
-    """Return the id of the token that a file of ours calls so."""
+    """Return the id of the token that `write_gguf` gives this name."""
     return int(name.strip("<>"))
 
 

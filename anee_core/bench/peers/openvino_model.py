@@ -20,10 +20,10 @@ from anee_core.errors import MissingPackageError, ModelError
 def write_openvino(network: Any, path: Path) -> str:
     """Write a causal LM in float32 to ``path`` (.xml, and .bin beside it).
 
-    Returns what OpenVINO calls the dtype that the model is in, and so is to be computed in.
+    Return what OpenVINO calls the dtype that the model is in, and so is to be computed in.
 
-    It takes ``input_ids`` and ``position_ids`` [B, T], and in ``beam_idx`` [B] which row of the state each row goes on
-    with. It returns the logits [B, 1, V] of the last tokens.
+    What is written takes ``input_ids`` and ``position_ids`` [B, T], and in ``beam_idx`` [B] which row of the state each
+    row goes on with. It returns the logits [B, 1, V] of the last tokens.
 
     Raises:
         MissingPackageError: openvino is not installed.
@@ -56,7 +56,7 @@ def write_openvino(network: Any, path: Path) -> str:
 
 
 def _computed(openvino: Any) -> set[str]:
-    """Return the dtypes that it computes in here."""
+    """Return the dtypes that OpenVINO computes in on this processor, by its names."""
     known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {{"FP32": "F32"}.get(name, name) for name in known}
 

@@ -1,4 +1,4 @@
-"""Another engine in a process of its own: its threads are not among ours, and it may crash."""
+"""Another engine in a process of its own: its threads are not among those of this one, and it may crash."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from anee_core.errors import ModelError
 
 Run = Callable[[Tensor, int, Any], None]
-"""Takes token ids [1, T], a number of new tokens, and a streamer that gets the prompt and each token."""
+"""A function that takes token ids [1, T], a number of new tokens, and a streamer that gets prompt and tokens."""
 Start = Callable[[], Run]
-"""Loads what was prepared into an engine."""
+"""A function that loads what was prepared into an engine, and returns what runs it."""
 
 
 class OwnProcess:
@@ -42,7 +42,7 @@ class OwnProcess:
             streamer.put(torch.tensor(tokens))
 
     def _wait(self) -> list[Any] | None:
-        """Return what comes next, the prompt or tokens, None at the end."""
+        """Return what comes next: the prompt, tokens, or None at the end."""
         try:
             tokens: list[Any] | None = self._pipe.recv()
         except (EOFError, ConnectionError) as error:

@@ -29,7 +29,9 @@ class Graphs:
     @torch.inference_mode(False)
     def __init__(self, like: Tensor, capacity: int) -> None:
         self.states = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        """[B, 1, D] hidden states that the graphs hand on."""
         self.slot = torch.zeros(1, dtype=torch.long, device=like.device)
+        """[1] slot of the new token."""
         self.calls: Buffers[LayerCall, LayerCall] = Buffers(_like_call, _fill_call)
         self.masks: Buffers[Tensor | None, Tensor] = Buffers(self._new_mask, self._fill_mask)
         self._capacity, self._used = capacity, 0
@@ -79,8 +81,9 @@ class Graphs:
 
 
 class Buffers(Generic[S, H]):
-    """Buffers for the different things of one kind that a forward hands to its layers: the first goes into the first
-    buffer, and so on.
+    """Buffers for the different things of one kind that a forward hands to its layers.
+
+    The first thing goes into the first buffer, and so on.
     """
 
     def __init__(self, make: Callable[[S], H], fill: Callable[[H, S], None]) -> None:

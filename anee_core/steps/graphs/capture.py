@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class CudaCapture:
-    """Captures what work launches on the current GPU.
+    """What captures the work that is launched on the current GPU.
 
     Nothing that a graph computes lives on but in buffers from outside, so all graphs may use the same memory.
     """

@@ -12,10 +12,12 @@ from anee_core.steps.reference import devices_of
 
 @dataclass(frozen=True)
 class CapturedModel:
-    """Why a model's layers cannot be captured, if they cannot, and where their weights lie."""
+    """Whether a model's layers can be captured, and where their weights lie."""
 
     unfit: str | None
+    """Why they cannot be captured; None if they can."""
     addresses: tuple[int, ...]
+    """Address of each of their parameters."""
 
     @classmethod
     def of(cls, adapter: ModelAdapter, parts: Parts) -> CapturedModel:

@@ -75,8 +75,10 @@ class GateBuffers:
 
 
 def _recent(scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Return the last ``window`` of earlier tokens' scores [B, S, L] that count, in any order, [B, window, L] with NaN
-    where there are fewer; and how many there are, [B, L].
+    """Return the last ``window`` of earlier tokens' scores that count, and how many there are.
+
+    Of ``scores`` [B, S, L], those that are not NaN count. The first result is [B, window, L], in any order, with NaN
+    where there are fewer; the second is [B, L].
     """
     counts = ~scores.isnan()
     total = counts.sum(1)

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class GraphStep(StepAround):
-    """Replays graphs of layers where that is possible, and leaves everything else to another step.
+    """Replay graphs of layers where that is possible, and leave everything else to another step.
 
     It is possible for one new token per row, without gradients, if the whole batch runs or skips a layer and all
     layers hold the same slots, for families with a `Recipe`: their layers ask the device no questions. Graphs are
@@ -67,7 +67,7 @@ class GraphStep(StepAround):
         """Why a gate cannot decide within a graph, if it cannot."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy captures its own model."""
+        """Return what makes a copy, which captures its own model."""
         capture = None if isinstance(self._capture, CudaCapture) else self._capture
         return type(self), (self._step, self._adapter, self._parts, capture, self._device)
 

@@ -19,11 +19,13 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self.graphs: Graphs | None = None
+        """Graphs of the forward under way; None if there are none."""
         self._known: OrderedDict[Hashable, Graphs | None] = OrderedDict()
 
     def find(self, key: Hashable, hidden_states: Tensor, capacity: int) -> Graphs | None:
-        """Return the graphs that belong to a key; None at its first token: a cache may move with each, as in a beam
-        search, and then capturing is not worth it.
+        """Return the graphs that belong to a key; None at its first token.
+
+        A cache may move with each token, as in a beam search, and then capturing is not worth it.
         """
         if key not in self._known:
             self._known[key] = None

@@ -1,4 +1,4 @@
-"""Compiles the C++ sources for the processor at hand, once, and loads it."""
+"""Compile the C++ sources for the processor at hand, once, and load the library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from anee_core.steps.native.structs import LAYOUT
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "cpp" / "library.cpp"
-"""Includes all the others in its folder."""
+"""The source that includes all others in its folder."""
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",
     # Sums may be taken in any order; NaN and infinity keep their meaning.
@@ -71,8 +71,9 @@ def library() -> ctypes.CDLL:
 
 
 def _check_layout(loaded: ctypes.CDLL) -> None:
-    """Raise `NoLibraryError` unless the library's structs and constants are those of `structs`: it would otherwise read
-    and write where it must not.
+    """Raise `NoLibraryError` unless the library's structs and constants are those of ``structs.py``.
+
+    It would otherwise read and write where it must not.
     """
     found = (ctypes.c_int32 * (len(LAYOUT) + 1))()
     loaded.anee_layout.argtypes, loaded.anee_layout.restype = [ctypes.c_void_p], ctypes.c_int32

@@ -14,7 +14,7 @@ from anee_core.steps.native.structs import LANES
 
 
 class _Following:
-    """A module after the layers, as long as it is what it was."""
+    """A module after the layers as structs, and whether it still is what it was."""
 
     def __init__(self, native: CDLL, module: nn.Module, dtype: torch.dtype) -> None:
         self.pointers = Pointers(dtype)
@@ -22,7 +22,7 @@ class _Following:
 
     @property
     def current(self) -> bool:
-        """Whether this still is what the module does."""
+        """Whether the structs still say what the module does."""
         return not hooked(self._module) and self.pointers.current
 
 
@@ -35,7 +35,7 @@ class NativeNorm(_Following):
 
     @classmethod
     def of(cls, native: CDLL, parts: Parts, dtype: torch.dtype) -> NativeNorm | None:
-        """Return it, or None where the model has none, or one of its own kind."""
+        """Return the norm, or None where the model has none, or one of an unknown kind."""
         try:
             return cls(native, parts, dtype)
         except UnfitError:

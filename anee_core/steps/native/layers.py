@@ -21,7 +21,7 @@ _ACTIVATIONS = {
 
 
 _BYTES_PER_THREAD = 1 << 18
-"""Weights that keep a thread busy for long enough."""
+"""Bytes of weights that keep a thread busy for long enough."""
 
 
 class NativeLayer:
@@ -80,9 +80,9 @@ class NativeLayer:
         self.address = addressof(self.struct)
         self.kv_heads, self.head_dim = self.struct.kv_heads, head_dim
         self.floats = 3 * config.hidden_size + 2 * (queries + keys) + 2 * up.outputs + 9 * LANES
-        """Of scratch that a token needs, beside room for each thread's attention scores."""
+        """Numbers of scratch that a token needs, beside room for each thread's attention scores."""
         self.threads = max(1, pointers.nbytes // _BYTES_PER_THREAD)
-        """More would be more trouble than they are worth."""
+        """Largest number of threads that are worth their trouble."""
 
     @property
     def current(self) -> bool:
@@ -99,11 +99,14 @@ def _norm(pointers: Pointers, layer: nn.Module, path: str | None) -> NormWeights
 
 
 class _Widths(NamedTuple):
-    """Of all queries of a token together, of all keys, and of one head."""
+    """How many numbers attention projects for a token."""
 
     queries: int
+    """Width of all its queries together."""
     keys: int
+    """Width of all its keys together."""
     head_dim: int
+    """Width of one head."""
 
 
 def _attention_inputs(

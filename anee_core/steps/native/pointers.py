@@ -14,7 +14,7 @@ from anee_core.steps.quantised import Int4Linear, Int8Linear
 
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
 _STORED = {Int8Linear: (Kind.INT8, torch.int8), Int4Linear: (Kind.INT4, torch.uint8)}
-"""Of quantised maps: the kind, and the type of the weights."""
+"""Kind of each quantised map, and the type of its weights."""
 _RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
 _FROM_ONE = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
 
@@ -24,7 +24,7 @@ class UnfitError(Exception):
 
 
 class Pointers:
-    """Makes structs of modules whose parameters are of one dtype, and remembers where those are."""
+    """Maker of structs for modules whose parameters have one dtype; it remembers where those are."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         if dtype not in KINDS:

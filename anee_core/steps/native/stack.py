@@ -23,12 +23,13 @@ class NativeStack:
     """All layers as one struct, for one thread.
 
     Args:
-        layers: the model's.
+        layers: the model's layers as structs.
         threads: how many may work on a layer.
     """
 
     def __init__(self, layers: list[NativeLayer], threads: int) -> None:
         self.made_for = layers, threads
+        """Layers and number of threads that it was made for."""
         count = len(layers)
         self._pointers = (c_void_p * count)(*(layer.address for layer in layers))
         self._threads = (c_int32 * count)(*(min(threads, layer.threads) for layer in layers))
@@ -51,7 +52,7 @@ class NativeStack:
         self.address = addressof(self.struct)
         self.threads = max(self._threads)
         self.floats = max(layer.floats for layer in layers)
-        """Of scratch that a token needs, beside room for each thread's attention scores."""
+        """Numbers of scratch that a token needs, beside room for each thread's attention scores."""
 
     def set_storage(self, cache: AdaptiveCache, like: Tensor) -> None:
         """Point to a cache's keys and values, in the dtype of ``like``."""
@@ -92,8 +93,9 @@ class NativeStack:
         self.struct.gate = addressof(gate)
 
     def set_interaction(self, call: DropCall | None, cache: AdaptiveCache, like: Tensor) -> bool:
-        """Let an interaction drop tokens of a cache, whose states are in the dtype of ``like``, or nobody; return
-        whether that is possible.
+        """Let an interaction drop tokens of a cache, or nobody; return whether that is possible.
+
+        Hidden states are in the dtype of ``like``.
         """
         if call is None:
             self.struct.interaction = None

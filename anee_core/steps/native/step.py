@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 128
 """Blocks of more tokens are left to the model's own modules, whose matrix products keep the processor busy."""
 MAX_MULTIPLIED = 32
-"""The same in bfloat16, on a processor that multiplies such numbers by itself."""
+"""The same limit in bfloat16, on a processor that multiplies such numbers by itself."""
 MAX_SKIPPING = 256
-"""The same if some of the tokens skip layers: picking them out for the modules takes time that is saved here."""
+"""The same limit if some of the tokens skip layers: picking them out for the modules takes time that is saved here."""
 _KEPT_PLACES = 64
-"""Shapes of blocks whose places are kept for the next of their kind."""
+"""Shapes of blocks whose places are kept for the next block of the same shape."""
 
 
 class NativeStep:
-    """Runs layers in C++ where that is possible, and by `ReferenceStep` elsewhere.
+    """Run layers in C++ where that is possible, and by `ReferenceStep` elsewhere.
 
     It is possible on the CPU, in float32 and bfloat16, without gradients, for families with a `Recipe` whose modules
     are plain: neither quantised, nor wrapped, nor hooked; for blocks of few tokens, or of any number in bfloat16 on a
@@ -52,7 +52,7 @@ class NativeStep:
         self._reference = ReferenceStep(adapter, parts)
         self._library: CDLL | None = None
         self._layers: list[NativeLayer] | None = None
-        """None before the model was looked at; none if it does not fit."""
+        """Structs of the layers; None before the model was looked at, empty if it does not fit."""
         self._recipe: Recipe | None = None
         self._norm: NativeNorm | None = None
         self._head: NativeHead | None = None
@@ -60,10 +60,10 @@ class NativeStep:
         self.slow_because: str | None = "nothing has been run"
         """Why layers run by their own modules, if they do."""
         self.seconds: Seconds | None = None
-        """To which is added, if it is there, what attention and decisions take within the library."""
+        """What attention and decisions take within the library is added to this, if it is there."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy looks at its own model, and has a library, memory and threads of its own."""
+        """Return what makes a copy, which looks at its own model and has memory and threads of its own."""
         return type(self), (self._adapter, self._parts)
 
     @property
@@ -175,7 +175,7 @@ class NativeStep:
 
     @property
     def _multiplies_bf16(self) -> bool:
-        """Whether the processor does, which is what makes the modules fast at it."""
+        """Whether the processor multiplies bfloat16 by itself, which is what makes the modules fast at it."""
         return self._library is not None and bool(self._library.anee_multiplies_bf16())
 
     def _current(self) -> bool:
@@ -248,9 +248,7 @@ class NativeStep:
         tokens.count = places.count
 
     def _take_scratch(self, threads: int, floats: int, used: int) -> None:
-        """Give the tokens taken at once the scratch that they need, ``floats``, and each thread room for its attention
-        over ``used`` slots.
-        """
+        """Give the tokens ``floats`` of scratch, and each thread room for its attention over ``used`` slots."""
         own = self._own
         needed = floats + threads * QUERIES * (used + LANES)
         if own.scratch.numel() < needed:

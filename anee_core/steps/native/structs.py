@@ -114,7 +114,7 @@ class Layer(Structure):
 
 
 class Seconds(Structure):
-    """What parts of a stack take."""
+    """Seconds that parts of a stack take."""
 
     _fields_: ClassVar = [("attention", c_double), ("decisions", c_double)]
 

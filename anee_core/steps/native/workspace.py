@@ -24,20 +24,27 @@ class Workspace(threading.local):
 
     def __init__(self) -> None:
         self.layers: list[NativeLayer] = []
-        """Those of the forward under way; none if it goes through the model's modules."""
+        """Layers of the forward under way; empty if it goes through the model's modules."""
         self.possible = False
         """Whether nothing but the model itself may speak against the library."""
         self.following: list[NativeNorm | NativeHead] | None = None
         """What follows the layers, if it can be computed in the library; None before that was looked at."""
         self.few = True
-        """Whether it has so few tokens that the library is always sooner done."""
+        """Whether the forward has so few tokens that the library is always sooner done."""
         self.threads = 1
+        """Number of threads that the forward may use."""
         self.scratch = torch.empty(0)
+        """Memory for what is computed on the way."""
         self.tokens = Tokens()
+        """Struct of the tokens of a call."""
         self.address = addressof(self.tokens)
+        """Where that struct lies."""
         self.stack: NativeStack | None = None
+        """All layers as one struct; None before they were taken at once."""
         self.whole: dict[tuple[int, int], TokenPlaces] = {}
+        """Places of all tokens of a block, by rows and tokens in each."""
         self.turned: tuple[LayerCall, Angles | None] | None = None
+        """The call whose rotary angles were worked out last, and those."""
 
 
 class TokenPlaces:
@@ -49,7 +56,7 @@ class TokenPlaces:
 
     @classmethod
     def of(cls, places: Places, length: int) -> TokenPlaces:
-        """Return them for tokens at ``places`` of a block of ``length`` tokens in each row."""
+        """Return the numbers for tokens at ``places`` of a block of ``length`` tokens in each row."""
         rows, columns = places
         rows = rows.expand_as(columns)
         return cls((rows * length + columns).contiguous(), rows.contiguous(), columns.contiguous(), columns.shape)
