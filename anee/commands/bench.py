@@ -22,7 +22,7 @@ _PARTS = ("ms per token after the prompt", "layers", "of them attention", "polic
 
 
 @dataclass(frozen=True)
-class Shown:
+class Written:
     """Where the results go."""
 
     out: Path = Path("benchmarks/out/bench.json")
@@ -50,7 +50,7 @@ def bench(
         list[int] | None, typer.Option("--context", help="Tokens of the prompt; may be repeated. Default: 128.")
     ] = None,
     *,
-    shown: Annotated[Shown, Flags(rename={"out": "json"})],
+    written: Annotated[Written, Flags(rename={"out": "json"})],
 ) -> None:
     """Time ANEE against transformers, side by side: ms per token, and reading the prompt."""
     import torch  # heavy: imported where used
@@ -61,7 +61,7 @@ def bench(
     from anee_core.display import progress_bar
 
     setting = {name: value for name, value in asdict(options).items() if name not in _EACH}
-    records = Records(shown.out, {**setting, "transformers": transformers.__version__})
+    records = Records(written.out, {**setting, "transformers": transformers.__version__})
     machine = f"{processor()}, {torch.get_num_threads()} threads"
     chosen = (
         models or [options.model],
@@ -89,10 +89,10 @@ def bench(
             for line in lines:
                 table.add_row(*line)
             console.print(table)
-    if shown.markdown is not None:
-        shown.markdown.write_text("\n".join(_written(*table) for found in records.all() for table in _tables(found)))
-    if shown.plot is not None:
-        draw(records.all(), shown.plot)
+    if written.markdown is not None:
+        written.markdown.write_text("\n".join(_written(*table) for found in records.all() for table in _tables(found)))
+    if written.plot is not None:
+        draw(records.all(), written.plot)
 
 
 def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:

@@ -24,7 +24,7 @@ _LOAD_FACTOR = 0.9
 _SLACK = 16
 """Free slots beyond those that fill up until the next compaction."""
 
-Pay = Callable[["AdaptiveCache", int, Tensor, LayerCall, Tensor], None]
+SettleWith = Callable[["AdaptiveCache", int, Tensor, LayerCall, Tensor], None]
 """A function that writes keys and values that are owed: cache, layer, hidden states [B, P, D], call, slots [P]."""
 
 
@@ -47,7 +47,7 @@ class AdaptiveCache(TransformersNames):
         """What each token was given at each layer; None until a policy that compares tokens asks."""
         self.keeps_dropped = False
         """Whether dropped slots stay, so that a rollback can bring them back."""
-        self.pay: Pay | None = None
+        self.settle_with: SettleWith | None = None
         """What writes keys and values that layers are owed; None where nothing is put off."""
         self.debts = Debts()
         self._remembered = Remembered(self.layers)
@@ -166,9 +166,9 @@ class AdaptiveCache(TransformersNames):
         """Write the keys and values that are owed to a layer."""
         if not self.debts.count(layer_idx):
             return
-        assert self.pay is not None
+        assert self.settle_with is not None
         with torch.no_grad():
-            self.pay(self, layer_idx, *self.debts.joined(layer_idx))
+            self.settle_with(self, layer_idx, *self.debts.joined(layer_idx))
         self.debts.drop(layer_idx)
 
     def settle_all(self) -> None:
@@ -375,7 +375,7 @@ class AdaptiveCache(TransformersNames):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: nothing is owed, and no model hangs on it."""
         self.settle_all()
-        return {**self.__dict__, "pay": None}
+        return {**self.__dict__, "settle_with": None}
 
     def __copy__(self) -> AdaptiveCache:
         """Return a deep copy: a layer belongs to one cache."""

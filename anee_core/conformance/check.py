@@ -61,10 +61,10 @@ def _where(error: Exception) -> str:
 
 
 def check(name: str, look: str, first: bool = False) -> Callable[[Callable[[S], None]], Check[S]]:
-    """Turn a function into a `Check`; the first line of its docstring is the promise."""
+    """Turn a function into a `Check`; the first paragraph of its docstring is the promise."""
 
     def wrap(run: Callable[[S], None]) -> Check[S]:
-        promise = (run.__doc__ or name).strip().split("\n")[0].rstrip(".")
+        promise = " ".join((run.__doc__ or name).split("\n\n")[0].split()).rstrip(".")
         return Check(name, promise[0].lower() + promise[1:], look, run, first)
 
     return wrap

@@ -101,7 +101,7 @@ def _cell(result: Result | None) -> str:
     if result is None:
         return ""
     if result.not_run:
-        return "not run"
+        return _NOT_RUN
     return "[green]passed[/green]" if result.passed else "[red]FAILED[/red]"
 
 

@@ -33,7 +33,7 @@ class Generation:
     def text(self) -> str:
         """The first row as text, prompt included."""
         if not self.texts:
-            raise InputError("there is no text: the model has no tokenizer; use .sequences")
+            raise InputError("there is no text: only ids were asked for, or the model has no tokenizer; use .sequences")
         return self.texts[0]
 
     @property

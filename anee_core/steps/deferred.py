@@ -28,9 +28,11 @@ class DeferredStep(StepAround):
     def begin(self, hidden_states: Tensor, cache: AdaptiveCache) -> None:
         """Let the step look at the block, and the cache know who writes what is owed."""
         self._step.begin(hidden_states, cache)
-        cache.pay = self._pay
+        cache.settle_with = self._settle
 
-    def _pay(self, cache: AdaptiveCache, layer_idx: int, hidden_states: Tensor, call: LayerCall, slots: Tensor) -> None:
+    def _settle(
+        self, cache: AdaptiveCache, layer_idx: int, hidden_states: Tensor, call: LayerCall, slots: Tensor
+    ) -> None:
         self._step.settle(LayerInput(layer_idx, hidden_states, call, cache), slots)
 
     def all_layers(self, hidden_states: Tensor, stack: Stack, cache: AdaptiveCache) -> Tensor | None:

@@ -21,7 +21,7 @@ from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.training.data import Batches, read_text
 from anee_core.training.gate_run import deployed, gated_model, optimizer_of, train_gate, write
 from anee_core.training.loop import accelerator_of, run_training
-from anee_core.training.options import GateTraining, RlTraining
+from anee_core.training.options import MOST, GateTraining, RlTraining
 from anee_core.training.reinforce import Reinforce
 from anee_core.training.run_options import RunOptions
 from anee_core.training.schedules import trapezoid
@@ -74,7 +74,7 @@ def train_rl(
     if accelerator.is_main_process:
         write(gated, shared, second, {})
         for name, folder in (("supervised", first.folder), ("reinforce", second.folder)):
-            found[name] = compared(model, folder, shared, held_out, gated.budgets.tolist())
+            found[name] = divergences(model, folder, shared, held_out, gated.budgets.tolist())
         best = min(found, key=lambda name: sum(found[name].values()))
         for file in _FILES:
             shutil.copy(run.folder / best / file, run.folder / file)
@@ -95,7 +95,7 @@ def with_samples(
     shared = options.supervised
     length, kept = shared.length, run.folder / _SAMPLES
     if not kept.exists() and options.samples:
-        budgets = torch.linspace(least, 0.95, min(options.samples, 4)).tolist()
+        budgets = torch.linspace(least, MOST, min(options.samples, 4)).tolist()
         counts = [len(part) for part in torch.arange(options.samples).chunk(len(budgets))]
         probe, policy, drawn = AdaptiveModel(model.model, model.adapter, fast=True), deployed(stage, shared), []
         with torch.inference_mode(), progress_bar(run.progress) as bar:
@@ -111,7 +111,7 @@ def with_samples(
     return concatenate_datasets([blocks, written.with_format("torch")])
 
 
-def compared(
+def divergences(
     model: AdaptiveModel, folder: Path, options: GateTraining, blocks: Tensor, budgets: list[float]
 ) -> dict[float, float]:
     """Return the divergence of a gate and its shortcuts from the dense model at each budget, in nats per token.

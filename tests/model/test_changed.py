@@ -167,7 +167,7 @@ def test_debts_that_could_not_be_paid_are_still_owed():
     ids, cache, whole = tokens(1, 9), model.new_cache(), model.new_cache()
     owed = []
 
-    def pay(into, layer_idx, states, call, slots):
+    def settle(into, layer_idx, states, call, slots):
         owed.append(layer_idx)
         if len(owed) == 1:
             raise KeyboardInterrupt
@@ -181,7 +181,7 @@ def test_debts_that_could_not_be_paid_are_still_owed():
         calls = model.adapter.begin(model.parts, hidden, position)
         for each in (cache, whole):
             each.begin(position, None)
-        cache.pay = pay
+        cache.settle_with = settle
         cache.owe(1, hidden, calls[1])
         with pytest.raises(KeyboardInterrupt):
             cache.settle(1)

@@ -221,7 +221,7 @@ def test_what_is_owed_is_bounded_and_counted(network):
     assert owed[-1] != owed[-2]
     before = cache.nbytes()
     copied = copy.deepcopy(cache)  # pays, and takes no model along
-    assert copied.pay is None
+    assert copied.settle_with is None
     assert cache.nbytes() < before
 
 
