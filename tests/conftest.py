@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import runpy
 import sys
@@ -30,13 +31,25 @@ def pytest_collection_finish():
     gc.freeze()  # the half million objects of torch and transformers need not be looked through again and again
 
 
-@pytest.fixture(autouse=True)
-def anee_cache(tmp_path_factory, monkeypatch):
-    """Keep calibrations out of the user's cache and tests out of each other's way."""
-    folder = tmp_path_factory.mktemp("anee-cache")
-    compiled = ROOT / "build" / "native"  # the same for all: compiling takes seconds
+@pytest.fixture(scope="session")
+def make_cache(tmp_path_factory):
+    """Return a function that makes a cache folder in which nothing is but what was compiled: that takes seconds."""
+    compiled, caches, count = ROOT / "build" / "native", tmp_path_factory.mktemp("anee-caches"), itertools.count()
     compiled.mkdir(parents=True, exist_ok=True)
-    (folder / "native").symlink_to(compiled)
+
+    def make() -> Path:
+        folder = caches / str(next(count))
+        folder.mkdir()
+        (folder / "native").symlink_to(compiled)
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def anee_cache(make_cache, monkeypatch):
+    """Keep calibrations out of the user's cache and tests out of each other's way."""
+    folder = make_cache()
     monkeypatch.setenv("ANEE_CACHE", str(folder))
     return folder
 

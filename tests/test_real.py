@@ -88,12 +88,22 @@ def test_demo_runs(smollm2):
     command = [sys.executable, "examples/demo.py", "--max-new-tokens", "8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in ("share of layers run per token", "K/V of skipped layers", "tokens/s"):
+    for line in ("layers run per token", "K/V cache, MB", "tokens/s", "int8"):
         assert line in done.stdout
     assert "█" in done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+PAGES = ("README.md", "docs/quickstart.md", "docs/policies.md", "docs/models.md", "docs/tools.md")
+
+
+def commands_of(page):
+    """Return the commands that a page shows and none of the pages before it."""
+    shown = [re.findall(r"^anee (.*)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE) for name in PAGES]
+    before = {command for name in shown[: PAGES.index(page)] for command in name}
+    return [command for command in shown[PAGES.index(page)] if command not in before]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_runs(smollm2, tmp_path, page, run_anee, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 200)
@@ -115,16 +125,14 @@ def test_what_a_page_shows_runs(smollm2, tmp_path, page, run_anee, monkeypatch):
         '{"query": "Question: to sit?\\n", "choices": ["a chair", "a fish"], "gold": 0}\n'
     )
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    text = (ROOT / page).read_text(encoding="utf-8")
-    runs = []
-    for command in re.findall(r"^anee (.*)$", text, flags=re.MULTILINE):
+    commands = commands_of(page)
+    assert commands
+    for command in commands:
         words = shlex.split(command, comments=True)
-        runs.append([*words, *short.get(" ".join(words[:2]), [])])
-    assert len(runs) >= 3
-    for arguments in runs:
-        done = run_anee(*arguments)
-        assert done.code == 0, " ".join(arguments) + done.out + done.err
-    if page != "README.md":  # whose Python is of many models
+        done = run_anee(*words, *short.get(" ".join(words[:2]), []))
+        assert done.code == 0, command + done.out + done.err
+    if page == "docs/quickstart.md":  # the README shows many models
+        text = (ROOT / page).read_text(encoding="utf-8")
         code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
         exec(compile(code, page, "exec"), {})
 

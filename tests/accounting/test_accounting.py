@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FEW, adaptive, build, ragged, shared, tokens
+from tiny import FEW, adaptive, build, pairwise, ragged, shared, tokens
 
 from anee_core.accounting.work import executed_work, layer_work, stored_bytes
 from anee_core.conformance.cost import counted
@@ -16,14 +16,14 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, "heuristic:protect=1 1", "window:sinks=1,recent=3"])
-@pytest.mark.parametrize("family", FEW)
-def test_flops_of_a_generation_equal_the_counter(family, policy):
+@pytest.mark.parametrize(
+    ("family", "policy", "loop"),
+    pairwise(FEW, (*POLICIES, "heuristic:protect=1 1", "window:sinks=1,recent=3"), ("decode", "generate")),
+)
+def test_flops_of_a_generation_equal_the_counter(family, policy, loop):
     model = adaptive(shared(family), policy)
     ids, mask = ragged([4, 7], "left")
-    spent = counted(lambda: model.decode(ids, mask, max_new_tokens=4))
-    assert spent == model.last_trace.flops["spent"]
-    spent = counted(lambda: model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False))
+    spent = counted(lambda: getattr(model, loop)(ids, attention_mask=mask, max_new_tokens=4, do_sample=False))
     assert spent == model.last_trace.flops["spent"]
 
 

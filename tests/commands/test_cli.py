@@ -324,29 +324,6 @@ def test_debug_lets_the_error_through_with_its_cause(monkeypatch):
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_real_process_prints_one_error_line_and_with_debug_the_traceback():
-    """Both in one process, for importing torch takes seconds."""
-    script = (
-        "import sys\n"
-        "from anee.cli import main\n"
-        "sys.argv = ['anee', 'generate', 'no-such-model', 'Hello']\n"
-        "try:\n    main()\n"
-        "except SystemExit as stop:\n    print('code', stop.code, file=sys.stderr)\n"
-        "sys.argv.insert(1, '--debug')\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    plain, code, debug = done.stderr.partition("code 2\n")
-    assert code, done.stderr
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "Traceback" not in plain
-    assert plain.splitlines()[-1].startswith("error: cannot find the model 'no-such-model'")
-    assert plain.count("error:") == 1
-    assert "Traceback (most recent call last)" in debug
-    assert "anee_core.errors.ModelError: cannot find the model 'no-such-model'" in debug
-
-
 def test_interruption_ends_quietly(run_anee, monkeypatch, llama_folder):
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, adaptive, build, tokens
+from tiny import FAMILIES, adaptive, build, shared, tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_loss_are_those_of_transformers(family):
-    model, ids = build(family), tokens()
+    model, ids = shared(family), tokens()
     mine = adaptive(model)(ids, labels=ids, output_hidden_states=True)
     other = model(ids, labels=ids, output_hidden_states=True)
     assert torch.equal(mine.loss, other.loss)
@@ -30,7 +30,7 @@ def test_gradients_are_those_of_transformers(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_in_place_of_ids(family):
-    model, ids = build(family), tokens()
+    model, ids = shared(family), tokens()
     embedded = model.get_input_embeddings()(ids)
     ours = adaptive(model)
     assert torch.equal(ours(inputs_embeds=embedded).logits, ours(ids).logits)

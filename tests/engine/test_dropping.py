@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import FEW, adaptive, build, ragged, shared, stepwise, tokens
+from tiny import FEW, adaptive, build, pairwise, ragged, shared, stepwise, tokens
 
 from anee_core.cache_policies.window import WindowCachePolicy
 from anee_core.errors import CacheError
@@ -148,13 +148,16 @@ class EachLayer(WindowCachePolicy):
     alike = False
 
 
-@pytest.mark.parametrize("options", [{"sinks": 1, "recent": 5}, {"sinks": 2, "keep": (0.4,), "least": 3}])
-@pytest.mark.parametrize("family", FEW)
-@pytest.mark.parametrize("layers", ["dense", "random:p=0.5,protect=0 0"])
-def test_layers_that_keep_the_same_are_decided_for_at_once(family, options, layers, note_stacks):
+RECENT, SHARE = (("sinks", 1), ("recent", 5)), (("sinks", 2), ("keep", (0.4,)), ("least", 3))
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "options"), pairwise(FEW, ("dense", "random:p=0.5,protect=0 0"), (RECENT, SHARE))
+)
+def test_layers_that_keep_the_same_are_decided_for_at_once(family, layers, options, note_stacks):
     taken = note_stacks()
-    network, new, found = build(family), tokens(2, 30, seed=4), []
-    for cache_policy in (WindowCachePolicy(**options), EachLayer(**options)):
+    network, new, found = shared(family), tokens(2, 30, seed=4), []
+    for cache_policy in (WindowCachePolicy(**dict(options)), EachLayer(**dict(options))):
         policy = adaptive(network, layers).policy
         model = adaptive(network, Policy(policy.controller, cache_policy), prefill_chunk=7)
         logits, cache = [], model.new_cache()

@@ -80,7 +80,7 @@ def three_threads(monkeypatch):
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize("batch", [1, 5])
 def test_all_sizes_on_three_threads(name, batch, three_threads):
-    network, ids = NETWORKS[name](), tokens(batch, 40)
+    network, ids = NETWORKS[name](), tokens(batch, 25)
     for chosen, policy in policies(network.config.hidden_size).items():
         fast, slow = (adaptive(network, policy, fast=fast) for fast in (True, False))
         with torch.no_grad():
@@ -89,7 +89,7 @@ def test_all_sizes_on_three_threads(name, batch, three_threads):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
         assert torch.equal(fast.last_trace.kept, slow.last_trace.kept)
         if "asa" in chosen:
-            assert 2 < fast.last_trace.kept.float().mean() < 38
+            assert 2 < fast.last_trace.kept.float().mean() < 23
 
 
 @pytest.mark.parametrize("name", ["llama, heads of 80", "gpt2, heads of 64"])
