@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import Distribution, EntryPoint, distributions
+from importlib.metadata import Distribution, EntryPoint, distribution, distributions
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,8 @@ class Plugins:
         plugins = cls()
         found = list(_entry_points())
         found.sort(key=lambda pair: pair[1].metadata["Name"] != _BUILT_IN)
-        for entry_point, distribution in found:
-            plugins.load(entry_point, distribution)
+        for entry_point, origin in found:
+            plugins.load(entry_point, origin)
         for clash in plugins._clashes():
             logger.warning("%s", clash)
         return plugins
@@ -258,15 +258,31 @@ def _clash(kind: str, name: str, claimants: list[PluginInfo]) -> str:
 def _entry_points() -> Iterator[tuple[EntryPoint, Distribution]]:
     """Yield the entry points of the group, one distribution at a time, each distribution once."""
     seen = set()
-    for distribution in distributions():
+    for found in distributions():
         name = None
         try:
-            name = distribution.metadata["Name"]
-            entry_points = [e for e in distribution.entry_points if e.group == PROJECT]
+            if not _of_group(found):
+                continue  # before its metadata is parsed, which takes longer
+            name = found.metadata["Name"]
+            if name is None or name in seen:
+                continue
+            first = distribution(name)  # on the path before others of that name
+            entry_points = _of_group(first)
         except Exception as error:
-            logger.warning("the metadata of %s cannot be read (%s); reinstall it", name or "a distribution", error)
-            continue
-        if name is None or name in seen:
+            logger.warning("the metadata of %s cannot be read (%s); reinstall it", name or _name(found), error)
             continue
         seen.add(name)
-        yield from ((entry_point, distribution) for entry_point in entry_points)
+        yield from ((entry_point, first) for entry_point in entry_points)
+
+
+def _of_group(found: Distribution) -> list[EntryPoint]:
+    """Return a distribution's entry points that are for ANEE."""
+    return [entry_point for entry_point in found.entry_points if entry_point.group == PROJECT]
+
+
+def _name(found: Distribution) -> str:
+    """Return the name of a distribution of which something else could not be read."""
+    try:
+        return str(found.metadata["Name"])
+    except Exception:
+        return "a distribution"
