@@ -1,4 +1,4 @@
-"""Names the configs to check on the oldest transformers: a sample of every kind of layer, and families that have changed.
+"""Names the configs for the oldest transformers: a sample of each kind of layer, and families that have changed.
 
     python .ci/families.py            # prints --config FILE --config FILE ...
     python .ci/families.py --record   # notes what families are now: after all were checked (`make conformance`)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import anee
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
-from anee_core.training.asa_run import AsaOptions, train_asa
-from anee_core.training.gate import GateOptions
-from anee_core.training.gate_run import GateTraining, train_gate
+from anee_core.training.asa_run import train_asa
+from anee_core.training.gate_run import train_gate
+from anee_core.training.options import AsaOptions, GateOptions, GateTraining
 from anee_core.training.run_options import RunOptions
 
 

@@ -18,7 +18,8 @@ from anee_core.interfaces import Calibration
 from anee_core.model import AdaptiveModel
 from anee_core.plugins import Plugins
 from anee_core.policy import ShortcutWeights
-from anee_core.training.gate import GatedModel, GateOptions
+from anee_core.training.gate import GatedModel
+from anee_core.training.options import GateOptions
 
 PLUGINS = Plugins.discover()
 VOCABULARY = 97

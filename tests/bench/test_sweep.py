@@ -5,8 +5,9 @@ import json
 import pytest
 
 import anee
+from anee_core.bench.options import SweepOptions
 from anee_core.bench.records import Records, ending
-from anee_core.bench.sweep import SweepOptions, relative, run_sweep
+from anee_core.bench.sweep import relative, run_sweep
 from anee_core.errors import InputError
 from anee_core.evaluation import dense_logits, text_blocks, text_quality
 

@@ -6,7 +6,8 @@ from tiny import adaptive, build, tokens
 
 import anee
 from anee_core.calibration import closed_form
-from anee_core.calibration.closed_form import FitOptions, fit, relative_error
+from anee_core.calibration.closed_form import fit, relative_error
+from anee_core.calibration.options import FitOptions
 from anee_core.calibration.ridge import Moments
 from anee_core.errors import CheckpointError, InputError
 

@@ -9,7 +9,7 @@ from tiny import adaptive, build, tokens
 import anee
 from anee_core.calibration import GateCalibration, calibrate_gate
 from anee_core.calibration import gate as gate_calibration
-from anee_core.calibration.closed_form import FitOptions
+from anee_core.calibration.options import FitOptions
 from anee_core.calibration.shares import spent
 from anee_core.conformance.cost import spent_by_token
 from anee_core.controllers.gate import GateWeights

@@ -9,7 +9,7 @@ from tiny import build
 
 import anee
 from anee_core.calibration import GateCalibration, calibrate_gate
-from anee_core.calibration.closed_form import FitOptions
+from anee_core.calibration.options import FitOptions
 from anee_core.evaluation import text_quality
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,8 @@ from anee_core.cache_policies.asa import AsaWeights
 from anee_core.conformance.cost import expect_counted
 from anee_core.errors import CheckpointError, InputError, PolicyError
 from anee_core.training.asa import Interactions, SparseAttention, mean_survival, next_token_loss
-from anee_core.training.asa_run import AsaOptions, train_asa
+from anee_core.training.asa_run import train_asa
+from anee_core.training.options import AsaOptions
 from anee_core.training.run_options import RunOptions
 
 CLOSE = {"atol": 5e-5, "rtol": 1e-3}

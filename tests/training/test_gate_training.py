@@ -14,11 +14,12 @@ from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.errors import CheckpointError, InputError, TrainingError
 from anee_core.training import gate_run
 from anee_core.training.data import read_text
-from anee_core.training.gate import GatedModel, GateOptions
-from anee_core.training.gate_run import GateTraining, spending, train_gate, write
+from anee_core.training.gate import GatedModel
+from anee_core.training.gate_run import spending, train_gate, write
 from anee_core.training.loop import accelerator_of
-from anee_core.training.reinforce import Reinforce, ReinforceOptions
-from anee_core.training.rl_run import RlTraining, train_rl, with_samples
+from anee_core.training.options import GateOptions, GateTraining, ReinforceOptions, RlTraining
+from anee_core.training.reinforce import Reinforce
+from anee_core.training.rl_run import train_rl, with_samples
 from anee_core.training.run_options import RunOptions
 
 

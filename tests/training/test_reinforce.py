@@ -5,7 +5,8 @@ import torch
 from tiny import build, gated, tokens
 
 from anee_core.errors import InputError
-from anee_core.training.reinforce import Reinforce, ReinforceOptions
+from anee_core.training.options import ReinforceOptions
+from anee_core.training.reinforce import Reinforce
 
 
 def frozen(network):
