@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,9 +98,7 @@ class AdaptiveCache(TransformersNames):
             for layer in self.layers:
                 layer.slots = shared
             self._sets = [shared]
-        if batch != extent.batch:
-            held = f"the cache holds {extent.batch} rows and got {batch}"
-            raise CacheError(f"{held}: start a new cache, or reorder this one")
+        self.check_batch(batch)
         self.abort()
         for slots in self._distinct():
             needed = slots.used + count
@@ -118,6 +116,12 @@ class AdaptiveCache(TransformersNames):
         starts = {id(slots): slots.extend(position_ids, real, extent.seen) for slots in self._distinct()}
         self._starts = [starts[id(layer.slots)] for layer in self.layers]
         self._pending = count
+
+    def check_batch(self, batch: int) -> None:
+        """Raise `CacheError` if the cache holds another number of rows."""
+        if self.batch and batch != self.batch:
+            held = f"the cache holds {self.batch} rows and got {batch}"
+            raise CacheError(f"{held}: start a new cache, or reorder this one")
 
     def span(self, layer_idx: int) -> tuple[int, int]:
         """Return the slot of the current block's first token in one layer, and the number of slots handed out."""
@@ -152,8 +156,7 @@ class AdaptiveCache(TransformersNames):
     def keys_values(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Return one layer's keys and values, [B, H, S, Dh]."""
         self.settle(layer_idx)
-        found: tuple[Tensor, Tensor] = self.layers[layer_idx].keys_values()
-        return found
+        return cast(tuple[Tensor, Tensor], self.layers[layer_idx].keys_values())
 
     def owe(self, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> int:
         """Note that the current tokens [B, 1, D] skipped a layer and have no keys and values there yet.
@@ -207,7 +210,7 @@ class AdaptiveCache(TransformersNames):
         slots = self.layers[0].slots if layer_idx is None else self._own_slots(layer_idx)
         if not self._pending:
             # Outside a forward: what is dropped now is not final before the next one, unlike what was dropped before.
-            self._horizon, self._final = self._last_final_drop(), self.seen - 1
+            self._horizon, self._final = self._last_final_drop(), min(self._final, self.seen - 1)
         slots.evict(alive, self.seen + self._pending)
         if state:
             assert layer_idx is not None
@@ -317,6 +320,7 @@ class AdaptiveCache(TransformersNames):
         for slots in self._distinct():
             slots.rollback(to, self.seen)
         self._extent.seen = to
+        self._final = min(self._final, to)
         self._remembered.restore(to)
 
     def _last_final_drop(self) -> int:

@@ -22,6 +22,32 @@ def test_dropped_tokens_come_back_on_rollback_while_recording():
     assert_same(before, snapshot(cache))
 
 
+def test_a_drop_between_forwards_makes_no_earlier_one_final_while_recording():
+    cache = AdaptiveCache(LAYERS)
+    cache.activate_past_recording()
+    open_block(cache, 2)
+    cache.evict(0, torch.tensor([[True, False], [False, True]]).expand(2, -1, -1))
+    cache.commit()
+    feed(cache, 1)
+    evict_but_last(cache, 1)
+    cache.rollback(1)
+    assert cache.kept().tolist() == [[1, 1], [2, 2], [2, 2]]
+    cache.rollback(2)
+    assert cache.seen == 0
+
+
+def test_tokens_taken_back_make_no_later_drop_final():
+    cache = AdaptiveCache(LAYERS)
+    feed(cache, 1)
+    cache.rollback(1)
+    cache.activate_past_recording()
+    open_block(cache, 2)
+    cache.evict(0, torch.tensor([[False, True], [False, True]]).expand(2, -1, -1))
+    cache.commit()
+    cache.rollback(2)
+    assert cache.seen == 0
+
+
 def test_rollback_below_freed_tokens_is_refused_and_changes_nothing():
     cache = AdaptiveCache(LAYERS)
     feed(cache, 10)
