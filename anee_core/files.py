@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from anee_core.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -34,6 +40,31 @@ def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_one(place: Path) -> Iterator[None]:
+    """Let one process or thread at a time write a file or a folder; others wait, and say so.
+
+    The lock is a hidden file beside it. Where none can be made, nothing can be written either, and nobody waits.
+    """
+    lock: BaseFileLock | None = None
+    place = place.resolve()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("another process writes %s: waiting for it", place)
+            lock.acquire()
+    except OSError as error:
+        logger.debug("no lock beside %s: %s", place, error)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def read_text(path: str | Path, what: str = "text") -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from anee_core.errors import InputError
-from anee_core.files import write_whole
+from anee_core.files import only_one, write_whole
 
 _ENDINGS = (".json", ".md", ".png")
 
@@ -54,7 +54,13 @@ class Records:
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         """Keep a record."""
-        self._records[key] = record
+        with only_one(self._file):
+            # Another run may have added to the same file meanwhile.
+            known = json.loads(self._file.read_text())["records"] if self._file.exists() else {}
+            self._records = {**self._records, **known, key: record}
+            self._write()
+
+    def _write(self) -> None:
         facts = {"machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         known = {"setting": self.setting, **facts, "records": self._records}
         write_whole(self._file, json.dumps(known, indent=2) + "\n")

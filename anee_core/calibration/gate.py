@@ -20,7 +20,7 @@ from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.display import progress_bar
 from anee_core.engine.engine import Engine
 from anee_core.errors import CheckpointError
-from anee_core.files import cache_folder
+from anee_core.files import cache_folder, only_one
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.policy.policy import Policy
 from anee_core.policy.shortcuts import LowRankShortcut
@@ -43,11 +43,12 @@ def fitted_for(model: AdaptiveModel, text: str | Path | None = None) -> Path:
         InputError, CheckpointError: see `calibrate_gate`.
     """
     folder = calibrated_folder(model, text)
-    if not (folder / "gate.json").exists():
-        logger.info("fitting gate and shortcuts for this model, once: minutes ('anee train supervised' does better)")
-        # On a narrow model a wider shortcut would cost as much as the layer.
-        rank = max(min(128, model.config.hidden_size // 4), 1)
-        calibrate_gate(model, folder, GateCalibration(text, sequences=16, length=256, fit=FitOptions(rank=rank)))
+    with only_one(folder):
+        if not (folder / "gate.json").exists():
+            logger.info("fitting gate and shortcuts for this model, once: minutes; 'anee train supervised' does better")
+            # On a narrow model a wider shortcut would cost as much as the layer.
+            rank = max(min(128, model.config.hidden_size // 4), 1)
+            _fit(model, folder, GateCalibration(text, sequences=16, length=256, fit=FitOptions(rank=rank)), None)
     return folder
 
 
@@ -62,7 +63,12 @@ def calibrate_gate(
         InputError: the text is too short, or the sizes do not fit the model.
         CheckpointError: the folder holds another calibration, or cannot be written.
     """
-    options = options or GateCalibration()
+    with only_one(folder):
+        return _fit(model, folder, options or GateCalibration(), tokens)
+
+
+def _fit(model: AdaptiveModel, folder: Path, options: GateCalibration, tokens: Tensor | None) -> Path:
+    """Do what `calibrate_gate` says, while nobody else writes the folder."""
     limit = model.adapter.max_positions(model.config)
     length = min(options.length, limit or options.length)
     work = folder / "work"

@@ -86,4 +86,4 @@ def test_a_dot_in_a_name_is_no_ending(tmp_path):
     records = Records(tmp_path / "run.json", {"a": 1})
     records.add("key", {"b": 2})
     assert Records(tmp_path / "run.json", {"a": 1}).all() == [{"b": 2}]
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["run.json"]
