@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from anee_core.errors import InputError, suggestion
 from anee_core.model import AdaptiveModel
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["parallel", "decode"]
 _FIGURES = ("budget spent", "context kept", "FLOPs", "weight bytes", "KV bytes")
@@ -54,6 +57,10 @@ class AneeLM(HFLM):  # type: ignore[misc]
     ) -> None:
         from anee_core.load import load
 
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            # What lm-eval's command line says where nobody names a device; its own models take what is there.
+            logger.info("there is no GPU for '%s': the model stays where it is", device)
+            device = None
         if mode not in get_args(Mode):
             raise InputError(f"mode is {' or '.join(get_args(Mode))}; got '{mode}'")
         known = set(inspect.signature(HFLM.__init__).parameters) - {"self", "pretrained", "tokenizer", "backend"}
@@ -104,7 +111,7 @@ class AneeLM(HFLM):  # type: ignore[misc]
                 logits: Tensor = model(inps, use_cache=False).logits
             else:
                 cache = model.new_cache(inps.shape[1])
-                with model.recording(cache, prompt=False):
+                with model.recording(cache, prompt=0):
                     steps = [model(column, past_key_values=cache).logits for column in torch.split(inps, 1, dim=1)]
                 logits = torch.cat(steps, dim=1)
         self._count(inps.numel())

@@ -42,6 +42,8 @@ def open_model(
         return network, tokenizer
     if Path(name).exists() and not (Path(name) / options.get("subfolder", "") / "config.json").is_file():
         raise ModelError(f"'{name}' is no model folder: it has no config.json")
+    # A folder's own code runs only if that is asked for; unset, transformers would ask whoever is at the keyboard.
+    options = {"trust_remote_code": False, **options}
     where = {key: options[key] for key in _WHERE & options.keys()}
     try:
         config = AutoConfig.from_pretrained(name, **where)
@@ -137,6 +139,11 @@ def check_wrapper(model: nn.Module) -> None:
             raise ModelError(
                 f"the PEFT adapter '{name}' adds virtual tokens ({config.peft_type}), which ANEE cannot run; "
                 "adapters inside the layers, such as LoRA, work"
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ModelError(
+                f"the PEFT adapter '{name}' works from its invocation tokens on (activated LoRA), which only PEFT's "
+                "forward tells its layers; put PEFT around the loaded model instead, or use plain LoRA"
             )
 
 

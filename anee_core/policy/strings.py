@@ -161,6 +161,10 @@ def load_policy(folder: str | Path, plugins: Plugins) -> Policy:
         policy = parse_policy(f"{header['layers']}+{header['tokens']}{shortcut}", plugins)
     except PolicyError as error:
         raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
+    for part in (policy.controller, policy.cache_policy, policy.shortcut):
+        named = "" if part is None or part.checkpoint is None else part.options()["folder"]
+        if named and (Path(named).name != named or named in (".", "..")):
+            raise CheckpointError(f"the policy in {path} reaches outside its folder ('{named}'); do not use it")
     # It is known by what it does, and not by where it was found.
     policy = replace(policy.with_folders(lambda name, inside: path / inside), asked="")
     budget, hard = header["budget"], header["hard"]

@@ -152,6 +152,12 @@ def test_lm_evals_own_command_line(llama_folder, folder, tmp_path):
     assert json.loads(found.read_text())["n-samples"]["last_word"]["effective"] == 3
 
 
+def test_a_gpu_that_nobody_has_is_no_reason_to_fail(llama_folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    # lm-eval's command line says "cuda" where nobody says --device.
+    assert AneeLM(str(llama_folder), device="cuda").model.device.type == "cpu"
+
+
 def test_bad_input_says_what_to_do(llama_folder, folder):
     with pytest.raises(InputError, match="mode is parallel or decode"):
         AneeLM(anee.load(llama_folder), mode="quick")

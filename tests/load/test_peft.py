@@ -66,3 +66,23 @@ def test_peft_model_with_virtual_tokens_is_refused(tiny_llama):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ModelError, match=r"adds virtual tokens .*; adapters inside the layers, such as LoRA, work"):
         anee.load(peft.get_peft_model(copy.deepcopy(tiny_llama), config))
+
+
+def test_peft_model_that_is_activated_by_tokens_is_refused(tiny_llama):
+    with pytest.raises(ModelError, match=r"works from its invocation tokens on \(activated LoRA\)"):
+        anee.load(lora(tiny_llama, alora_invocation_tokens=[5, 6]))
+
+
+def test_methods_of_the_wrapper_are_the_models(tiny_llama):
+    wrapped = lora(tiny_llama)
+    wrapped.add_adapter("two", type(wrapped.peft_config["default"])(target_modules=["k_proj"]))
+    model = anee.load(wrapped)
+    both = [wrapped(IDS).logits]
+    model.set_adapter("two")
+    assert wrapped.active_adapter == "two"
+    both.append(model(IDS).logits)
+    assert torch.equal(both[1], wrapped(IDS).logits)
+    assert not torch.equal(*both)
+    model.set_adapter("default")
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, tiny_llama(IDS).logits)

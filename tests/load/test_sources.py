@@ -1,6 +1,7 @@
 """From where models come: folders, a cache of the hub, memory; and the dtype that they run in."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from tiny import skipping_equals_removing
 from transformers import AutoModelForCausalLM
 
 import anee
-from anee_core.errors import InputError, ModelError
+from anee_core.errors import AneeError, InputError, ModelError
 
 IDS = torch.randint(2, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -105,3 +106,18 @@ def test_dtype_is_that_stored_unless_asked(tiny_llama, tmp_path):
     copy.deepcopy(tiny_llama).to(torch.bfloat16).save_pretrained(tmp_path)
     assert anee.load(tmp_path).dtype == torch.bfloat16
     assert anee.load(tmp_path, dtype="float32").dtype == torch.float32
+
+
+def test_code_that_lies_in_a_model_folder_runs_only_if_asked_for(llama_folder, tmp_path, monkeypatch):
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(llama_folder, folder)
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig\nclass OwnConfig(LlamaConfig): pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whom transformers would put the question
+    with pytest.raises(AneeError):
+        anee.load(folder)
+    assert not ran.exists()

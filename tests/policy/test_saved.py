@@ -7,7 +7,7 @@ from tiny import PLUGINS, QUICK
 
 import anee
 from anee_core.controllers.static import StaticController
-from anee_core.errors import PolicyError
+from anee_core.errors import CheckpointError, PolicyError
 from anee_core.policy import load_policy, parse_policy
 
 
@@ -101,3 +101,12 @@ def test_saved_policy_brings_its_budget(tiny_llama, tmp_path):
     assert again.budget == 0.7
     assert again.engine.budget.hard
     assert anee.load(tiny_llama, str(tmp_path), 0.9).budget == 0.9
+
+
+@pytest.mark.parametrize("folder", ["../other", "/tmp/other", "..", "deep/other"])
+def test_saved_policy_that_reaches_outside_its_folder_is_refused(folder, tiny_llama, tmp_path):
+    anee.load(tiny_llama, "static:skip=1").policy.save(tmp_path)
+    (file,) = (path for path in tmp_path.iterdir() if "static:skip=1" in path.read_text())
+    file.write_text(file.read_text().replace("static:skip=1", f"static:skip=1+shortcuts:{folder}"))
+    with pytest.raises(CheckpointError, match="reaches outside its folder"):
+        load_policy(tmp_path, PLUGINS)
