@@ -14,6 +14,7 @@ class GPT2Adapter(ModelAdapter):
         layers="transformer.h",
         final_norm="transformer.ln_f",
         learned_positions="transformer.wpe",
+        embedding_dropout="transformer.drop",
         attention="attn",
         mlp="mlp",
         input_norm="ln_1",

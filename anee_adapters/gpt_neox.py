@@ -12,6 +12,7 @@ class GPTNeoXAdapter(ModelAdapter):
 
     layout: ClassVar[Layout] = Layout(
         layers="gpt_neox.layers",
+        embedding_dropout="gpt_neox.emb_dropout",
         final_norm="gpt_neox.final_layer_norm",
         rotary="gpt_neox.rotary_emb",
         attention="attention",

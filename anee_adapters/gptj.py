@@ -16,6 +16,7 @@ class GPTJAdapter(ModelAdapter):
 
     layout: ClassVar[Layout] = Layout(
         layers="transformer.h",
+        embedding_dropout="transformer.drop",
         final_norm="transformer.ln_f",
         attention="attn",
         mlp="mlp",

@@ -30,6 +30,9 @@ CONFIGS = read_configs(Path(__file__).parent / "configs")
 FAMILIES = tuple(CONFIGS)
 FEW = ("gpt2", "llama", "qwen2-sliding", "falcon-multi-query")
 """Learned positions; grouped queries; windows in some layers; a tuple, a fused projection and a mask at all times."""
+SEVEN = ("gpt2", "gptj", "llama", "falcon-multi-query", "mistral", "gemma2", "qwen2-sliding")
+"""Families, and below policies, under which it is tested what of transformers works."""
+FIVE = ("dense", "static:skip=1 3", "random:p=0.4,protect=0 0", "window:sinks=1,recent=4", "knorm:keep=0.5")
 
 
 def build(family, attention=None, dtype=torch.float32):

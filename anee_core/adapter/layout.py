@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -26,6 +26,8 @@ class Layout:
     """Module that maps (hidden states, position ids) to the (cos, sin) every layer receives."""
     learned_positions: str | None = None
     """Embedding of positions, which is added to the token embedding."""
+    embedding_dropout: str | None = None
+    """Dropout of the first layer's input, which works in training only."""
 
     attention: str
     """Attention of a layer."""
@@ -91,6 +93,8 @@ class Parts:
     """Module that maps (hidden states, position ids) to (cos, sin); None if the layout names none."""
     learned_positions: Any
     """Embedding of positions; None if the layout names none."""
+    embedding_dropout: Any
+    """Dropout of the first layer's input; an identity if the layout names none."""
     cache_argument: str
     """Argument of a layer that carries the cache."""
 
@@ -98,6 +102,20 @@ class Parts:
     def config(self) -> Any:
         """The model's transformers config."""
         return self.model.config
+
+
+def found_by(model: nn.Module, layout: Layout) -> tuple[Any, ...]:
+    """Return the modules that a layout finds in a causal LM now: PEFT, resizing and pruning put others in their place.
+
+    Raises:
+        AdapterError: a path does not exist.
+    """
+    lm = cast(Any, model)
+    paths = (layout.final_norm, layout.rotary, layout.learned_positions, layout.embedding_dropout)
+    layers = find(model, layout.layers)._modules.values()
+    count = getattr(lm.config, "num_hidden_layers", len(layers))
+    named = (find(model, path) for path in paths if path is not None)
+    return lm.get_input_embeddings(), lm.get_output_embeddings(), *named, *tuple(layers)[:count]
 
 
 def find(module: nn.Module, path: str) -> nn.Module:

@@ -80,14 +80,18 @@ class ModelAdapter(ABC):
             head=cast(Any, model).get_output_embeddings(),
             rotary=None if layout.rotary is None else find(model, layout.rotary),
             learned_positions=None if layout.learned_positions is None else find(model, layout.learned_positions),
+            embedding_dropout=(
+                nn.Identity() if layout.embedding_dropout is None else find(model, layout.embedding_dropout)
+            ),
             cache_argument=cache_argument,
         )
 
     def embed(self, parts: Parts, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:
         """Turn token embeddings [B, T, D] into the first layer's input [B, T, D]."""
-        if parts.learned_positions is None:
-            return token_embeddings
-        return token_embeddings + parts.learned_positions(position_ids).to(token_embeddings.device)
+        states = token_embeddings
+        if parts.learned_positions is not None:
+            states = states + parts.learned_positions(position_ids).to(states.device)
+        return cast(Tensor, parts.embedding_dropout(states))
 
     def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> tuple[LayerCall, ...]:
         """Build what each layer receives for these tokens ([B, T, D] and [B, T]); layers alike share one call."""

@@ -19,7 +19,7 @@ class Slots:
 
     def __init__(self, batch: int, device: torch.device, capacity: int) -> None:
         self.position = torch.zeros(batch, capacity, dtype=torch.long, device=device)
-        """[B, capacity] int64 position ids of the slots' tokens."""
+        """[B, capacity] int64 index of the slots' tokens among the real tokens of their row."""
         self.born = torch.zeros_like(self.position)
         """[B, capacity] int64 index of each token in the sequence of tokens seen."""
         self.died = torch.full_like(self.position, EMPTY)

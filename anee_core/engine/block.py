@@ -15,19 +15,32 @@ class Block:
     embeddings: Tensor
     """[B, T, D] embeddings of the tokens."""
     position_ids: Tensor
-    """[B, T] positions of the tokens."""
+    """[B, T] index of each token among the real tokens of its row: what it sees goes by these."""
     input_ids: Tensor | None = None
     """[B, T] ids of the tokens; None if embeddings were given."""
     real: Tensor | None = None
     """[B, T] bool, False for padding; None if there is none."""
     phase: Literal["prefill", "decode"] = "decode"
     """Whether the forward reads a prompt or decodes tokens."""
+    given_positions: Tensor | None = None
+    """[B, T] positions that the caller gave for the model to encode; None for ``position_ids``."""
+
+    @property
+    def encoded_positions(self) -> Tensor:
+        """Positions that the model encodes, by rotation or as embeddings, [B, T]; they serve nothing else."""
+        return self.position_ids if self.given_positions is None else self.given_positions
 
     def split(self, length: int) -> list[Block]:
         """Return the block in pieces of at most ``length`` tokens."""
         if length >= self.position_ids.shape[1]:
             return [self]
         return [self._piece(slice(t, t + length)) for t in range(0, self.position_ids.shape[1], length)]
+
+    def cut(self, at: int) -> tuple[Block | None, Block | None]:
+        """Return the first ``at`` tokens and the others; None for none."""
+        tokens = self.position_ids.shape[1]
+        first = self if at >= tokens else self._piece(slice(0, at)) if at else None
+        return first, self if at == 0 else None if at >= tokens else self._piece(slice(at, tokens))
 
     def _piece(self, at: slice) -> Block:
         return Block(
@@ -36,6 +49,7 @@ class Block:
             None if self.input_ids is None else self.input_ids[:, at],
             None if self.real is None else self.real[:, at],
             self.phase,
+            None if self.given_positions is None else self.given_positions[:, at],
         )
 
 

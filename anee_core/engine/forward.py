@@ -34,8 +34,8 @@ class Forward:
     def __init__(self, bound: Bound, block: Block, cache: AdaptiveCache, dense: bool) -> None:
         self._bound, self._block, self._cache, self._dense = bound, block, cache, dense
         adapter, parts = bound.adapter, bound.parts
-        self._embedded = adapter.embed(parts, block.embeddings, block.position_ids)
-        self._calls = adapter.begin(parts, self._embedded, block.position_ids)
+        self._embedded = adapter.embed(parts, block.embeddings, block.encoded_positions)
+        self._calls = adapter.begin(parts, self._embedded, block.encoded_positions)
         # Asked for each time: transformers lets it be changed.
         causal = attention_backend(parts.config) == "sdpa"
         self._masks = MaskMaker(block.position_ids, self._embedded.dtype, causal, parts.layout.always_masked)

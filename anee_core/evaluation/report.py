@@ -65,7 +65,7 @@ def replay(model: AdaptiveModel, input_ids: Tensor, prompt: int) -> Replay:
             f"a report is of token ids [T] that begin with a prompt; got {list(input_ids.shape)}, {prompt}"
         )
     cache, states, logits = model.new_cache(len(input_ids)), [], []
-    with model.recording(cache) as trace:
+    with model.recording(cache, prompt) as trace:
         for part in (input_ids[:prompt], *input_ids[prompt:].split(1)):  # type: ignore[no-untyped-call]
             output = model(part[None], past_key_values=cache, output_hidden_states=True)
             states.append(torch.stack([state[0] for state in output.hidden_states[:-1]]))

@@ -26,6 +26,8 @@ class Decodable(Protocol):
     """Tokenizer of the model; None if it has none."""
     last_trace: Trace | None
     """Record of the last call; None before the first."""
+    last_ends: list[int] | None
+    """Tokens of each row when it ended, in the last call of `generate`; None if that is not known."""
 
     @property
     def device(self) -> torch.device:
@@ -36,8 +38,8 @@ class Decodable(Protocol):
         """Return an empty cache with room for ``capacity`` tokens."""
         ...
 
-    def recording(self, cache: AdaptiveCache) -> AbstractContextManager[Trace]:
-        """Gather all forwards on a cache in one trace; the first of them reads a prompt."""
+    def recording(self, cache: AdaptiveCache, prompt: int) -> AbstractContextManager[Trace]:
+        """Gather all forwards on a cache in one trace; ``prompt`` tokens are read first."""
         ...
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache) -> Tensor:

@@ -53,7 +53,7 @@ def decode(model: Decodable, input_ids: Tensor, attention_mask: Tensor | None = 
     if streamer is not None:
         streamer.put(feed.cpu())
     # What outlives the call is allocated above and by the cache; the rest needs no autograd bookkeeping at all.
-    with torch.inference_mode(), model.recording(cache) as trace:
+    with torch.inference_mode(), model.recording(cache, rows.prompt) as trace:
         while rows.room:
             scores = rules.process(rows, model.next_logits(feed, mask, cache)[:, -1].float())
             token = rows.append(rules.draw(scores))

@@ -21,11 +21,11 @@ class CacheView:
     layer_idx: int
     """Index of the layer."""
     position_ids: Tensor
-    """[B, S] positions of the slots' tokens."""
+    """[B, S] index of the slots' tokens among the real tokens of their row, whatever positions the caller gave."""
     valid: Tensor
     """[B, S] bool: which slots hold a token."""
     query_position: Tensor
-    """[B, T] positions of the new tokens."""
+    """[B, T] index of the new tokens, counted likewise."""
     ran: Tensor
     """[B, T] bool: which of the new tokens run the layer and so attend."""
     real: Tensor

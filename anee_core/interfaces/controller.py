@@ -35,7 +35,7 @@ class DecisionContext:
     num_layers: int
     """Number of decoder layers."""
     position_ids: Tensor
-    """[B, T] positions of the tokens."""
+    """[B, T] index of the tokens among the real tokens of their row, whatever positions the caller gave."""
     input_ids: Tensor | None
     """[B, T] ids of the tokens; None if embeddings were given."""
     phase: Literal["prefill", "decode"]

@@ -48,3 +48,12 @@ def check_runnable(parts: Parts) -> None:
     for name, parameter in parts.model.named_parameters():
         if parameter.device.type == "meta":
             raise ModelError(f"weight '{name}' is not in memory (offloaded or never loaded); load the whole model")
+
+
+def check_training(parts: Parts) -> None:
+    """Raise `InputError` for a model that leaves out whole layers at random while it trains."""
+    if parts.model.training and getattr(parts.config, "layerdrop", 0):
+        raise InputError(
+            f"in training this model leaves out layers at random (config.layerdrop is {parts.config.layerdrop:g}), "
+            "which a policy cannot take into account: set model.config.layerdrop = 0, or call model.eval()"
+        )

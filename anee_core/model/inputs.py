@@ -22,13 +22,15 @@ class Inputs:
     attention_mask: Tensor | None = None
     """[B, S + T] for S tokens seen before, or [B, T], 0 for padding; None for no padding."""
     position_ids: Tensor | None = None
-    """[B, T] positions; None to count them over the real tokens of each row."""
+    """[B, T] positions that the model encodes; None to count them over the real tokens of each row."""
     inputs_embeds: Tensor | None = None
     """[B, T, D] instead of ``input_ids``."""
 
 
-def read_block(parts: Parts, inputs: Inputs, cache: AdaptiveCache, position_limit: int | None) -> Block:
-    """Return the block of new tokens.
+def read_block(
+    parts: Parts, inputs: Inputs, cache: AdaptiveCache, position_limit: int | None, ends_prompt: bool = False
+) -> Block:
+    """Return the block of new tokens; ``ends_prompt`` says that the last one of a prompt is among them.
 
     Raises:
         InputError: something is missing, of the wrong shape, or too long for the model.
@@ -45,20 +47,20 @@ def read_block(parts: Parts, inputs: Inputs, cache: AdaptiveCache, position_limi
             f"got {tuple(given.shape)}"
         )
     batch, tokens = given.shape[:2]
+    cache.check_batch(batch)
     device = parts.embedding.weight.device
-    real = _real_tokens(attention_mask, batch, tokens, cache, device)
-    given_positions = position_ids is not None
-    if position_ids is None:
-        position_ids = _count_positions(real, attention_mask, (batch, tokens), cache, device)
-    elif position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
-        raise InputError(f"position_ids is [{batch}, {tokens}] like the tokens; got {tuple(position_ids.shape)}")
-    else:
+    real = _real_tokens(attention_mask, (batch, tokens), cache, device)
+    if ends_prompt and real is not None:
+        _check_rows(real, first=cache.seen == 0)
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
+            raise InputError(f"position_ids is [{batch}, {tokens}] like the tokens; got {tuple(position_ids.shape)}")
         position_ids = position_ids.to(device).expand(batch, -1)
     if position_limit is not None and cache.seen + tokens > position_limit:
         raise InputError(
             f"{cache.seen + tokens} tokens do not fit the model's context of {position_limit}; shorten the prompt"
         )
-    if position_limit is not None and given_positions and (cache.seen == 0 or tokens > 1):
+    if position_limit is not None and position_ids is not None and (cache.seen == 0 or tokens > 1):
         furthest = int(position_ids.max())
         if furthest >= position_limit:
             raise InputError(f"position {furthest} does not exist: the model's context is {position_limit}")
@@ -73,10 +75,11 @@ def read_block(parts: Parts, inputs: Inputs, cache: AdaptiveCache, position_limi
     assert embeddings is not None
     return Block(
         embeddings=embeddings,
-        position_ids=position_ids,
+        position_ids=_count_positions(real, attention_mask, (batch, tokens), cache, device),
         input_ids=None if input_ids is None else input_ids.to(device),
         real=real,
         phase="prefill" if cache.seen == 0 or tokens > 1 else "decode",
+        given_positions=position_ids,
     )
 
 
@@ -91,9 +94,10 @@ def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
 
 
 def _real_tokens(
-    mask: Tensor | None, batch: int, tokens: int, cache: AdaptiveCache, device: torch.device
+    mask: Tensor | None, shape: tuple[int, int], cache: AdaptiveCache, device: torch.device
 ) -> Tensor | None:
     """Return which of the new tokens are real, [B, T] bool, or None if all are."""
+    batch, tokens = shape
     if mask is None:
         return None
     if mask.dim() != 2:
@@ -104,11 +108,16 @@ def _real_tokens(
             f"got {tuple(mask.shape)}"
         )
     real = mask[:, -tokens:].to(device) != 0
-    some = real.any(1)
-    if cache.seen == 0 and not bool(some.all()):
-        row = int((~some).nonzero()[0])
-        raise InputError(f"row {row} of the batch is all padding; leave it out")
     return None if bool(real.all()) else real
+
+
+def _check_rows(real: Tensor, first: bool) -> None:
+    """Raise `InputError` for a row of [B, T] without a real token, where the first or a later piece ends a prompt."""
+    some = real.any(1)
+    if not bool(some.all()):
+        row = int((~some).nonzero()[0])
+        why = "is all padding; leave it out" if first else "ends with a piece of padding; pad on the left"
+        raise InputError(f"row {row} of the batch {why}")
 
 
 def _count_positions(

@@ -8,18 +8,23 @@ from anee_core.accounting.trace import Trace
 from anee_core.cache.adaptive_cache import AdaptiveCache
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Recording:
     """A trace that forwards on one cache are added to."""
 
     cache: AdaptiveCache
-    """Cache whose forwards are recorded."""
+    """Cache whose forwards are recorded; a copy of it is not recorded."""
     trace: Trace
     """Trace that they are added to."""
-    prompt_is_dense: bool
-    """Whether the next forward reads a prompt and runs every layer, whatever the policy."""
+    prompt: int
+    """Tokens of the sequence that are its prompt, in however many pieces they come."""
+    dense_prompt: bool
+    """Whether every layer runs for the prompt, whatever the policy."""
 
-    def reads_densely(self) -> bool:
-        """Return whether the forward that begins now runs every layer; none after it does."""
-        dense, self.prompt_is_dense = self.prompt_is_dense, False
-        return dense
+    def dense_among(self, tokens: int) -> int:
+        """Return for how many of the next ``tokens`` every layer runs, whatever the policy: the first ones."""
+        return min(max(self.prompt - self.cache.seen, 0), tokens) if self.dense_prompt else 0
+
+    def prompt_ends_among(self, tokens: int) -> bool:
+        """Whether the last token of the prompt is among the next ``tokens``."""
+        return self.cache.seen < self.prompt <= self.cache.seen + tokens
