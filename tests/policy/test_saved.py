@@ -103,7 +103,7 @@ def test_saved_policy_brings_its_budget(tiny_llama, tmp_path):
     assert anee.load(tiny_llama, str(tmp_path), 0.9).budget == 0.9
 
 
-@pytest.mark.parametrize("folder", ["../other", "/tmp/other", "..", "deep/other"])
+@pytest.mark.parametrize("folder", ["../other", "/other", "..", "deep/other"])
 def test_saved_policy_that_reaches_outside_its_folder_is_refused(folder, tiny_llama, tmp_path):
     anee.load(tiny_llama, "static:skip=1").policy.save(tmp_path)
     (file,) = (path for path in tmp_path.iterdir() if "static:skip=1" in path.read_text())
