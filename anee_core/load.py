@@ -62,7 +62,7 @@ def load(
         budget: share of the dense decoder-layer FLOPs that may be spent, in (0, 1], keys and values of skipped layers
             included. Default: the policy's own.
         hard: whether no token may exceed the budget; otherwise it holds on average.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. Default: as stored.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype. Default, and ``"auto"``: as stored.
         device: where to run, like ``"cpu"`` or ``"cuda:0"``. Default: where the model is. A loaded model is converted
             and moved in place.
         prefill: how ``generate`` reads prompts; see `AdaptiveModel`.

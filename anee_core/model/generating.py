@@ -70,6 +70,10 @@ class Generating(GenerationMixin):  # type: ignore[misc]  # transformers ships w
         cache = kwargs[CACHE] = self.new_cache() if given is None else given
         if not isinstance(cache, AdaptiveCache):
             raise InputError(f"the cache is one from model.new_cache(); got {type(cache).__name__}")
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            # What it drafts now may be taken back before the next call; what came before was accepted.
+            cache.accept()
+            cache.activate_past_recording()
         with self.recording(cache, _prompt_length(inputs, kwargs)):
             return super().generate(inputs, **kwargs)
 

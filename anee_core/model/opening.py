@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,18 @@ def open_model(
         except Exception as error:
             raise ModelError(f"the model source '{name}' failed: {_first_line(error)}") from error
         return network, tokenizer
-    if Path(name).exists() and not (Path(name) / options.get("subfolder", "") / "config.json").is_file():
+    base = _base_of(Path(name))
+    if (
+        base is None
+        and Path(name).exists()
+        and not (Path(name) / options.get("subfolder", "") / "config.json").is_file()
+    ):
         raise ModelError(f"'{name}' is no model folder: it has no config.json")
     # A folder's own code runs only if that is asked for; unset, transformers would ask whoever is at the keyboard.
     options = {"trust_remote_code": False, **options}
     where = {key: options[key] for key in _WHERE & options.keys()}
     try:
-        config = AutoConfig.from_pretrained(name, **where)
+        config = AutoConfig.from_pretrained(base or name, **where)
     except Exception as error:  # each way for a config to be wrong raises its own kind
         if Path(name).is_dir():
             raise ModelError(f"the model in '{name}' cannot be read: {' '.join(str(error).split())}") from error
@@ -72,13 +78,24 @@ def open_model(
     if scaled:
         raise ModelError(f"the checkpoint of '{name}' is of quantised weights ('{min(scaled)}'); take the plain one")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        own = base is None or (Path(name) / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(name if own else base, **where)
         if not tokenizer.vocab_size:  # what some families get from a folder without tokenizer files
             raise ValueError("its vocabulary is empty")
     except Exception as error:
         logger.warning("no tokenizer for '%s' (%s): generate from token ids, or pass one", name, _first_line(error))
         tokenizer = None
     return network if device is None else network.to(device), tokenizer
+
+
+def _base_of(folder: Path) -> str | None:
+    """Return the model that a folder of PEFT's adapts, which transformers loads with it; None for another folder."""
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"'{folder}' does not say what model it adapts: its adapter_config.json is damaged") from error
 
 
 def adapter_of(config: Any, plugins: Plugins) -> ModelAdapter:
@@ -111,6 +128,8 @@ def dtype_of(given: str | torch.dtype | None) -> torch.dtype | None:
         raise InputError(f"a model runs in a floating-point dtype; got {given}")
     if given is None or isinstance(given, torch.dtype):
         return given
+    if given == "auto":
+        return None
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if given not in known:
         raise InputError(f"unknown dtype '{given}'; {suggestion(given, known)}")

@@ -25,6 +25,28 @@ def test_the_prompt_is_read_alike_in_pieces_and_beside_drafts(policy, prefill):
         assert torch.equal(other, ran[0])
 
 
+DROPPING = (
+    "window:sinks=2,recent=8",
+    "tova:keep=0.3,least=4",
+    "h2o:keep=0.3,least=4",
+    "knorm:keep=0.4",
+    "snapkv:keep=0.3",
+)
+
+
+@pytest.mark.parametrize("policy", ["static:skip=1 3", *DROPPING])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_a_model_that_drops_tokens_may_draft(family, policy):
+    network = build(family)
+    expected = network.generate(REPEATED, max_new_tokens=16, do_sample=False)
+    draft = adaptive(build(family), policy)
+    assert torch.equal(network.generate(REPEATED, max_new_tokens=16, do_sample=False, assistant_model=draft), expected)
+    main = adaptive(network, policy)
+    plain = main.generate(REPEATED, max_new_tokens=16, do_sample=False)
+    found = main.generate(REPEATED, max_new_tokens=16, do_sample=False, assistant_model=draft)
+    assert torch.equal(found, plain)
+
+
 def test_a_prompt_that_goes_on_in_a_cache_is_dense_up_to_its_length():
     model = adaptive(build("llama"), "static:skip=1 3", prefill="dense")
     cache = model.new_cache()

@@ -68,6 +68,20 @@ def test_peft_model_with_virtual_tokens_is_refused(tiny_llama):
         anee.load(peft.get_peft_model(copy.deepcopy(tiny_llama), config))
 
 
+def test_a_folder_that_peft_saved_is_its_base_model_adapted(tiny_llama, llama_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    wrapped = lora(type(tiny_llama).from_pretrained(llama_folder))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    model = anee.load(tmp_path / "adapter", dtype="auto")
+    torch.testing.assert_close(model(IDS).logits, wrapped(IDS).logits)
+    assert not torch.allclose(model(IDS).logits, tiny_llama(IDS).logits, atol=1e-3)
+    assert model.generate("Hello", max_new_tokens=2).text.startswith("Hello")
+    assert peft is not None
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="does not say what model it adapts"):
+        anee.load(tmp_path / "adapter")
+
+
 def test_peft_model_that_is_activated_by_tokens_is_refused(tiny_llama):
     with pytest.raises(ModelError, match=r"works from its invocation tokens on \(activated LoRA\)"):
         anee.load(lora(tiny_llama, alora_invocation_tokens=[5, 6]))
