@@ -15,6 +15,7 @@ from anee_core.accounting.budget import check_budget
 from anee_core.calibration.fingerprint import fingerprint
 from anee_core.calibration.importance import calibrate
 from anee_core.calibration.options import CalibrationOptions
+from anee_core.engine.bound import Terms
 from anee_core.errors import InputError, ModelError
 from anee_core.interfaces.cache_policy import CachePolicy
 from anee_core.interfaces.controller import Controller
@@ -128,4 +129,4 @@ def load(
         ready = calibrate(adaptive, calibration if isinstance(calibration, CalibrationOptions) else None)
     elif ready is not None and parsed.controller.needs_calibration and ready.fingerprint != fingerprint(adaptive):
         logger.warning("the calibration is of other weights or another dtype; calibrate this model for best results")
-    return adaptive.set_policy(parsed, budget, hard, ready)
+    return adaptive.bind(parsed, Terms(budget, hard, ready), adaptive.engine.costs)

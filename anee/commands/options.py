@@ -28,11 +28,15 @@ class Loading:
     """Type of the weights: float32, bfloat16 or float16. Default: as stored."""
     device: str | None = None
     """Where to run, like cuda:0."""
+    trust_remote_code: bool = False
+    """Let a model's folder run code of its own."""
 
     def load(self, model: str, **options: Any) -> Any:
         """Return the model under the policy; ``options`` are further ones of `anee.load`."""
         from anee_core.load import load  # heavy: imported where used, so that help and listings are instant
 
+        if self.trust_remote_code:
+            options["trust_remote_code"] = True
         return load(model, self.policy, self.budget, dtype=self.dtype, device=self.device, **options)
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from anee_core.accounting.budget import Budget
+from anee_core.accounting.costs import CostModel
 from anee_core.accounting.trace import Trace
 from anee_core.adapter.cache_names import CACHE, one_cache
 from anee_core.adapter.layout import Parts, found_by
@@ -105,17 +106,18 @@ class AdaptiveModel(nn.Module, Generating):
         Raises:
             PolicyError, BudgetError: policy, budget and model do not fit together.
         """
-        terms = Terms(budget, hard, calibration)
-        self.engine = Engine(self.adapter, self.parts, policy, terms, self._step)
+        return self.bind(policy, Terms(budget, hard, calibration))
+
+    def bind(self, policy: Policy, terms: Terms, costs: CostModel | None = None) -> AdaptiveModel:
+        """Do what `set_policy` does; ``costs`` say what the model's parts cost, if that is known already."""
+        self.engine = Engine(self.adapter, self.parts, policy, terms, self._step, costs)
         self._asked = policy, terms
         return self
 
     def use_step(self, step: LayerStep) -> AdaptiveModel:
         """Run layers by another step from now on, under the same policy, and return the model."""
         self._step = step
-        policy, terms = self._asked
-        self.engine = Engine(self.adapter, self.parts, policy, terms, step, self.engine.costs)
-        return self
+        return self.bind(*self._asked, self.engine.costs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptiveModel:
         """Move or convert the model, as `torch.nn.Module` does for ``to`` and ``half``; its policy follows."""
@@ -125,8 +127,7 @@ class AdaptiveModel(nn.Module, Generating):
     def _rebind(self) -> AdaptiveModel:
         """Choose the step anew for the model as it is now; its policy follows."""
         self._step = step_for(self.adapter, self.parts, self._fast)
-        policy, terms = self._asked
-        return self.set_policy(policy, terms.budget, terms.hard, terms.calibration)
+        return self.bind(*self._asked)
 
     def _follow_model(self) -> None:
         """Find the model's modules again if some of those that run are no longer its own."""

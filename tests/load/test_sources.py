@@ -108,7 +108,7 @@ def test_dtype_is_that_stored_unless_asked(tiny_llama, tmp_path):
     assert anee.load(tmp_path, dtype="float32").dtype == torch.float32
 
 
-def test_code_that_lies_in_a_model_folder_runs_only_if_asked_for(llama_folder, tmp_path, monkeypatch):
+def test_code_that_lies_in_a_model_folder_runs_only_if_asked_for(llama_folder, tmp_path, monkeypatch, run_anee):
     folder, ran = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(llama_folder, folder)
     (folder / "own.py").write_text(
@@ -120,4 +120,7 @@ def test_code_that_lies_in_a_model_folder_runs_only_if_asked_for(llama_folder, t
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # to whom transformers would put the question
     with pytest.raises(AneeError):
         anee.load(folder)
+    assert run_anee("generate", folder, "Hello").code == 2
     assert not ran.exists()
+    run_anee("generate", folder, "Hello", "--trust-remote-code")
+    assert ran.exists()
