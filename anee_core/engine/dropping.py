@@ -13,6 +13,7 @@ from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.cache.masks import additive, visible
 from anee_core.engine.attention_tap import AttentionTap
 from anee_core.engine.block import Block, Selection
+from anee_core.engine.returned import check_kept, check_remembered
 from anee_core.interfaces.cache_policy import CachePolicy, CacheView
 
 
@@ -150,12 +151,16 @@ class Drop:
         return view
 
     def _remember(self, view: CacheView) -> None:
-        self._cache.remember(self._layer_idx, self._policy.remember(view))
+        state = self._policy.remember(view)
+        check_remembered(state, self._policy, (view.real.shape[0], view.real.shape[1]))
+        self._cache.remember(self._layer_idx, state)
 
     def _decide(self, view: CacheView) -> None:
         keep, changed = self._policy.decide(view)
         batch, slots = view.valid.shape
         tokens = view.query_position.shape[1]
+        check_kept(keep, self._policy, (batch, tokens, slots))
+        check_remembered(changed, self._policy, (batch, slots))
         born = slots - tokens + torch.arange(tokens, device=keep.device)[:, None]
         places = torch.arange(slots, device=keep.device)
         self._later = places > born

@@ -12,6 +12,7 @@ from anee_core.accounting.token_state import TokenState
 from anee_core.engine.block import ALL, NONE, Block, Selection
 from anee_core.engine.ledger import Ledger
 from anee_core.engine.past import Past
+from anee_core.engine.returned import check_actions, check_signals
 from anee_core.interfaces.controller import DecisionContext
 from anee_core.interfaces.profiler import Observation
 from anee_core.policy.policy import Policy
@@ -110,12 +111,16 @@ class Plan:
             budget=self._budget.limit or 1.0,
             feedback=self._past.feedback,
         )
+        shape = (block.position_ids.shape[0], block.position_ids.shape[1])
         signals = policy.profiler.observe(observation, policy.controller.signals)
+        check_signals(signals, policy.profiler, policy.controller, shape)
         context = DecisionContext(
             layer_idx, self._num_layers, block.position_ids, block.input_ids, block.phase, self._budget.limit
         )
         context = self._compared(signals, context)
-        run = ledger.admit(policy.controller.decide(signals, context), layer_idx)
+        actions = policy.controller.decide(signals, context)
+        check_actions(actions, policy.controller, shape, self._num_layers - layer_idx)
+        run = ledger.admit(actions, layer_idx)
         states = run.to(torch.uint8) + TokenState.SKIPPED
         if block.real is not None:
             states = states * block.real
