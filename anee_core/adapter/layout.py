@@ -112,10 +112,19 @@ def found_by(model: nn.Module, layout: Layout) -> tuple[Any, ...]:
     """
     lm = cast(Any, model)
     paths = (layout.final_norm, layout.rotary, layout.learned_positions, layout.embedding_dropout)
-    layers = find(model, layout.layers)._modules.values()
-    count = getattr(lm.config, "num_hidden_layers", len(layers))
     named = (find(model, path) for path in paths if path is not None)
-    return lm.get_input_embeddings(), lm.get_output_embeddings(), *named, *tuple(layers)[:count]
+    return lm.get_input_embeddings(), lm.get_output_embeddings(), *named, *layers_of(model, layout)
+
+
+def layers_of(model: nn.Module, layout: Layout) -> tuple[nn.Module, ...]:
+    """Return the decoder layers that a causal LM runs: as many as its config says.
+
+    Raises:
+        AdapterError: the path does not exist.
+    """
+    # Families of the LLaMA kind run no more than that, however many are stored.
+    layers = tuple(cast(nn.ModuleList, find(model, layout.layers)))  # a layer that is run twice counts twice
+    return layers[: getattr(cast(Any, model).config, "num_hidden_layers", len(layers))]
 
 
 def find(module: nn.Module, path: str) -> nn.Module:

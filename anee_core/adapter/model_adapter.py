@@ -16,7 +16,7 @@ from anee_core.accounting.work import Work, executed_work, layer_work, module_wo
 from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.adapter.fused_projection import sliceable, tail, tail_work
 from anee_core.adapter.layer_call import LayerCall
-from anee_core.adapter.layout import Layout, Parts, find
+from anee_core.adapter.layout import Layout, Parts, find, layers_of
 from anee_core.adapter.recipe import Recipe
 from anee_core.adapter.rotary import length_limit, rotate
 from anee_core.errors import AdapterError
@@ -69,13 +69,11 @@ class ModelAdapter(ABC):
                 f"{type(self).__name__}: {type(layers[0]).__name__} takes none of {', '.join(LAYER_ARGUMENTS)}; "
                 "name the argument that carries the cache in Layout.cache_argument"
             )
-        # Families of the LLaMA kind run config.num_hidden_layers layers, however many are stored.
-        count = min(len(layers), getattr(config, "num_hidden_layers", len(layers)))
         return Parts(
             model=model,
             layout=layout,
             embedding=cast(Any, model).get_input_embeddings(),
-            layers=tuple(layers)[:count],
+            layers=layers_of(model, layout),
             final_norm=nn.Identity() if layout.final_norm is None else find(model, layout.final_norm),
             head=cast(Any, model).get_output_embeddings(),
             rotary=None if layout.rotary is None else find(model, layout.rotary),

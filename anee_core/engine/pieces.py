@@ -18,13 +18,13 @@ from anee_core.engine.engine import Engine, Output
 class Wanted:
     """How a block is to be run, and what is wanted of it."""
 
-    dense: int = 0
+    dense: int
     """How many of the first tokens run every layer, whatever the policy."""
-    piece: int = 256
+    piece: int
     """Tokens of a piece under a policy that drops tokens."""
-    last: int = 0
+    last: int
     """How many last real positions of each row to return logits of; 0 for all positions."""
-    states: bool = False
+    states: bool
     """Whether to keep the input of every layer and the final states."""
 
 

@@ -10,10 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-)
+from transformers import GenerationConfig, GenerationMixin
 
 from anee_core.errors import InputError, suggestion
 from anee_core.generation.decodable import Decodable
@@ -74,7 +71,8 @@ def _through_transformers(
     assert model.last_trace is not None
     start = input_ids.shape[1]
     if model.last_ends is None:
-        new = [_without_padding(row, *_specials(model, options)) for row in sequences[:, start:].tolist()]
+        ends, pad = _specials(model, options)
+        new = [_without_padding(row, ends, pad) for row in sequences[:, start:].tolist()]
     else:
         new = [row[start:end] for row, end in zip(sequences.tolist(), model.last_ends, strict=True)]
     return Generation(sequences, new, model.last_trace, decode_seconds=seconds)
