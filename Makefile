@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-real check format docs bench clean conformance conformance-oldest conformance-newest conformance-sample
+.PHONY: demo test test-real campaign check format docs bench clean conformance conformance-oldest conformance-newest conformance-sample
 
 demo: .venv/demo.done  ## what skipping layers saves and costs, beside int8 weights
 	$(BIN)/python examples/demo.py
@@ -13,6 +13,11 @@ test: .venv/dev.done  ## the default tests
 
 test-real: .venv/dev.done  ## slower checks: real weights, whole installations, a browser
 	$(BIN)/python -m pytest -m real
+
+campaign: .venv/dev.done  ## the campaigns in full: half an hour; rewrites docs/results/reliability.md
+	rm -rf build/campaigns
+	$(BIN)/python -m pytest tests/campaigns --long -n 2
+	$(BIN)/python docs/reliability_table.py
 
 check: .venv/dev.done  ## linter, formatter, types
 	$(BIN)/ruff check .

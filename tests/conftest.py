@@ -22,6 +22,11 @@ ROOT = Path(__file__).parents[1]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 
+def pytest_addoption(parser):
+    """Let the campaigns be run in full."""
+    parser.addoption("--long", action="store_true", help="run the campaigns in full: half an hour")
+
+
 def pytest_collection_finish():
     """Set up a process that runs tests, before the first."""
     import torch
