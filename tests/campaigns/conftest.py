@@ -25,7 +25,7 @@ class Campaign:
         self._outcomes: dict[str, int] = {}
 
     def trials(self, what: str, short: int, long: int):
-        """Yield the seeds of a campaign, ``short`` of them or, under ``--long``, ``long``; ``what`` says what is tried."""
+        """Yield the seeds of a campaign, ``short`` of them or ``long`` under ``--long``, and say ``what`` is tried."""
         self._name = what
         for seed in range(long if self._long else short):
             self._trials += 1
