@@ -47,7 +47,7 @@ def run_in_pieces(engine: Engine, block: Block, cache: AdaptiveCache, trace: Tra
     for piece, dense in pieces:
         output = engine.run(piece, cache, trace, dense, wanted.states)
         if outputs and output.hidden_states.requires_grad:
-            output.hidden_states.register_hook(_refuse_gradient)
+            output.hidden_states.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
         outputs.append(output)
         if engine.policy.feeds_back:
             last = engine.logits(_last(output.hidden_states, 1, piece.real), trace)
