@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from anee_adapters.llama import LlamaAdapter
-from anee_core.interfaces import LayerCall, Layout, Parts, Recipe
+from anee_core.interfaces import Layout, Recipe
 
 
 class GemmaAdapter(LlamaAdapter):
@@ -23,7 +20,9 @@ class GemmaAdapter(LlamaAdapter):
 class Gemma2Adapter(GemmaAdapter):
     """Gemma 2: Gemma with windows in some layers, and soft caps."""
 
-    layout: ClassVar[Layout] = replace(GemmaAdapter.layout, windows="by type")
+    layout: ClassVar[Layout] = replace(
+        GemmaAdapter.layout, windows="by type", logits_cap="final_logit_softcapping"
+    )
 
     def recipe(self, config: Any) -> Recipe:
         """Return Gemma's recipe, with norms behind attention and MLP too."""
@@ -37,12 +36,6 @@ class Gemma2Adapter(GemmaAdapter):
             # PyTorch's attention has no cap: a model that attends by it computes none, whatever its config says.
             cap=None if config._attn_implementation == "sdpa" else "attn_logit_softcapping",
         )
-
-    def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:
-        """Apply the soft cap, if the config has one (arXiv:2408.00118)."""
-        logits = super().logits(parts, hidden_states)
-        cap = parts.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class Gemma3Adapter(Gemma2Adapter):
@@ -59,9 +52,3 @@ class Gemma3Adapter(Gemma2Adapter):
         if config.use_bidirectional_attention:
             return "use_bidirectional_attention=True: later tokens would change what a layer computed for earlier ones"
         return super().refuse(config)
-
-    def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> tuple[LayerCall, ...]:
-        """Build one call for each kind of layer."""
-        kinds = parts.config.layer_types[: len(parts.layers)]
-        calls = {kind: LayerCall(position_ids, parts.rotary(hidden_states, position_ids, kind)) for kind in set(kinds)}
-        return tuple(calls[kind] for kind in kinds)

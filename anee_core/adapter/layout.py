@@ -15,8 +15,9 @@ from anee_core.errors import AdapterError, ModelError
 class Layout:
     """Where the parts of a model family are, as dotted paths, and how its decoder layer is called.
 
-    The first group of paths starts at the causal LM, the second at one decoder layer. None means that the family has no
-    such part, or that its adapter does not need it: only ``layers`` and ``attention`` are always needed.
+    The first group of paths starts at the causal LM, the second at one decoder layer; then come numbers of the config.
+    None means that the family has no such part, or that its adapter does not need it: only ``layers`` and ``attention``
+    are always needed.
     """
 
     layers: str
@@ -46,6 +47,15 @@ class Layout:
     """Instead of ``key`` and ``value``: one projection whose outputs end with all keys and then all values."""
     key_norm: str | None = None
     """Norm over each head's keys, before rotary."""
+
+    embedding_multiplier: str | None = None
+    """Attribute of the config by which the model multiplies token embeddings."""
+    logits_multiplier: str | None = None
+    """Attribute of the config by which the model multiplies what its head gives."""
+    logits_divisor: str | None = None
+    """Attribute of the config by which the model divides what its head gives."""
+    logits_cap: str | None = None
+    """Attribute of the config that holds the soft cap on logits, if any (arXiv:2408.00118)."""
 
     windows: Literal["all", "by type"] | None = None
     """Which layers have the config's ``sliding_window``: all, or those that its ``layer_types`` say."""

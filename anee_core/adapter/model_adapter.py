@@ -5,8 +5,9 @@ Shapes in this package: B batch, T new tokens, S slots, D width, H heads, Dh hea
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class ModelAdapter(ABC):
     A subclass states ``layout``; every method below is a default that can be overridden where a family differs.
     """
 
-    layout: ClassVar[Layout]
+    layout: Layout
     """Where the parts of the family are."""
 
     def refuse(self, config: Any) -> str | None:
@@ -86,19 +87,30 @@ class ModelAdapter(ABC):
 
     def embed(self, parts: Parts, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:
         """Turn token embeddings [B, T, D] into the first layer's input [B, T, D]."""
-        states = token_embeddings
+        states, multiplier = token_embeddings, parts.layout.embedding_multiplier
+        if multiplier is not None:
+            states = states * getattr(parts.config, multiplier)
         if parts.learned_positions is not None:
             states = states + parts.learned_positions(position_ids).to(states.device)
         return cast(Tensor, parts.embedding_dropout(states))
 
     def begin(self, parts: Parts, hidden_states: Tensor, position_ids: Tensor) -> tuple[LayerCall, ...]:
         """Build what each layer receives for these tokens ([B, T, D] and [B, T]); layers alike share one call."""
-        embeddings = None if parts.rotary is None else parts.rotary(hidden_states, position_ids=position_ids)
-        if embeddings is not None and not (isinstance(embeddings, tuple) and len(embeddings) == 2):
-            raise AdapterError(
-                f"{type(parts.rotary).__name__} gives a {type(embeddings).__name__}, not (cos, sin): override begin"
-            )
-        return (LayerCall(position_ids=position_ids, position_embeddings=embeddings),) * len(parts.layers)
+        if parts.rotary is None:
+            return (LayerCall(position_ids),) * len(parts.layers)
+        # Some families turn layers with a window by other angles than those without.
+        by_type = "layer_type" in inspect.signature(parts.rotary.forward).parameters
+        kinds = parts.config.layer_types[: len(parts.layers)] if by_type else (None,) * len(parts.layers)
+        calls = {}
+        for kind in dict.fromkeys(kinds):
+            chosen = {} if kind is None else {"layer_type": kind}
+            embeddings = parts.rotary(hidden_states, position_ids=position_ids, **chosen)
+            if not (isinstance(embeddings, tuple) and len(embeddings) == 2):
+                raise AdapterError(
+                    f"{type(parts.rotary).__name__} gives a {type(embeddings).__name__}, not (cos, sin): override begin"
+                )
+            calls[kind] = LayerCall(position_ids, embeddings)
+        return tuple(calls[kind] for kind in kinds)
 
     def layer_arguments(self, parts: Parts, call: LayerCall, layer_cache: Any) -> dict[str, Any]:
         """Return the keyword arguments of one layer call."""
@@ -231,7 +243,13 @@ class ModelAdapter(ABC):
 
     def logits(self, parts: Parts, hidden_states: Tensor) -> Tensor:
         """Map final, normed hidden states [B, T, D] to logits [B, T, V]."""
-        return parts.head(hidden_states)
+        logits, layout, config = parts.head(hidden_states), parts.layout, parts.config
+        if layout.logits_multiplier is not None:
+            logits = logits * getattr(config, layout.logits_multiplier)
+        if layout.logits_divisor is not None:
+            logits = logits / getattr(config, layout.logits_divisor)
+        cap = None if layout.logits_cap is None else getattr(config, layout.logits_cap)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class _CapturedError(Exception):
