@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts, Recipe
 
@@ -11,7 +11,7 @@ from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts, Recipe
 class FalconAdapter(ModelAdapter):
     """Falcon 7B, 40B, 180B and RW, with rotary positions."""
 
-    layout: ClassVar[Layout] = Layout(
+    layout = Layout(
         layers="transformer.h",
         final_norm="transformer.ln_f",
         rotary="transformer.rotary_emb",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from anee_adapters.llama import LlamaAdapter
-from anee_core.interfaces import Layout, Recipe
+from anee_core.interfaces import Recipe
 
 
 class GemmaAdapter(LlamaAdapter):
@@ -20,9 +20,7 @@ class GemmaAdapter(LlamaAdapter):
 class Gemma2Adapter(GemmaAdapter):
     """Gemma 2: Gemma with windows in some layers, and soft caps."""
 
-    layout: ClassVar[Layout] = replace(
-        GemmaAdapter.layout, windows="by type", logits_cap="final_logit_softcapping"
-    )
+    layout = replace(GemmaAdapter.layout, windows="by type", logits_cap="final_logit_softcapping")
 
     def recipe(self, config: Any) -> Recipe:
         """Return Gemma's recipe, with norms behind attention and MLP too."""
@@ -41,7 +39,7 @@ class Gemma2Adapter(GemmaAdapter):
 class Gemma3Adapter(Gemma2Adapter):
     """Gemma 3, text only. Rotary frequencies differ between layers with and without a window."""
 
-    layout: ClassVar[Layout] = replace(Gemma2Adapter.layout, key_norm="self_attn.k_norm")
+    layout = replace(Gemma2Adapter.layout, key_norm="self_attn.k_norm")
 
     def recipe(self, config: Any) -> Recipe:
         """Return Gemma 2's recipe without the cap."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from anee_core.interfaces import Layout, ModelAdapter, Recipe
 
@@ -10,7 +10,7 @@ from anee_core.interfaces import Layout, ModelAdapter, Recipe
 class GPT2Adapter(ModelAdapter):
     """GPT-2 of any size."""
 
-    layout: ClassVar[Layout] = Layout(
+    layout = Layout(
         layers="transformer.h",
         final_norm="transformer.ln_f",
         learned_positions="transformer.wpe",

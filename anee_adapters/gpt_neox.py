@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from anee_core.interfaces import Layout, ModelAdapter, Recipe
 
@@ -10,7 +10,7 @@ from anee_core.interfaces import Layout, ModelAdapter, Recipe
 class GPTNeoXAdapter(ModelAdapter):
     """GPT-NeoX, parallel or sequential. A token that skips a layer gets keys and values from the layer itself."""
 
-    layout: ClassVar[Layout] = Layout(
+    layout = Layout(
         layers="gpt_neox.layers",
         embedding_dropout="gpt_neox.emb_dropout",
         final_norm="gpt_neox.final_layer_norm",

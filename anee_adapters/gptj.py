@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from anee_core.interfaces import LayerCall, Layout, ModelAdapter, Parts, Recipe,
 class GPTJAdapter(ModelAdapter):
     """GPT-J. Before transformers 5.24 each layer looks positions up in its own table; since then the model does."""
 
-    layout: ClassVar[Layout] = Layout(
+    layout = Layout(
         layers="transformer.h",
         embedding_dropout="transformer.drop",
         final_norm="transformer.ln_f",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from anee_core.interfaces import Layout, ModelAdapter, Recipe
 
@@ -10,7 +10,7 @@ from anee_core.interfaces import Layout, ModelAdapter, Recipe
 class LlamaAdapter(ModelAdapter):
     """LLaMA, and SmolLM2, which is one: grouped-query attention, rotary positions given by the model."""
 
-    layout: ClassVar[Layout] = Layout(
+    layout = Layout(
         layers="model.layers",
         final_norm="model.norm",
         rotary="model.rotary_emb",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 from anee_adapters.llama import LlamaAdapter
-from anee_core.interfaces import Layout
 
 
 class MistralAdapter(LlamaAdapter):
     """Mistral: LLaMA with a sliding window in every layer, unless its config says ``sliding_window=None``."""
 
-    layout: ClassVar[Layout] = replace(LlamaAdapter.layout, windows="all")
+    layout = replace(LlamaAdapter.layout, windows="all")
 
 
 class MixtralAdapter(MistralAdapter):
     """Mixtral: Mistral with experts for its MLP."""
 
-    layout: ClassVar[Layout] = replace(MistralAdapter.layout, experts="mlp.experts")
+    layout = replace(MistralAdapter.layout, experts="mlp.experts")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from anee_core.interfaces import Layout, ModelAdapter, Parts, Recipe
 class OPTAdapter(ModelAdapter):
     """OPT of any size. OPT-350m has its norms after attention and MLP, none at the end, and a narrower embedding."""
 
-    layout: ClassVar[Layout] = Layout(
+    layout = Layout(
         layers="model.decoder.layers",
         final_norm="model.decoder.final_layer_norm",
         learned_positions="model.decoder.embed_positions",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 from anee_adapters.llama import LlamaAdapter
-from anee_core.interfaces import Layout, Recipe
+from anee_core.interfaces import Recipe
 
 
 class Phi3Adapter(LlamaAdapter):
     """Phi-3, with or without a sliding window; with LongRoPE up to the length that its short factors are made for."""
 
-    layout: ClassVar[Layout] = replace(
-        LlamaAdapter.layout, key=None, value=None, fused="self_attn.qkv_proj", windows="all"
-    )
+    layout = replace(LlamaAdapter.layout, key=None, value=None, fused="self_attn.qkv_proj", windows="all")
 
     def recipe(self, config: Any) -> Recipe:
         """Return LLaMA's recipe with the MLP's two inputs in one projection."""

@@ -14,7 +14,7 @@ from anee_core.interfaces import Layout, ModelAdapter, Parts
 class GraniteAdapter(ModelAdapter):
     """Granite 2 and 3, dense."""
 
-    layout: ClassVar[Layout] = Layout(
+    layout = Layout(
         layers="model.layers",
         final_norm="model.norm",
         rotary="model.rotary_emb",
