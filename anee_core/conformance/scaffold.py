@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
-from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
+from anee_core.adapter.guessed import guess_layout
 from anee_core.conformance.tiny import small_config
-from anee_core.errors import InputError
-
-_PASSED = (*LAYER_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
+from anee_core.errors import AdapterError, InputError
 
 _PYPROJECT = """[build-system]
 requires = ["setuptools>=77"]
@@ -90,7 +87,7 @@ def write_plugin(model_type: str, output: Path) -> Path:
     Raises:
         InputError: transformers has no such family, ANEE cannot run it, or the folder exists.
     """
-    layout = guess_layout(model_type)
+    layout = found_layout(model_type)
     name = re.sub(r"\W", "_", model_type.lower())
     folder = output / f"anee-{name.replace('_', '-')}"
     if folder.exists():
@@ -113,63 +110,29 @@ def write_plugin(model_type: str, output: Path) -> Path:
     return folder
 
 
-def guess_layout(model_type: str) -> dict[str, Any]:
-    """Return the fields of a `Layout` as a small model of the family has them; only those that are needed."""
+def found_layout(model_type: str) -> dict[str, Any]:
+    """Return the fields of a `Layout` as a small model of the family has them; only those that are needed.
+
+    Raises:
+        InputError: transformers has no such family, or ANEE cannot run it.
+    """
     config = small_config(model_type)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(f"transformers has no causal LM of the family '{model_type}'")
     try:
         model = AutoModelForCausalLM.from_config(config).eval()
         _check_causal(model)
+        layout = guess_layout(model)
     except InputError:
         raise
+    except AdapterError as error:
+        raise InputError(str(error)) from error
     except Exception as error:  # each family fails in its own way on sizes that it does not expect
         raise InputError(
             f"a small {type(config).__name__} cannot be run ({' '.join(str(error).split())}): "
             "start from another family's adapter and name the paths by hand"
         ) from error
-    path, layers = next(
-        (
-            (n, m)
-            for n, m in model.named_modules()
-            if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
-        ),
-        (None, None),
-    )
-    if path is None or layers is None:
-        raise InputError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers")
-    layer = layers[0]
-    attention = next((n for n, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
-    if layer_argument(layer) is None or attention is None or model._is_stateful:
-        raise InputError(f"layers of '{model_type}' take no key/value cache: ANEE cannot run this family")
-    required = [
-        name
-        for name, parameter in inspect.signature(type(layer).forward).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    unknown = [name for name in required[2:] if name not in _PASSED]
-    if unknown:
-        raise InputError(
-            f"layers of '{model_type}' must be given '{unknown[0]}', which ANEE does not know: a bias such as ALiBi's "
-            "cannot follow a cache whose layers hold different tokens; for anything else, override layer_arguments"
-        )
-    above, _, own = path.rpartition(".")
-    beside = [(n, m) for n, m in model.get_submodule(above).named_children() if n != own]
-    after = [n for n, m in beside if "norm" in n.lower() or re.fullmatch(r"ln_\w+", n)]
-    rotary = [n for n, m in beside if "rotary" in type(m).__name__.lower()]
-    table = [n for n, m in beside if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
-    found: dict[str, Any] = {"layers": path}
-    for field, names in (("final_norm", after), ("rotary", rotary), ("learned_positions", table)):
-        if names:
-            found[field] = f"{above}.{names[-1]}"
-    found["attention"] = attention
-    experts = {n.rpartition(".")[0] for item in layers for n, p in item.named_parameters() if p.dim() > 2}
-    if experts:
-        found["experts"] = min(experts, key=len)
-    kinds = getattr(config, "layer_types", None) or ()
-    if "sliding_attention" in kinds or getattr(config, "sliding_window", None) is not None:
-        found["windows"] = "by type" if "sliding_attention" in kinds else "all"
-    return found
+    return {item.name: value for item in fields(layout) if (value := getattr(layout, item.name)) != item.default}
 
 
 def _check_causal(model: Any) -> None:

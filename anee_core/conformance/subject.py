@@ -195,9 +195,18 @@ def without_layers(model: Any, path: str, removed: set[int]) -> Any:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = i
     setattr(parent, name, nn.ModuleList(kept))
-    config = smaller.config
-    kinds = getattr(config, "layer_types", None)
-    config.num_hidden_layers = len(kept)
-    if kinds is not None:
-        config.layer_types = [kind for i, kind in enumerate(kinds) if i not in removed]
+    shorter = shortened(smaller.config, removed)
+    for module in smaller.modules():  # each holds the same config
+        if hasattr(module, "config"):
+            module.config = shorter
     return smaller
+
+
+def shortened(config: Any, removed: set[int]) -> Any:
+    """Return a copy of a config without some of its decoder layers."""
+    shorter = copy.deepcopy(config)
+    shorter.num_hidden_layers = config.num_hidden_layers - len(removed)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        shorter.layer_types = [kind for i, kind in enumerate(kinds) if i not in removed]
+    return shorter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from anee_core.errors import InputError, suggestion
 
+_LAYERS = 6
 # All different, so that one cannot be taken for another unnoticed.
 _SMALL = {
     "vocab_size": 97,
@@ -17,7 +19,7 @@ _SMALL = {
     "intermediate_size": 64,
     "ffn_dim": 64,
     "word_embed_proj_dim": 24,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": _LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_kv_heads": 2,
@@ -57,6 +59,40 @@ def small_config(model_type: str, **sizes: int) -> Any:
             f"the config of '{model_type}' cannot be made small by itself ({' '.join(str(error).split())}); "
             "pass a small config of your own"
         ) from error
+
+
+def small_like(config: Any) -> Any:
+    """Return a config of the same family with the same options, every size made small, and no number neutral.
+
+    Kinds of layers keep their order; where six layers do not show all of them, the last ones do.
+
+    Raises:
+        InputError: it cannot be made small this way.
+    """
+    said = {key: value for key, value in config.to_dict().items() if value is not None}
+    names = getattr(type(config), "attribute_map", {})
+    small = {names.get(key, key): size for key, size in _SMALL.items() if names.get(key, key) in said}
+    if said.get("num_key_value_heads") == said.get("num_attention_heads") and "num_key_value_heads" in small:
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    for key, value in said.items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            small[key] = _some_of_each(value)
+        elif isinstance(value, float) and re.search(r"multiplier|scaling|scale$|softcap", key):
+            small[key] = value * 1.25
+    try:
+        return type(config)(**(said | small | _SPECIAL))
+    except Exception as error:  # each family checks its sizes in its own way
+        raise InputError(
+            f"the config of '{config.model_type}' cannot be made small by itself ({' '.join(str(error).split())})"
+        ) from error
+
+
+def _some_of_each(kinds: list[Any]) -> list[Any]:
+    """Return the first kinds of a longer list of layers, and behind them those that they lack."""
+    first = kinds[:_LAYERS]
+    lacking = [kind for kind in dict.fromkeys(map(str, kinds)) if kind not in map(str, first)]
+    by_name = {str(kind): kind for kind in kinds}
+    return [*first[: _LAYERS - len(lacking)], *(by_name[name] for name in lacking)]
 
 
 def read_configs(path: Path) -> dict[str, Any]:

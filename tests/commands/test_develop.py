@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from anee_core.conformance.scaffold import guess_layout
+from anee_core.conformance.scaffold import found_layout
 from anee_core.conformance.suite import ADAPTER_CHECKS
 from anee_core.conformance.tiny import read_configs, small_config
 from anee_core.errors import InputError
@@ -159,7 +159,7 @@ def test_new_adapter_for_what_cannot_be_served_says_why(run_anee, tmp_path, name
     ],
 )
 def test_table_of_names_is_found_in_the_model(kind, expected):
-    assert expected.items() <= guess_layout(kind).items()
+    assert expected.items() <= found_layout(kind).items()
 
 
 def test_small_config_of_a_family_that_does_not_exist():
