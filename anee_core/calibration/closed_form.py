@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anee_core.calibration.fingerprint import fingerprint
+from anee_core.calibration.fingerprint import digest_of, fingerprint
 from anee_core.calibration.options import FitOptions
 from anee_core.calibration.ridge import Moments
 from anee_core.display import progress_bar
@@ -96,7 +96,7 @@ class _Fit:
         self._model, self._blocks, self._folder, self._options = model, blocks, folder, options
         self._identity = {
             "model": fingerprint(model),
-            "tokens": [*blocks.shape, int(blocks.sum())],
+            "tokens": digest_of(blocks),
             **asdict(options),
         }
         folder.mkdir(parents=True, exist_ok=True)

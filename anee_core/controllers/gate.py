@@ -65,9 +65,10 @@ class GateWeights(TrainedWeights):
     """How all this was found."""
 
     def check(self, folder: str | Path) -> None:
-        """Raise `CheckpointError` if spreads are 0, budgets out of order or shares out of range."""
-        ordered = (self.budgets.diff() > 0).all() and (self.spread > 0).all()
-        if not ordered or self.shares.min() < 0 or self.shares.max() > 1:
+        """Raise `CheckpointError` if spreads are 0, budgets too few or out of order, or shares out of range."""
+        budgets, spread, shares = (part.float() for part in (self.budgets, self.spread, self.shares))
+        ordered = len(budgets) > 1 and (budgets.diff() > 0).all() and budgets[0] > 0 and budgets[-1] <= 1 + SLACK
+        if not ordered or spread.min() <= 0 or shares.min() < 0 or shares.max() > 1:
             raise CheckpointError(
                 f"the gate in {folder} has spreads of 0, budgets out of order or shares out of range; fit it again"
             )

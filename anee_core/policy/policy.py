@@ -108,16 +108,17 @@ class Policy:
                 f"a policy with its own profiler ({type(self.profiler).__name__}) cannot be saved: its folder holds "
                 "layer and token policy only"
             )
+        trained = {}
         for part in (self.controller, self.cache_policy, self.shortcut):
             if part is not None and part.holds_weights:
                 raise CheckpointError(
                     f"{part.name} has weights in memory: save those to a folder, and name it in the policy"
                 )
             if part is not None and part.checkpoint is not None:
-                part.checkpoint.copy(part.options()["folder"], Path(folder) / part.name)
+                trained[part.name] = part.checkpoint.copy(part.options()["folder"], Path(folder) / part.name)
         inside = self.enclosed()
         header: dict[str, Any] = {"layers": spell(inside.controller), "tokens": spell(inside.cache_policy)}
-        header.update(budget=self.budget, hard=self.hard)
+        header.update(budget=self.budget, hard=self.hard, trained=trained)
         if inside.shortcut is not None:
             header["shortcut"] = spell(inside.shortcut)
         tensors = {}

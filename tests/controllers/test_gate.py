@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from signed import sign
 from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
 from anee_core.calibration.shares import from_one_score
@@ -158,6 +159,7 @@ def test_damaged_weights_are_refused(damage, gate):
         changed["shares"] = ("shares", known["shares"] + 0.2)
         name, tensor = changed.get(damage, ("budgets", known["budgets"].flip(0)))
         save_file({**known, name: tensor.contiguous()}, file)
+    sign(gate, "gate")
     with pytest.raises(CheckpointError, match="gate in"):
         adaptive(build("llama"), f"gate:{gate}")
 

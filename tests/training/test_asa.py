@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from signed import sign
 from tiny import FAMILIES, FEW, adaptive, build, ragged, shared, stepwise, tokens
 from transformers import LlamaForCausalLM
 
@@ -139,6 +140,7 @@ class TestWeights:
             known = load_file(tensors)
             known["beta"] = known["beta"][:3] if damage == "shape" else known["beta"] * float("nan")
             save_file(known, tensors)
+            sign(weights, "asa")
         with pytest.raises(CheckpointError):
             adaptive(build("llama"), f"asa:{weights}")
 
