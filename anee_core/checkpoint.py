@@ -105,7 +105,7 @@ class CheckpointFormat:
         numbers = sum(map(math.prod, expected.values())) if expected else _FREE
         try:
             if numbers > _NUMBERS:
-                raise ValueError(f"{numbers:.0e} numbers are more than the {_NUMBERS:,} of any real one")
+                raise ValueError(f"its header claims {numbers:,} numbers, more than the {_NUMBERS:,} that it may have")
             stored = _read(path / self.tensors, 8 * numbers + _TEXT)
             if header.pop("checksum", None) != checksum(header, stored):
                 raise ValueError("its checksum is another than when it was saved")
@@ -115,8 +115,8 @@ class CheckpointFormat:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if (expected and found != expected) or not all(map(sound, tensors.values())):
             raise CheckpointError(
-                f"tensors of the {self.what} in {path}: found {str(found):.300}, expected numbers up to {_LARGEST:,.0f} "
-                f"of the shapes {expected or 'saved'}; {self.remedy}"
+                f"tensors of the {self.what} in {path}: found {found!s:.300}, expected plain numbers below "
+                f"{_LARGEST:,.0f} in size, of shapes {expected or 'as saved'}; {self.remedy}"
             )
         return {key: value for key, value in header.items() if key not in sizes and key != "schema"}, tensors
 
@@ -147,13 +147,14 @@ class CheckpointFormat:
         wanted = names | self.facts | {"schema", "checksum"}
         if self.shapes and set(header) != wanted:
             raise CheckpointError(
-                f"keys of the {self.what} in {path}: found {str(sorted(header)):.300}, expected {sorted(wanted)}; "
+                f"keys of the {self.what} in {path}: found {sorted(header)!s:.300}, expected {sorted(wanted)}; "
                 f"{self.remedy}"
             )
         sizes = {name: header[name] for name in names}
-        if any(type(size) is not int or size < 1 for size in sizes.values()):
+        if any(type(size) is not int or not 1 <= size <= _NUMBERS for size in sizes.values()):
             raise CheckpointError(
-                f"sizes of the {self.what} in {path} are whole numbers above 0; got {str(sizes):.300}; {self.remedy}"
+                f"sizes of the {self.what} in {path} are whole numbers from 1 to {_NUMBERS:,}; got {sizes!s:.300}; "
+                f"{self.remedy}"
             )
         return sizes
 
@@ -176,7 +177,7 @@ def sound(tensor: Tensor) -> bool:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    """Return the bytes of a regular file that has at most ``limit``. It neither waits, as for a pipe, nor takes more."""
+    """Return the bytes of a regular file that has at most ``limit``. It never waits, as a pipe would let it."""
     if not os.path.isfile(path):
         raise OSError(f"{path.name} is no regular file")
     with path.open("rb") as file:

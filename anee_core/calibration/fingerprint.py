@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ def _digest_of_all(weight: Tensor) -> bytes:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
+    stored: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(stored).digest()
 
 
 def _stored(tensor: Tensor) -> list[Tensor]:

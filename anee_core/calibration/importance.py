@@ -104,11 +104,12 @@ class _Store:
         self._data: dict[str, Any] = {**wanted, "tokens": None, "importance": []}
         try:
             found = json.loads(self._path.read_text())
-            if {k: found[k] for k in wanted} == wanted and isinstance(found["importance"], list):
-                self._data = found
+            if {k: found[k] for k in wanted} != wanted or not all(isinstance(n, float) for n in found["importance"]):
+                raise ValueError
+            self._data = found
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             logger.warning("%s is unreadable; calibrating again", self._path)
 
     @property

@@ -175,7 +175,7 @@ def load_policy(folder: str | Path, plugins: Plugins) -> Policy:
     expected = {"layers", "tokens", "budget", "hard", "trained"} | optional
     if set(tensors) != wanted or set(header) != expected:
         raise CheckpointError(
-            f"the policy in {path} has keys {str(sorted(header)):.300} and tensors {str(sorted(tensors)):.300}, "
+            f"the policy in {path} has keys {sorted(header)!s:.300} and tensors {sorted(tensors)!s:.300}, "
             f"expected {sorted(expected)} and {sorted(wanted)}"
         )
     spelled = [header[key] for key in ("layers", "shortcut", "tokens") if key in header]
@@ -187,7 +187,7 @@ def load_policy(folder: str | Path, plugins: Plugins) -> Policy:
         if budget is not None:
             check_budget(budget)
     except PolicyError as error:
-        raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
+        raise CheckpointError(f"the policy in {path} cannot be made here: {error!s:.500}") from error
     if not isinstance(hard, bool):
         raise CheckpointError(f"'hard' of the policy in {path} is neither true nor false; save it again")
     for part in (policy.controller, policy.cache_policy, policy.shortcut):

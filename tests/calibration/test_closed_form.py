@@ -106,6 +106,8 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
     assert all(torch.equal(getattr(whole, n), getattr(again, n)) for n in ("weight", "bias", "mean", "spread"))
     with pytest.raises(CheckpointError, match="another model, text or options"):
         fit(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=5), progress=False)
+    with pytest.raises(CheckpointError, match="another model, text or options"):
+        fit(model, tokens(6, 12).flip(1), tmp_path / "parts", FitOptions(rank=4), progress=False)  # of the same sum
     (tmp_path / "parts" / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be continued"):
         fit(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=4), progress=False)
