@@ -148,7 +148,7 @@ def option(chance, text):
         place = chance.randrange(len(options))
         options[place] = f"{options[place].partition('=')[0]}={value}"
     else:
-        names = "folder first window prior protect skip keep recent sinks seed p shift".split()
+        names = ("folder", "first", "window", "prior", "protect", "keep", "recent", "sinks", "seed", "p", "shift")
         options.append(f"{chance.choice(names)}={value}")
     return f"{name}:{','.join(options)}"
 

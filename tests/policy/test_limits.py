@@ -135,7 +135,7 @@ def test_a_saved_policy_takes_no_other_weights(gate, tmp_path, tiny_llama):
     load_policy(tmp_path / "saved", PLUGINS)
     weights = gate_weights()[0]
     replace(weights, bias=weights.bias + 1).save(tmp_path / "saved" / "gate")
-    with pytest.raises(CheckpointError, match="the gate in .*saved is not the one saved there; save it again"):
+    with pytest.raises(CheckpointError, match=r"the gate in .*saved is not the one saved there; save it again"):
         load_policy(tmp_path / "saved", PLUGINS)
 
 
@@ -161,7 +161,7 @@ def test_quantiles_are_rising_probabilities(tiny_llama, confidence, tmp_path):
     model.policy.save(tmp_path)
     save_file({"importance": torch.ones(4), "confidence": torch.tensor(confidence)}, tmp_path / "policy.safetensors")
     sign(tmp_path, calibration={"fingerprint": "0123", "source": "own samples"})
-    with pytest.raises(CheckpointError, match="'confidence' of the policy in .* are no rising probabilities"):
+    with pytest.raises(CheckpointError, match=r"'confidence' of the policy in .* are no rising probabilities"):
         load_policy(tmp_path, PLUGINS)
 
 
