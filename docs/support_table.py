@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from marked_table import write_table
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 REPORTS = [ROOT / "docs" / "results" / f"conformance-{which}.json" for which in ("oldest", "newest")]
-START, END = "<!-- support table: written by docs/support_table.py -->", "<!-- end of the support table -->"
 
 
 def support_table(reports: list[dict[str, Any]]) -> str:
@@ -34,18 +35,9 @@ def support_table(reports: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"✓: passed on transformers {versions} (torch {torch}). Checks: {names}."])
 
 
-def with_table(page: str, table: str) -> str:
-    """Return the page with its table replaced."""
-    before, rest = page.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n\n{table}\n\n{END}{after}"
-
-
 def main() -> None:
     """Rewrite the page."""
-    table = support_table([json.loads(path.read_text()) for path in REPORTS])
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), table), encoding="utf-8")
-    print(f"wrote the table of {PAGE}")
+    write_table(PAGE, support_table([json.loads(path.read_text()) for path in REPORTS]), "support_table.py")
 
 
 if __name__ == "__main__":

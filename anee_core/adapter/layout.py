@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from anee_core.errors import AdapterError, ModelError
@@ -102,6 +103,13 @@ class Parts:
     def config(self) -> Any:
         """The model's transformers config."""
         return self.model.config
+
+    @property
+    def checkpoints_gradients(self) -> bool:
+        """Whether layers called now would run again in the backward pass: transformers gives them no cache then."""
+        return torch.is_grad_enabled() and any(
+            layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.layers
+        )
 
 
 def found_by(model: nn.Module, layout: Layout) -> tuple[Any, ...]:

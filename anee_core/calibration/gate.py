@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anee_core.calibration.closed_form import fit
+from anee_core.calibration.early_scores import expecting_early_scores
 from anee_core.calibration.fingerprint import fingerprint
 from anee_core.calibration.options import FitOptions, GateCalibration
 from anee_core.calibration.samples import own_samples, samples_of_file
@@ -80,9 +81,11 @@ def _fit(model: AdaptiveModel, folder: Path, options: GateCalibration, tokens: T
     source = "own samples" if options.text is None else Path(options.text).name
     facts = {"text": source if tokens is None else "tokens given", **asdict(options.fit)}
     gate = GateWeights(fitted.weight, fitted.bias, fitted.mean, fitted.spread, nothing, nothing, facts)
-    controller = GateController()
-    costs = Engine(model.adapter, model.parts, Policy(shortcut=LowRankShortcut.of(fitted.shortcuts))).costs
-    from_one_score(gate, costs, controller.protected(costs.num_layers)).save(folder)
+    shortcut = LowRankShortcut.of(fitted.shortcuts)
+    costs = Engine(model.adapter, model.parts, Policy(shortcut=shortcut)).costs
+    solved = from_one_score(gate, costs, GateController().protected(costs.num_layers))
+    policy = Policy(GateController.of(solved), shortcut=shortcut)
+    expecting_early_scores(solved, model, policy, blocks).save(folder)
     shutil.rmtree(work)
     logger.info("wrote %s", folder)
     return folder

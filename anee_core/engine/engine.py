@@ -83,6 +83,11 @@ class Engine:
         """How layers are run."""
         return self._bound.step
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether autograd records what runs now, so that a block has to be run in one piece."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self._bound.parts.model.parameters())
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs: the step gives it a head of its own."""
         return {**self.__dict__, "_headed": self._bound.parts}

@@ -12,12 +12,15 @@ from anee_core.accounting.trace import Step
 from anee_core.adapter.layout import attention_backend
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.cache.masks import MaskMaker
+from anee_core.cache.writer import gradient_once
 from anee_core.engine.block import ALL, Block, Selection
 from anee_core.engine.bound import Bound
 from anee_core.engine.dropping import Drop, DropPlace
 from anee_core.engine.past import past_of
 from anee_core.engine.plan import Plan
+from anee_core.errors import InputError
 from anee_core.interfaces.shortcut import Shortcut
+from anee_core.policy.policy import Policy
 from anee_core.steps.calls import DropCall, LayerInput, Places, Stack
 
 
@@ -34,6 +37,10 @@ class Forward:
     def __init__(self, bound: Bound, block: Block, cache: AdaptiveCache, dense: bool) -> None:
         self._bound, self._block, self._cache, self._dense = bound, block, cache, dense
         adapter, parts = bound.adapter, bound.parts
+        self._cacheless = parts.checkpoints_gradients
+        """Whether layers compute without the cache."""
+        if self._cacheless and (cache.seen or bound.policy.cache_policy.wants & {"keys", "attention"}):
+            raise _needs_cache(bound.policy)
         self._embedded = adapter.embed(parts, block.embeddings, block.encoded_positions)
         self._calls = adapter.begin(parts, self._embedded, block.encoded_positions)
         # Asked for each time: transformers lets it be changed.
@@ -125,9 +132,12 @@ class Forward:
             call = call.to(device)
         step = bound.reference if drop is not None and drop.looks_inside else bound.step
         result = hidden_states
+        if selection.kind == "some" and self._cacheless:
+            raise _needs_cache(bound.policy)
         if selection.kind != "all":
             # First, so that later tokens of the block see their keys and values.
-            step.propagate(LayerInput(layer_idx, hidden_states, call, cache, selection.skip))
+            if not self._cacheless:
+                step.propagate(LayerInput(layer_idx, hidden_states, call, cache, selection.skip))
             if bound.policy.shortcut is not None:
                 result = _take_shortcut(bound.policy.shortcut, layer_idx, hidden_states, selection.skip)
         if selection.kind == "none":
@@ -141,7 +151,7 @@ class Forward:
         if selection.run is None:
             return output
         rows, columns = selection.run
-        return result.index_put((rows.expand_as(columns), columns), output)
+        return result.index_put((rows.expand_as(columns), columns), gradient_once(output, columns, dim=1))
 
     def _own_drop(self, layer_idx: int, hidden_states: Tensor, selection: Selection) -> Drop | None:
         """Return what a layer drops of its own accord; None under a policy that keeps all tokens."""
@@ -181,3 +191,10 @@ def _take_shortcut(shortcut: Shortcut, layer_idx: int, hidden_states: Tensor, pl
         return hidden_states + shortcut.estimate(layer_idx, hidden_states)
     skipped = hidden_states[places]
     return hidden_states.index_put(places, skipped + shortcut.estimate(layer_idx, skipped))
+
+
+def _needs_cache(policy: Policy) -> InputError:
+    return InputError(
+        f"policy '{policy}' cannot be trained with gradient checkpointing, under which layers have no cache: call "
+        "model.gradient_checkpointing_disable(), or give whole sequences to one that skips layers for all tokens alike"
+    )

@@ -12,6 +12,7 @@ from anee_core.accounting.trace import Trace
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.engine.block import Block
 from anee_core.engine.engine import Engine, Output
+from anee_core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def run_in_pieces(engine: Engine, block: Block, cache: AdaptiveCache, trace: Tra
     pieces = list(_pieces(engine, block, cache, wanted))
     for piece, dense in pieces:
         output = engine.run(piece, cache, trace, dense, wanted.states)
+        if outputs and output.hidden_states.requires_grad:
+            output.hidden_states.register_hook(_refuse_gradient)  # type: ignore[no-untyped-call]
         outputs.append(output)
         if engine.policy.feeds_back:
             last = engine.logits(_last(output.hidden_states, 1, piece.real), trace)
@@ -73,10 +76,18 @@ def _length(engine: Engine, cache: AdaptiveCache, piece: int, dense: bool) -> in
     policy = engine.policy
     if policy.feeds_back and not dense:
         return 1
-    if policy.cache_policy.keeps_all:
+    if policy.cache_policy.keeps_all or engine.differentiates:
         return None
     # What a policy rewrites can be restored at the end of a block only.
     return 1 if cache.keeps_dropped and policy.cache_policy.rewrites else piece
+
+
+def _refuse_gradient(gradient: Tensor) -> None:
+    """Raise `InputError`: what pieces wrote into the cache before has let go of its gradient."""
+    raise InputError(
+        "no gradient can be had from a sequence that was read in pieces: a policy that looks at the model's output for "
+        "earlier tokens, as 'heuristic' does, reads it token by token; train under another one"
+    )
 
 
 def _last(states: Tensor, count: int, real: Tensor | None) -> Tensor:

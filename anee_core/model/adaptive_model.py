@@ -287,7 +287,8 @@ class AdaptiveModel(nn.Module, Generating):
 
     def _keeps_cache(self, asked: bool | None) -> bool:
         """Whether the cache is returned."""
-        return bool(getattr(self.config, "use_cache", True) if asked is None else asked)
+        wanted = bool(getattr(self.config, "use_cache", True) if asked is None else asked)
+        return wanted and not self.parts.checkpoints_gradients
 
     @staticmethod
     def _check_unknown(kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anee_core.calibration.early_scores import expecting_early_scores
 from anee_core.calibration.gate import calibrate_gate
 from anee_core.calibration.options import FitOptions, GateCalibration
 from anee_core.calibration.shares import from_trained
@@ -140,6 +141,8 @@ def write(objective: GatedModel, options: GateTraining, run: RunOptions, facts: 
     protected = controller.protected(costs.num_layers)
     from_trained(cpu, costs, protected).save(run.folder)
     if objective.held_out is not None:
+        model = AdaptiveModel(objective.parts.model, objective.adapter)
+        cpu = expecting_early_scores(cpu, model, deployed(run.folder, options), objective.held_out)
         budgets = objective.budgets.cpu().numpy()
         places, beyond = np.append(budgets, 1.0), np.zeros(len(budgets) + 1)
         for _ in range(_CORRECTIONS):

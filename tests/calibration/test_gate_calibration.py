@@ -1,6 +1,7 @@
 """From a model to a gate with shortcuts that meets its budgets: calibrated, interrupted, and on the command line."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,30 @@ def test_budgets_are_met_on_new_text(calibrated, budget):
     model, folder = calibrated
     gated = anee.load(model.model, f"gate:{folder}+shortcuts:{folder}", budget)
     assert float(spent_by_token(gated, tokens(24, 32, seed=11)).mean()) == pytest.approx(budget, abs=0.05)
+
+
+def test_what_a_gate_expects_of_scores_are_those_of_first_tokens(calibrated):
+    model, folder = calibrated
+    weights = GateWeights.load(folder)
+    gated = anee.load(model.model, f"gate:{folder}+shortcuts:{folder}", 0.8)
+    text = model.generate(tokens(24, 2, seed=5), max_new_tokens=30, do_sample=True)
+    cache = gated(text).past_key_values
+    scores = cache.scores.entries(cache.seen)[:, 4 : cache.seen].flatten(0, 1)
+    free = [2, 3]  # neither protected nor behind nothing but protected ones
+    torch.testing.assert_close(scores.mean(0)[free], weights.mean[free], rtol=0, atol=0.3 * float(scores.std()))
+    assert (scores.std(0)[free] / weights.spread[free]).log().abs().max() < 0.5
+
+
+def test_short_texts_spend_little_more_than_their_first_tokens_do():
+    model = anee.load("mini", "rl", 0.8, fast=False)
+    text = (Path(anee.__file__).parents[1] / "docs" / "concepts.md").read_text()
+    paragraphs = [part for part in text.split("\n\n") if len(part) > 300]
+    rows = torch.stack([model.tokenizer(part, return_tensors="pt").input_ids[0, :80] for part in paragraphs])
+    spent = spent_by_token(model, rows).mean(0)
+    # Four run every layer, and the next 32 pay that back.
+    assert float(spent[:4].mean()) == pytest.approx(1.0)
+    assert float(spent[4:36].mean()) == pytest.approx(0.775, abs=0.03)
+    assert float(spent.mean()) == pytest.approx(0.8, abs=0.02)
 
 
 def test_the_gate_beats_chance(calibrated):

@@ -24,11 +24,14 @@ class Campaign:
         self._name, self._trials, self._faults = "", 0, []
         self._outcomes: dict[str, int] = {}
 
-    def trials(self, what: str, short: int, long: int):
-        """Yield the seeds of a campaign, ``short`` of them or, under ``--long``, ``long``; ``what`` says what is tried."""
+    def trials(self, what: str, short: int, long: int, each: int = 1):
+        """Yield the seeds of a campaign, and say ``what`` is tried.
+
+        There are ``short`` trials, or ``long`` ones under ``--long``; a seed is good for ``each`` of them.
+        """
         self._name = what
-        for seed in range(long if self._long else short):
-            self._trials += 1
+        for seed in range((long if self._long else short) // each):
+            self._trials += each
             yield seed
 
     @property

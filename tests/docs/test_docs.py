@@ -1,11 +1,13 @@
 """What the README and the examples show is run."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+import reliability_table
+import support_table
+from marked_table import with_table
 from tiny import CONFIGS, build
 
 from anee_core.conformance.suite import ADAPTER_CHECKS
@@ -49,21 +51,23 @@ def test_every_field_of_a_layout_is_explained():
     assert named == {field.name for field in fields(Layout)}
 
 
-@pytest.fixture(scope="module")
-def support_table():
-    spec = importlib.util.spec_from_file_location("support_table", ROOT / "docs" / "support_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_support_table_is_that_of_the_reports():
+    page, reports = support_table.PAGE.read_text(encoding="utf-8"), map(Path.read_text, support_table.REPORTS)
+    table = support_table.support_table([json.loads(report) for report in reports])
+    assert with_table(page, table, "support_table.py") == page, "run docs/support_table.py"
 
 
-def test_support_table_is_that_of_the_reports(support_table):
-    reports = [json.loads(path.read_text()) for path in support_table.REPORTS]
-    page = support_table.PAGE.read_text(encoding="utf-8")
-    assert support_table.with_table(page, support_table.support_table(reports)) == page, "run docs/support_table.py"
+def test_table_of_campaigns_is_that_of_their_last_run_which_found_no_fault():
+    page, found = (path.read_text(encoding="utf-8") for path in (reliability_table.PAGE, reliability_table.RECORD))
+    table = reliability_table.campaigns_table(json.loads(found))
+    assert with_table(page, table, "reliability_table.py") == page, "run make campaign"
+    sources = "".join(path.read_text() for path in (ROOT / "tests" / "campaigns").glob("test_*.py"))
+    names = re.findall(r'campaign\.trials\(\s*"([^"]+)"', sources)
+    assert [campaign["what"] for campaign in json.loads(found)["campaigns"]] == sorted(names)
+    assert not any(campaign["faults"] for campaign in json.loads(found)["campaigns"])
 
 
-def test_reports_cover_every_config_and_check_on_the_declared_versions(support_table):
+def test_reports_cover_every_config_and_check_on_the_declared_versions():
     oldest, newest = (json.loads(path.read_text()) for path in support_table.REPORTS)
     for report in (oldest, newest):
         assert report["passed"]
