@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import anee
 from anee_core.cache_policies import AsaWeights
 from anee_core.controllers import GateWeights
 from anee_core.errors import CheckpointError, PolicyError
-from anee_core.policy import load_policy, parse_policy
+from anee_core.policy import ShortcutWeights, load_policy, parse_policy
 
 
 @pytest.fixture
@@ -128,6 +129,14 @@ def test_every_bit_of_a_checkpoint_counts(gate):
     header = json.loads((gate / "gate.json").read_text())
     (gate / "gate.json").write_text(json.dumps(header, sort_keys=True))  # another layout says the same
     GateWeights.load(gate)
+
+
+@pytest.mark.parametrize("weights", [GateWeights, ShortcutWeights, AsaWeights])
+def test_what_plugins_bring_agrees_with_its_checksums(weights):
+    found = list((Path(__file__).parents[2] / "plugins").glob(f"*/*/*/{weights.format.header}"))
+    assert found
+    for header in found:
+        weights.load(header.parent)
 
 
 def test_a_saved_policy_takes_no_other_weights(gate, tmp_path, tiny_llama):
