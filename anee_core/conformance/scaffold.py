@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import InputError
+from anee_core.files import writing
 
 _PASSED = (*LAYER_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
 
@@ -89,6 +91,7 @@ def write_plugin(model_type: str, output: Path) -> Path:
 
     Raises:
         InputError: transformers has no such family, ANEE cannot run it, or the folder exists.
+        OutputError: the folder cannot be written.
     """
     layout = guess_layout(model_type)
     name = re.sub(r"\W", "_", model_type.lower())
@@ -102,14 +105,22 @@ def write_plugin(model_type: str, output: Path) -> Path:
         "Family": "".join(part.capitalize() for part in name.split("_")),
         "layout": "\n".join(f"        {key}={value!r}," for key, value in layout.items()).replace("'", '"'),
     }
+    files: dict[str, str] = {}
     for path, text in (
         ("pyproject.toml", _PYPROJECT),
         ("README.md", _README),
         (f"anee_{name}/__init__.py", _PACKAGE),
         ("tests/test_conformance.py", _TEST),
     ):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text.format(**words))
+        files[path] = text.format(**words)
+    with writing(folder):
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output) as draft:
+            for path, text in files.items():
+                place = Path(draft) / folder.name / path
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(text, encoding="utf-8")
+            (Path(draft) / folder.name).rename(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from anee_core.evaluation.text_quality import TextQuality
+from anee_core.files import write_whole
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.policy.hub import is_repository
 
@@ -41,7 +42,7 @@ def save_with_card(
     """
     folder = Path(folder)
     model.policy.save(folder)
-    (folder / "README.md").write_text(card(model, place or str(folder), measured), encoding="utf-8")
+    write_whole(folder / "README.md", card(model, place or str(folder), measured))
     return folder
 
 
