@@ -96,6 +96,25 @@ def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
             draft.unlink(missing_ok=True)
 
 
+def write_folder(folder: Path, content: Callable[[Path], object]) -> None:
+    """Write a folder whole or not at all: beside its place, and then renamed; what is there gives way to it.
+
+    Args:
+        folder: its place, in a folder that exists.
+        content: what fills the folder at a given path.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        draft = Path(beside) / folder.name
+        draft.mkdir()
+        content(draft)
+        if folder.exists():
+            folder.rename(Path(beside) / "old")
+        draft.rename(folder)
+
+
 def writable(path: Path) -> Path:
     """Return the place of a file, once it is known that it can be written: before long work, not after.
 
@@ -178,6 +197,8 @@ def read_text(path: str | Path, what: str = "text") -> str:
 
 
 def _try_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import InputError
-from anee_core.files import writing
+from anee_core.files import write_folder, writing
 
 _PASSED = (*LAYER_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
 
@@ -105,23 +104,21 @@ def write_plugin(model_type: str, output: Path) -> Path:
         "Family": "".join(part.capitalize() for part in name.split("_")),
         "layout": "\n".join(f"        {key}={value!r}," for key, value in layout.items()).replace("'", '"'),
     }
-    files: dict[str, str] = {}
+    with writing(folder):
+        output.mkdir(parents=True, exist_ok=True)
+    write_folder(folder, lambda draft: _fill(draft, words))
+    return folder
+
+
+def _fill(folder: Path, words: dict[str, str]) -> None:
     for path, text in (
         ("pyproject.toml", _PYPROJECT),
         ("README.md", _README),
-        (f"anee_{name}/__init__.py", _PACKAGE),
+        (f"anee_{words['name']}/__init__.py", _PACKAGE),
         ("tests/test_conformance.py", _TEST),
     ):
-        files[path] = text.format(**words)
-    with writing(folder):
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output) as draft:
-            for path, text in files.items():
-                place = Path(draft) / folder.name / path
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(text, encoding="utf-8")
-            (Path(draft) / folder.name).rename(folder)
-    return folder
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text.format(**words), encoding="utf-8")
 
 
 def guess_layout(model_type: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache
     for path in paths:
         if not Path(path).is_file():
             raise InputError(f"there is no text file '{path}'")
+
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         # Special tokens that a tokenizer puts around a text belong to no place inside a book.
         ids = tokenizer("\n".join(batch["text"]) + "\n", add_special_tokens=False, verbose=False)["input_ids"]
