@@ -14,8 +14,8 @@ COMMANDS = {
     "sweep": "sweep MODEL -p knorm:keep={budget} -t a=TEXT -o PLACE/out -b 0.8,0.9 --length 24 --blocks 2 --repeats 0",
     "asa": "train asa MODEL -t TEXT -f PLACE --steps 6 --save-every 1 --validate-every 2 --length 32",
     "supervised": "train supervised MODEL -t TEXT -f PLACE --steps 4 --save-every 1 --validate-every 2 --length 32 "
-    "--rank 4 --calibration-sequences 8",
-    "rl": "train rl MODEL -t TEXT -f PLACE --steps 2 --save-every 1 --validate-every 2 --length 32 --rank 4 "
+    "--rank 8 --calibration-sequences 8",
+    "rl": "train rl MODEL -t TEXT -f PLACE --steps 2 --save-every 1 --validate-every 2 --length 32 --rank 8 "
     "--calibration-sequences 8 --reinforce-steps 3 --samples 4",
 }
 """Quick ones of every kind, those first that the short form tries."""
