@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
-from safetensors import SafetensorError
 
 from anee_core.errors import InputError, OutputError
 
@@ -53,6 +52,8 @@ def writing(place: Path, need: int = 0) -> Iterator[None]:
     except OutputError:
         raise
     except Exception as error:  # libraries have errors of their own, behind which a full disk may be
+        from safetensors import SafetensorError  # not before it is needed: a command's help reads this file
+
         full = next((code for each in _behind(error) if (code := _code(each)) in _FULL), None)
         if full is None and not isinstance(error, (OSError, SafetensorError)):
             raise
@@ -211,9 +212,11 @@ def _behind(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _code(error: BaseException) -> int | None:
-    """Return the system's number of an error, which safetensors only writes into its message."""
-    told = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
-    return int(told[1]) if told else getattr(error, "errno", None)
+    """Return the system's number of an error, which what is written in Rust has only in its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os error (\d+)", str(error))
+    return int(told[1]) if told else None
 
 
 def _free(place: Path) -> int:

@@ -52,7 +52,7 @@ def test_killed_commands_go_on_to_the_same_end(campaign, job, tmp_path):
         place.mkdir()
         number, log = SIGNALS[seed % 3], tmp_path / f"log-{seed}"
         process = started(job(name, place), log)
-        process.join(chance.uniform(0.05, seconds[name]))
+        process.join(chance.uniform(0.05, 0.85 * seconds[name]))
         if process.exitcode is None:
             os.kill(process.pid, number)
         process.join()

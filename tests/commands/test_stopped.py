@@ -59,8 +59,8 @@ def test_folders_without_a_place_are_refused(command, run_anee, llama_folder, te
     options = {"calibrate": (llama_folder, "-f", below), "new-adapter": ("stablelm", "-o", below)}
     training = (llama_folder, "-t", text, "-f", below, "--steps", 1)
     line = one_line(run_anee(*command.split(), *options.get(command, training)))
-    named = below / "anee-stablelm" if command == "new-adapter" else below
-    assert line == f"error: cannot write {named}: Not a directory; choose another place"
+    inside = {"new-adapter": "anee-stablelm", "train rl": "supervised"}.get(command, "")
+    assert line == f"error: cannot write {below / inside}: Not a directory; choose another place"
 
 
 def test_a_picture_of_no_kind_is_refused(run_anee, tmp_path):
