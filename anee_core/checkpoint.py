@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from anee_core.errors import CheckpointError
-from anee_core.files import write_whole
+from anee_core.files import writable_folder, write_whole
 
 _SCHEMA = 2
 _TEXT, _NUMBERS = 1 << 20, 1 << 30
@@ -64,7 +64,7 @@ class CheckpointFormat:
         The header gets the schema's version, the sizes of the tensors, and the checksum.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            OutputError: the folder cannot be written.
         """
         path = Path(folder)
         sizes = {
@@ -74,19 +74,17 @@ class CheckpointFormat:
         # As it will be read back: tuples become lists.
         said = json.loads(json.dumps({"schema": _SCHEMA, **sizes, **header}))
         said["checksum"] = checksum(said, stored)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_whole(path / self.tensors, lambda draft: draft.write_bytes(stored))
-            write_whole(path / self.header, json.dumps(said, indent=2) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"cannot write the {self.what} to {path}: {error}") from error
+        writable_folder(path)
+        write_whole(path / self.tensors, lambda draft: draft.write_bytes(stored))
+        write_whole(path / self.header, json.dumps(said, indent=2) + "\n")
         return str(said["checksum"])
 
     def copy(self, source: str | Path, folder: str | Path) -> str:
         """Copy a checkpoint, without what else its folder holds, and return the copy's checksum.
 
         Raises:
-            CheckpointError: it cannot be read, or the folder cannot be written.
+            CheckpointError: it cannot be read.
+            OutputError: the folder cannot be written.
         """
         return self.write(folder, *self.read(source))
 

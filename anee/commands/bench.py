@@ -13,6 +13,7 @@ from rich.table import Table
 
 from anee.commands.flags import Flags, flat
 from anee_core.bench.options import BenchOptions
+from anee_core.files import writable, write_whole
 
 _COLUMNS = (
     "contender", "ms/token", "spread", "speedup", "layers run", "against ideal", "of bandwidth", "prompt ms",
@@ -58,8 +59,12 @@ def bench(
 
     from anee_core.bench.records import Records, processor
     from anee_core.bench.speed import draw, measure
-    from anee_core.display import progress_bar
+    from anee_core.display import picture, progress_bar
 
+    if written.markdown is not None:
+        writable(written.markdown)
+    if written.plot is not None:
+        picture(written.plot)
     setting = {name: value for name, value in asdict(options).items() if name not in _EACH}
     records = Records(written.out, {**setting, "transformers": transformers.__version__})
     machine = f"{processor()}, {torch.get_num_threads()} threads"
@@ -90,7 +95,8 @@ def bench(
                 table.add_row(*line)
             console.print(table)
     if written.markdown is not None:
-        written.markdown.write_text("\n".join(_written(*table) for found in records.all() for table in _tables(found)))
+        tables = [_written(*table) for found in records.all() for table in _tables(found)]
+        write_whole(written.markdown, "\n".join(tables))
     if written.plot is not None:
         draw(records.all(), written.plot)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from anee.commands.flags import Flags, flat
 from anee_core.errors import InputError
+from anee_core.files import writable
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def conformance(
 
     if checking.policy and (target or checking.config or checking.model_type):
         raise InputError("--policy checks policies: leave the adapter and its configs out")
+    if checking.report is not None:
+        writable(checking.report)
     torch.set_num_threads(1)  # models this small only get slower on several
     transformers_logging.disable_progress_bar()  # each check saves and loads a model
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -21,7 +21,7 @@ from anee_core.display import progress_bar
 from anee_core.engine.engine import Engine
 from anee_core.errors import InputError
 from anee_core.evaluation.divergence import divergences
-from anee_core.files import cache_folder, write_whole
+from anee_core.files import cache_folder, writable, write_whole
 from anee_core.interfaces.setting import Calibration
 from anee_core.policy.policy import Policy
 
@@ -130,10 +130,9 @@ class _Store:
 
     def _write(self) -> None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, json.dumps(self._data))
+            write_whole(writable(self._path), json.dumps(self._data))
         except OSError as error:
-            logger.warning("cannot keep the calibration in %s (%s); set ANEE_CACHE", self._path.parent, error.strerror)
+            logger.warning("the calibration is not kept: %s", error)
 
 
 def _hash_file(path: Path) -> str:

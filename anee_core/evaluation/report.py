@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anee_core.accounting.trace import Trace
 from anee_core.errors import InputError, MissingPackageError
+from anee_core.files import writable, write_whole
 from anee_core.policy.profiler import ENTROPY, MAX_PROBABILITY, distribution_signals
 
 if TYPE_CHECKING:
@@ -120,9 +121,8 @@ def write_report(model: AdaptiveModel, input_ids: Tensor, prompt: int, path: str
         maps=json.dumps(["layers", "change", "kept"]),
         **parts,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path = writable(Path(path))
+    write_whole(path, page)
     return path
 
 

@@ -69,7 +69,7 @@ class TrainedWeights:
         """Write a JSON header and safetensors into a folder.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            OutputError: the folder cannot be written.
         """
         facts = {name: getattr(self, name) for name in self.format.facts}
         header = {name: dict(fact) if isinstance(fact, Mapping) else fact for name, fact in facts.items()}

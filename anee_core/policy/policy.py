@@ -100,8 +100,9 @@ class Policy:
         """Write the policy as JSON plus safetensors; what was trained for it is copied into folders beside.
 
         Raises:
-            CheckpointError: the folder cannot be written, or the policy has what no file holds: a profiler other than
-                the standard one, or weights in memory.
+            CheckpointError: the policy has what no file holds: a profiler other than the standard one, or weights in
+                memory.
+            OutputError: the folder cannot be written.
         """
         if type(self.profiler) is not SignalProfiler and self.controller.profiler == STANDARD:
             raise CheckpointError(

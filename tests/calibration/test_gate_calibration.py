@@ -110,7 +110,7 @@ def test_wrong_input_is_refused(calibrated, tmp_path):
     with pytest.raises(InputError, match="there is no such file"):
         GateCalibration(text=tmp_path / "none.txt")
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "tokens.pt").write_bytes(b"nothing")
+    (tmp_path / "work" / "tokens.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="cannot be read"):
         calibrate_gate(model, tmp_path, SMALL)
 

@@ -11,7 +11,7 @@ from signed import sign
 from tiny import PLUGINS, QUICK
 
 import anee
-from anee_core.errors import CheckpointError
+from anee_core.errors import CheckpointError, OutputError
 from anee_core.policy import Policy, SignalProfiler, load_policy, parse_policy
 
 
@@ -157,7 +157,7 @@ def test_policy_that_cannot_be_written_is_a_readable_error(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "policy.safetensors").mkdir(parents=True)
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "taken"):
-        with pytest.raises(CheckpointError, match=r"^cannot write the policy to [^\n]+$"):
+        with pytest.raises(OutputError, match=r"^cannot write [^\n]+; choose another place$"):
             parse("static:skip=1").save(folder)
 
 
