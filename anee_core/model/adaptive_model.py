@@ -31,6 +31,7 @@ from anee_core.model.generating import Generating, without_implementation
 from anee_core.model.inputs import Inputs, read_block
 from anee_core.model.packed import Packed
 from anee_core.model.recording import Recording
+from anee_core.model.stand_in import StandIn
 from anee_core.policy.policy import Policy, budget_of
 from anee_core.steps.choice import step_for
 from anee_core.steps.layer_step import LayerStep
@@ -40,11 +41,11 @@ _FOR_LOSS = {"num_items_in_batch", "shift_labels"}
 """Arguments of a forward that are the loss function's."""
 
 
-class AdaptiveModel(nn.Module, Generating):
+class AdaptiveModel(StandIn, Generating):
     """A pretrained causal LM that runs under a policy.
 
-    It is called and generates like the model it holds; attributes it lacks are looked up there. The model's modules
-    are called as they are, never copied or patched.
+    It is called and generates like the model it holds, for which it stands in: it is of that model's class, too. The
+    model's modules are called as they are, never copied or patched.
 
     Args:
         model: a transformers causal LM, plain, quantised, or wrapped by PEFT.
@@ -79,6 +80,7 @@ class AdaptiveModel(nn.Module, Generating):
         inner = causal_lm(model)
         check_family(inner, adapter)
         self.parts: Parts = adapter.parts(inner)
+        self.name_or_path = self.config.name_or_path  # PEFT reads it where others look up attributes
         self.name: str = os.path.basename(self.config.name_or_path) or type(inner).__name__
         """What the model is called for people to read."""
         # Checkpoints may name the kind of cache that suits transformers.
@@ -143,6 +145,10 @@ class AdaptiveModel(nn.Module, Generating):
         protected = policy.controller.protected(self.engine.costs.num_layers)
         Budget(self.engine.costs, protected, budget_of(policy, budget), hard=False)
 
+    def extra_repr(self) -> str:
+        """Return what is printed of this model beside the one that it holds."""
+        return f"under '{self.policy}'"
+
     @property
     def policy(self) -> Policy:
         """The policy in force, bound to the model."""
@@ -175,15 +181,6 @@ class AdaptiveModel(nn.Module, Generating):
     def dtype(self) -> torch.dtype:
         """Floating-point type of the model."""
         return cast(torch.dtype, self.parts.model.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up what this class lacks in the wrapped model."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("model", "parts") or name.startswith("__"):
-                raise
-            return getattr(self.model, name)
 
     def new_cache(self, capacity: int | None = None) -> AdaptiveCache:
         """Return an empty cache with room for ``capacity`` tokens, if all are kept; it grows as it must."""
