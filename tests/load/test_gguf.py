@@ -41,7 +41,7 @@ def test_a_file_or_its_folder_is_a_model(folder):
     for model in (anee.load(file, POLICY), anee.load(folder, POLICY), anee.load(folder, POLICY, gguf_file=file.name)):
         assert torch.equal(model(IDS).logits, expected)
         assert model.tokenizer.convert_ids_to_tokens(model.tokenizer("the")["input_ids"])[-2:] == ["th", "e"]
-        assert model.generate("the", max_new_tokens=3).new_tokens.shape == (1, 3)
+        assert len(model.generate("the", max_new_tokens=3).new_tokens[0]) == 3
     assert anee.load(file).name == "tiny.gguf"
     assert anee.load(file, dtype="bfloat16").dtype == torch.bfloat16
 
