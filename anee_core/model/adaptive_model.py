@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from anee_core.accounting.budget import Budget
 from anee_core.accounting.costs import CostModel
 from anee_core.accounting.trace import Trace
-from anee_core.adapter.cache_names import CACHE, one_cache
+from anee_core.adapter.cache_names import CACHE
 from anee_core.adapter.layout import Parts, found_by
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.adaptive_cache import AdaptiveCache
@@ -238,15 +238,15 @@ class AdaptiveModel(StandIn, Generating):
         last = 0 if isinstance(logits_to_keep, Tensor) else logits_to_keep
         if not isinstance(last, int) or last < 0:
             raise InputError("logits_to_keep takes a number of last positions, 0 for all, or their indices [N]")
-        given, keep_cache = one_cache(cache, past_key_values), self._keeps_cache(use_cache)
+        own, keep_cache = self._own_cache(cache, past_key_values), self._keeps_cache(use_cache)
+        alone = cache is None and past_key_values is None and attention_mask is None and not keep_cache
         inputs = Inputs(input_ids, attention_mask, position_ids, inputs_embeds)
         # As in transformers: what goes on in a cache is one document.
-        packed = Packed.find(inputs) if given is None and attention_mask is None and not keep_cache else None
-        cache = self._own_cache(given)
-        block = self._read(inputs if packed is None else packed.apart(inputs), cache)
-        recording = self._recording_of(cache)
+        packed = Packed.find(inputs) if alone else None
+        block = self._read(inputs if packed is None else packed.apart(inputs), own)
+        recording = self._recording_of(own)
         trace = self.last_trace = Trace() if recording is None else recording.trace
-        found = self._run(block, cache, trace, last if packed is None else 0, output_hidden_states)
+        found = self._run(block, own, trace, last if packed is None else 0, output_hidden_states)
         logits, states = found.logits, found.states
         if packed is not None:
             logits = packed.together(logits)[:, -last:]
@@ -254,12 +254,12 @@ class AdaptiveModel(StandIn, Generating):
         if places is not None:
             logits = logits[:, places]
         if recording is None:
-            trace.close(cache.nbytes(), cache.kept())
+            trace.close(own.nbytes(), own.kept())
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=states, **{CACHE: cache if keep_cache else None}
+            loss=loss, logits=logits, hidden_states=states, **{CACHE: own if keep_cache else None}
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -294,15 +294,6 @@ class AdaptiveModel(StandIn, Generating):
         unknown = [name for name in given if name != "tokenizer"]
         if unknown:
             raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
-
-    def _own_cache(self, given: Cache | None) -> AdaptiveCache:
-        """Return the cache that was given, or a new one in place of none."""
-        if given is not None and not isinstance(given, AdaptiveCache):
-            raise InputError(
-                f"a {type(given).__name__} cannot be used, not even an empty one: start from model.new_cache() and "
-                "feed the tokens"
-            )
-        return self.new_cache() if given is None else given
 
     def _read(self, inputs: Inputs, cache: AdaptiveCache) -> Block:
         self._follow_model()

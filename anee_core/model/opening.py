@@ -22,7 +22,16 @@ _BIASED = frozenset({"bloom", "mpt"})
 """Families that tell tokens' places by ALiBi alone."""
 
 
-_WHERE = {"gguf_file", "revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only", "force_download"}
+_WHERE = {
+    "gguf_file",
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "trust_remote_code",
+    "local_files_only",
+    "force_download",
+}
 """Options that say where a model is, for its config and tokenizer as well as for its weights."""
 
 
@@ -44,12 +53,7 @@ def open_model(
     name, options = _with_gguf(name, options)
     base = _base_of(Path(name))
     folder = Path(name) / options.get("subfolder", "")
-    if (
-        base is None
-        and Path(name).exists()
-        and "gguf_file" not in options
-        and not (folder / "config.json").is_file()
-    ):
+    if base is None and Path(name).exists() and "gguf_file" not in options and not (folder / "config.json").is_file():
         raise ModelError(f"'{name}' is no model folder: it has no config.json")
     # A folder's own code runs only if that is asked for; unset, transformers would ask whoever is at the keyboard.
     options = {"trust_remote_code": False, **options}

@@ -17,7 +17,7 @@ class StandIn(nn.Module):
     """The model that this stands in for."""
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         """The class of the model held: `isinstance` counts it besides this one's own, as for any proxy."""
         held = self.__dict__.get("_modules", {}).get("model")
         return type(self) if held is None else held.__class__
@@ -39,7 +39,7 @@ class StandIn(nn.Module):
         """Return the names of this class's attributes and of the model's."""
         return sorted({*object.__dir__(self), *dir(type(self)), *dir(self.model)})
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the weights of the model held, under the names that it has for them.
 
         Inside another module, such as PEFT's, they go by the path that leads to them, like any module's.

@@ -18,7 +18,7 @@ def test_a_cache_of_transformers_is_refused_empty_or_filled(family):
     for cache in (filled, *empty):
         with pytest.raises(InputError, match=r"not even an empty one: start from model.new_cache\(\)"):
             model(ids, past_key_values=cache)
-        with pytest.raises(InputError, match=r"from model.new_cache\(\)"):
+        with pytest.raises(InputError, match=r"not even an empty one: start from model.new_cache\(\)"):
             model.generate(ids, past_key_values=cache, max_new_tokens=2)
 
 
