@@ -84,7 +84,7 @@ class AdaptiveModel(StandIn, Generating):
         self.name: str = os.path.basename(self.config.name_or_path) or type(inner).__name__
         """What the model is called for people to read."""
         # Checkpoints may name the kind of cache that suits transformers.
-        self.generation_config = without_implementation(self.parts.model.generation_config)
+        self._generation_config = without_implementation(self.parts.model.generation_config)
         check_runnable(self.parts)
         self._found = found_by(inner, self.parts.layout)
         self.last_trace: Trace | None = None
@@ -171,6 +171,16 @@ class AdaptiveModel(StandIn, Generating):
     def config(self) -> Any:
         """The model's transformers config."""
         return self.parts.config
+
+    @property
+    def generation_config(self) -> Any:
+        """How the model generates where nothing else is said. One that is assigned is the held model's, too."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self._generation_config = without_implementation(config)
+        self.parts.model.generation_config = config
 
     @property
     def device(self) -> torch.device:
@@ -297,7 +307,7 @@ class AdaptiveModel(StandIn, Generating):
 
     def _read(self, inputs: Inputs, cache: AdaptiveCache) -> Block:
         self._follow_model()
-        check_training(self.parts)
+        check_training(self.parts, self.policy, cache.seen)
         if len(cache.layers) != self.engine.costs.num_layers:
             raise InputError(
                 f"the cache is for {len(cache.layers)} layers and the model has {self.engine.costs.num_layers}: "

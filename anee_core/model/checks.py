@@ -8,7 +8,10 @@ from torch import nn
 
 from anee_core.adapter.layout import Parts, attention_backend
 from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.controllers.dense import DenseController
+from anee_core.controllers.static import StaticController
 from anee_core.errors import InputError, ModelError
+from anee_core.policy.policy import Policy
 
 Prefill = Literal["auto", "adaptive", "dense"]
 
@@ -50,10 +53,23 @@ def check_runnable(parts: Parts) -> None:
             raise ModelError(f"weight '{name}' is not in memory (offloaded or never loaded); load the whole model")
 
 
-def check_training(parts: Parts) -> None:
-    """Raise `InputError` for a model that leaves out whole layers at random while it trains."""
-    if parts.model.training and getattr(parts.config, "layerdrop", 0):
+def check_training(parts: Parts, policy: Policy, seen: int) -> None:
+    """Raise `InputError` for what cannot be trained under a policy, where ``seen`` tokens were read before."""
+    if not parts.model.training:
+        return
+    if getattr(parts.config, "layerdrop", 0):
         raise InputError(
             f"in training this model leaves out layers at random (config.layerdrop is {parts.config.layerdrop:g}), "
             "which a policy cannot take into account: set model.config.layerdrop = 0, or call model.eval()"
+        )
+    if not torch.is_grad_enabled() or not any(
+        getattr(layer, "gradient_checkpointing", False) for layer in parts.layers
+    ):
+        return
+    # Such a layer is called without a cache: its keys and values are there for this call alone.
+    whole = isinstance(policy.controller, (DenseController, StaticController)) and policy.cache_policy.keeps_all
+    if seen or not whole:
+        raise InputError(
+            f"gradient checkpointing takes the cache from the layers, and '{policy}' needs it here: train a sequence "
+            "at once, dense or under 'static', or call model.gradient_checkpointing_disable() or model.eval()"
         )

@@ -64,7 +64,7 @@ class Generating(GenerationMixin):  # type: ignore[misc]  # transformers ships w
             return generate_text(self, inputs, **kwargs)
         inputs, kwargs = _token_ids(inputs, kwargs)
         kwargs = _kind_of_cache_apart(kwargs)
-        if kwargs.get("use_cache") is False:
+        if not self._caches(kwargs):
             return super().generate(inputs, **kwargs)
         cache = kwargs[CACHE] = self._own_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
@@ -73,6 +73,12 @@ class Generating(GenerationMixin):  # type: ignore[misc]  # transformers ships w
             cache.activate_past_recording()
         with self.recording(cache, _prompt_length(inputs, kwargs)):
             return super().generate(inputs, **kwargs)
+
+    def _caches(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a generation is to use a cache: the arguments say so, else the config given, else the model's."""
+        configs = (kwargs.get("generation_config"), self.generation_config)
+        said = [kwargs.get("use_cache"), *(getattr(config, "use_cache", None) for config in configs)]
+        return bool(next((answer for answer in said if answer is not None), True))
 
     def _own_cache(self, cache: Any, past_key_values: Any) -> AdaptiveCache:
         """Return the cache that was given under either name, or a new one in place of none.
