@@ -62,11 +62,9 @@ def check_training(parts: Parts, policy: Policy, seen: int) -> None:
             f"in training this model leaves out layers at random (config.layerdrop is {parts.config.layerdrop:g}), "
             "which a policy cannot take into account: set model.config.layerdrop = 0, or call model.eval()"
         )
-    if not torch.is_grad_enabled() or not any(
-        getattr(layer, "gradient_checkpointing", False) for layer in parts.layers
-    ):
+    if not any(getattr(layer, "gradient_checkpointing", False) for layer in parts.layers):
         return
-    # Such a layer is called without a cache: its keys and values are there for this call alone.
+    # Such a layer is called without a cache, in some versions even where no gradients are wanted.
     whole = isinstance(policy.controller, (DenseController, StaticController)) and policy.cache_policy.keeps_all
     if seen or not whole:
         raise InputError(

@@ -60,3 +60,10 @@ def test_a_compiled_model_runs_as_it_is():
     compiled = torch.compile(model)
     for length in (6, 3, 1):
         torch.testing.assert_close(compiled(IDS[:, :length]).logits, model(IDS[:, :length]).logits)
+
+
+@pytest.mark.parametrize("family", SEVEN)
+@torch.no_grad()
+def test_a_compiled_model_is_what_the_model_is(family):
+    compiled = torch.compile(adaptive(shared(family), "static:skip=1 3"))
+    torch.testing.assert_close(compiled(IDS).logits, adaptive(shared(family), "static:skip=1 3")(IDS).logits)
