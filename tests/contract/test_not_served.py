@@ -16,6 +16,7 @@ REFUSED = {
         r"attention_mask is \[batch, tokens\]",
     ),
     "types of tokens": (lambda model: model(IDS, token_type_ids=IDS), "takes no 'token_type_ids'"),
+    "places in a cache": (lambda model: model(IDS, cache_position=torch.arange(6)), "takes no 'cache_position'"),
     "static caches": (
         lambda model: model.generate(IDS, cache_implementation="static", max_new_tokens=2),
         "cache_implementation 'static' cannot be chosen: ANEE brings its own cache",
