@@ -56,8 +56,8 @@ def load(
     It takes many parameters because it is the one door: most are named, and seldom needed.
 
     Args:
-        model: the name of an installed model source (``anee plugins`` lists them), a hub id, a local folder, or a
-            loaded transformers model, plain, quantised or wrapped by PEFT.
+        model: the name of an installed model source (``anee plugins`` lists them), a hub id, a local folder or GGUF
+            file, or a loaded transformers model, plain, quantised or wrapped by PEFT.
         policy: a policy string such as ``"static:skip=5 14"`` or ``"heuristic+window:recent=256"``, a folder with a
             saved policy, or a policy object. Default: dense.
         budget: share of the dense decoder-layer FLOPs that may be spent, in (0, 1], keys and values of skipped layers
@@ -75,7 +75,7 @@ def load(
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.
-        model_options: passed to transformers' ``from_pretrained``; none for a loaded model.
+        model_options: passed to transformers' ``from_pretrained``, such as ``gguf_file``; none for a loaded model.
 
     Raises:
         ModelError: the model cannot be found, loaded or run.
@@ -103,6 +103,8 @@ def load(
 
     check_wrapper(network)
     inner = causal_lm(network)
+    if isinstance(inner, AdaptiveModel):
+        raise InputError(f"this model runs under '{inner.policy}' already: load the one it holds, model.model")
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
     adapter = adapter_of(inner.config, plugins)
@@ -113,7 +115,7 @@ def load(
     adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk, fast)
     if not isinstance(model, nn.Module):
         adaptive.eval()
-        adaptive.name = os.path.basename(model) if os.path.isdir(model) else str(model)
+        adaptive.name = os.path.basename(model) if os.path.exists(model) else str(model)
     if parsed.untrained() & _FITTED:
         # Fitting takes packages that a plain load does not.
         from anee_core.calibration.gate import fitted_for

@@ -11,7 +11,7 @@ class TaskOptions:
     """How tasks are scored."""
 
     tasks_dir: Path | None = None
-    """Folder with NAME.jsonl, for tasks without a hub."""
+    """Folder with tasks of your own: NAME.jsonl, or YAML files as lm-eval takes them."""
     limit: int | None = None
     """Examples per task."""
     mode: str = "parallel"

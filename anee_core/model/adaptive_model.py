@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from anee_core.accounting.budget import Budget
 from anee_core.accounting.costs import CostModel
 from anee_core.accounting.trace import Trace
-from anee_core.adapter.cache_names import CACHE, one_cache
+from anee_core.adapter.cache_names import CACHE
 from anee_core.adapter.layout import Parts, found_by
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.adaptive_cache import AdaptiveCache
@@ -31,6 +31,7 @@ from anee_core.model.generating import Generating, without_implementation
 from anee_core.model.inputs import Inputs, read_block
 from anee_core.model.packed import Packed
 from anee_core.model.recording import Recording
+from anee_core.model.stand_in import StandIn
 from anee_core.policy.policy import Policy, budget_of
 from anee_core.steps.choice import step_for
 from anee_core.steps.layer_step import LayerStep
@@ -40,11 +41,11 @@ _FOR_LOSS = {"num_items_in_batch", "shift_labels"}
 """Arguments of a forward that are the loss function's."""
 
 
-class AdaptiveModel(nn.Module, Generating):
+class AdaptiveModel(StandIn, Generating):
     """A pretrained causal LM that runs under a policy.
 
-    It is called and generates like the model it holds; attributes it lacks are looked up there. The model's modules
-    are called as they are, never copied or patched.
+    It is called and generates like the model it holds, for which it stands in: it is of that model's class, too. The
+    model's modules are called as they are, never copied or patched.
 
     Args:
         model: a transformers causal LM, plain, quantised, or wrapped by PEFT.
@@ -79,10 +80,11 @@ class AdaptiveModel(nn.Module, Generating):
         inner = causal_lm(model)
         check_family(inner, adapter)
         self.parts: Parts = adapter.parts(inner)
+        self.name_or_path = self.config.name_or_path  # PEFT reads it where others look up attributes
         self.name: str = os.path.basename(self.config.name_or_path) or type(inner).__name__
         """What the model is called for people to read."""
         # Checkpoints may name the kind of cache that suits transformers.
-        self.generation_config = without_implementation(self.parts.model.generation_config)
+        self._generation_config = without_implementation(self.parts.model.generation_config)
         check_runnable(self.parts)
         self._found = found_by(inner, self.parts.layout)
         self.last_trace: Trace | None = None
@@ -143,6 +145,10 @@ class AdaptiveModel(nn.Module, Generating):
         protected = policy.controller.protected(self.engine.costs.num_layers)
         Budget(self.engine.costs, protected, budget_of(policy, budget), hard=False)
 
+    def extra_repr(self) -> str:
+        """Return what is printed of this model beside the one that it holds."""
+        return f"under '{self.policy}'"
+
     @property
     def policy(self) -> Policy:
         """The policy in force, bound to the model."""
@@ -167,6 +173,16 @@ class AdaptiveModel(nn.Module, Generating):
         return self.parts.config
 
     @property
+    def generation_config(self) -> Any:
+        """How the model generates where nothing else is said. One that is assigned is the held model's, too."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self._generation_config = without_implementation(config)
+        self.parts.model.generation_config = config
+
+    @property
     def device(self) -> torch.device:
         """Device of the model's first weights, where inputs go."""
         return cast(torch.device, self.parts.embedding.weight.device)
@@ -175,15 +191,6 @@ class AdaptiveModel(nn.Module, Generating):
     def dtype(self) -> torch.dtype:
         """Floating-point type of the model."""
         return cast(torch.dtype, self.parts.model.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up what this class lacks in the wrapped model."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("model", "parts") or name.startswith("__"):
-                raise
-            return getattr(self.model, name)
 
     def new_cache(self, capacity: int | None = None) -> AdaptiveCache:
         """Return an empty cache with room for ``capacity`` tokens, if all are kept; it grows as it must."""
@@ -241,15 +248,15 @@ class AdaptiveModel(nn.Module, Generating):
         last = 0 if isinstance(logits_to_keep, Tensor) else logits_to_keep
         if not isinstance(last, int) or last < 0:
             raise InputError("logits_to_keep takes a number of last positions, 0 for all, or their indices [N]")
-        given, keep_cache = one_cache(cache, past_key_values), self._keeps_cache(use_cache)
+        own, keep_cache = self._own_cache(cache, past_key_values), self._keeps_cache(use_cache)
+        alone = cache is None and past_key_values is None and attention_mask is None and not keep_cache
         inputs = Inputs(input_ids, attention_mask, position_ids, inputs_embeds)
         # As in transformers: what goes on in a cache is one document.
-        packed = Packed.find(inputs) if given is None and attention_mask is None and not keep_cache else None
-        cache = self._own_cache(given)
-        block = self._read(inputs if packed is None else packed.apart(inputs), cache)
-        recording = self._recording_of(cache)
+        packed = Packed.find(inputs) if alone else None
+        block = self._read(inputs if packed is None else packed.apart(inputs), own)
+        recording = self._recording_of(own)
         trace = self.last_trace = Trace() if recording is None else recording.trace
-        found = self._run(block, cache, trace, last if packed is None else 0, output_hidden_states)
+        found = self._run(block, own, trace, last if packed is None else 0, output_hidden_states)
         logits, states = found.logits, found.states
         if packed is not None:
             logits = packed.together(logits)[:, -last:]
@@ -257,12 +264,12 @@ class AdaptiveModel(nn.Module, Generating):
         if places is not None:
             logits = logits[:, places]
         if recording is None:
-            trace.close(cache.nbytes(), cache.kept())
+            trace.close(own.nbytes(), own.kept())
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=states, **{CACHE: cache if keep_cache else None}
+            loss=loss, logits=logits, hidden_states=states, **{CACHE: own if keep_cache else None}
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -298,15 +305,6 @@ class AdaptiveModel(nn.Module, Generating):
         unknown = [name for name in given if name != "tokenizer"]
         if unknown:
             raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
-
-    def _own_cache(self, given: Cache | None) -> AdaptiveCache:
-        """Return the cache that was given, or a new one in place of none."""
-        if given is not None and not isinstance(given, AdaptiveCache):
-            raise InputError(
-                f"a {type(given).__name__} cannot be used, not even an empty one: start from model.new_cache() and "
-                "feed the tokens"
-            )
-        return self.new_cache() if given is None else given
 
     def _read(self, inputs: Inputs, cache: AdaptiveCache) -> Block:
         self._follow_model()

@@ -63,19 +63,36 @@ class Generating(GenerationMixin):  # type: ignore[misc]  # transformers ships w
         if isinstance(inputs, (str, Sequence)):
             return generate_text(self, inputs, **kwargs)
         inputs, kwargs = _token_ids(inputs, kwargs)
-        kwargs = _without_implementation(kwargs)
-        if kwargs.get("use_cache") is False:
+        kwargs = _kind_of_cache_apart(kwargs)
+        if not self._caches(kwargs):
             return super().generate(inputs, **kwargs)
-        given = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        cache = kwargs[CACHE] = self.new_cache() if given is None else given
-        if not isinstance(cache, AdaptiveCache):
-            raise InputError(f"the cache is one from model.new_cache(); got {type(cache).__name__}")
+        cache = kwargs[CACHE] = self._own_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
             # What it drafts now may be taken back before the next call; what came before was accepted.
             cache.accept()
             cache.activate_past_recording()
         with self.recording(cache, _prompt_length(inputs, kwargs)):
             return super().generate(inputs, **kwargs)
+
+    def _caches(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a generation is to use a cache: the arguments say so, else the config given, else the model's."""
+        configs = (kwargs.get("generation_config"), self.generation_config)
+        said = [kwargs.get("use_cache"), *(getattr(config, "use_cache", None) for config in configs)]
+        return bool(next((answer for answer in said if answer is not None), True))
+
+    def _own_cache(self, cache: Any, past_key_values: Any) -> AdaptiveCache:
+        """Return the cache that was given under either name, or a new one in place of none.
+
+        Raises:
+            InputError: it is no cache of ANEE's.
+        """
+        given = one_cache(cache, past_key_values)
+        if given is not None and not isinstance(given, AdaptiveCache):
+            raise InputError(
+                f"a {type(given).__name__} cannot be used, not even an empty one: start from model.new_cache() and "
+                "feed the tokens"
+            )
+        return self.new_cache() if given is None else given
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
         """Leave positions to `forward`, which counts real tokens: transformers counts padding on the right as well."""
@@ -157,7 +174,7 @@ def _token_ids(inputs: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict
     return inputs, kwargs
 
 
-def _without_implementation(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _kind_of_cache_apart(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments without the kind of cache, which is ANEE's own.
 
     Raises:

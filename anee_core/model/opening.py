@@ -22,7 +22,16 @@ _BIASED = frozenset({"bloom", "mpt"})
 """Families that tell tokens' places by ALiBi alone."""
 
 
-_WHERE = {"revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only", "force_download"}
+_WHERE = {
+    "gguf_file",
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "trust_remote_code",
+    "local_files_only",
+    "force_download",
+}
 """Options that say where a model is, for its config and tokenizer as well as for its weights."""
 
 
@@ -41,12 +50,10 @@ def open_model(
         except Exception as error:
             raise ModelError(f"the model source '{name}' failed: {_first_line(error)}") from error
         return network, tokenizer
+    name, options = _with_gguf(name, options)
     base = _base_of(Path(name))
-    if (
-        base is None
-        and Path(name).exists()
-        and not (Path(name) / options.get("subfolder", "") / "config.json").is_file()
-    ):
+    folder = Path(name) / options.get("subfolder", "")
+    if base is None and Path(name).exists() and "gguf_file" not in options and not (folder / "config.json").is_file():
         raise ModelError(f"'{name}' is no model folder: it has no config.json")
     # A folder's own code runs only if that is asked for; unset, transformers would ask whoever is at the keyboard.
     options = {"trust_remote_code": False, **options}
@@ -68,6 +75,11 @@ def open_model(
         )
     except Exception as error:  # safetensors, transformers and the hub each raise their own kinds
         raise ModelError(f"the model '{name}' cannot be loaded: {_first_line(error)}") from error
+    if found["missing_keys"] and base is not None:
+        raise ModelError(
+            f"the adapter in '{name}' lacks the weight '{min(found['missing_keys'])}'; if PEFT saved it around a model "
+            f"that ANEE had loaded, load it so again: PeftModel.from_pretrained(anee.load('{base}'), '{name}')"
+        )
     if found["missing_keys"]:
         # transformers fills them with random numbers.
         raise ModelError(f"the checkpoint of '{name}' lacks the weight '{min(found['missing_keys'])}'; fetch it again")
@@ -86,6 +98,24 @@ def open_model(
         logger.warning("no tokenizer for '%s' (%s): generate from token ids, or pass one", name, _first_line(error))
         tokenizer = None
     return network if device is None else network.to(device), tokenizer
+
+
+def _with_gguf(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return folder and options for a GGUF file, or for a folder whose weights are one; others as they are.
+
+    Raises:
+        ModelError: the folder's weights are several such files.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {**options, "gguf_file": path.name}
+    folder = path / options.get("subfolder", "")
+    found = sorted(file.name for file in folder.glob("*.gguf")) if folder.is_dir() else []
+    if not found or "gguf_file" in options or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+        return name, options
+    if len(found) > 1:
+        raise ModelError(f"'{name}' holds {len(found)} GGUF files: name one, as in gguf_file='{found[0]}'")
+    return name, {**options, "gguf_file": found[0]}
 
 
 def _base_of(folder: Path) -> str | None:
