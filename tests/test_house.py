@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "anee_core"
 FLOORS = (
-    "errors", "files", "checkpoint", "display", "accounting", "adapter", "interfaces", "controllers", "cache_policies",
+    "errors", "ranges", "files", "checkpoint", "display", "accounting", "adapter", "interfaces", "controllers", "cache_policies",
     "hookspecs", "plugins", "policy", "builtin", "cache", "steps", "engine", "generation", "model", "evaluation",
     "calibration", "load", "training", "bench", "conformance",
 )  # fmt: skip

@@ -173,7 +173,7 @@ def test_module_runs_and_help_imports_no_torch():
         (["-p", ""], r"'' has an empty part; .*"),
         (["-p", "static:skp=1"], r"static: unknown option 'skp'; did you mean 'skip'\? known: exit, protect, skip"),
         (["-p", "static:skip=one"], r"static: skip takes whole numbers separated by spaces; got 'one'"),
-        (["-p", "static:skip=9"], r"static: no layer 9; the model has layers 0 to 3"),
+        (["-p", "static:skip=9"], r"static: no layer 9 to skip; the model has layers 0 to 3"),
         (["-p", "static:skip=1+random"], r".* names two layer policies; .*"),
         (["-p", "random"], r"random: say how often to skip .* or give a budget"),
         (["-b", "0"], r"budget is a share .* in \(0, 1\]; got 0\.0"),
