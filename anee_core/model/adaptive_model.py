@@ -18,6 +18,7 @@ from anee_core.adapter.cache_names import CACHE, one_cache
 from anee_core.adapter.layout import Parts, found_by
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.adaptive_cache import AdaptiveCache
+from anee_core.cache.arguments import checked_capacity
 from anee_core.engine.block import Block
 from anee_core.engine.bound import Terms
 from anee_core.engine.engine import Engine
@@ -27,6 +28,7 @@ from anee_core.generation.decode import decode
 from anee_core.generation.result import Generation
 from anee_core.interfaces.setting import Calibration
 from anee_core.model.checks import Prefill, causal_lm, check_family, check_prefill, check_runnable, check_training
+from anee_core.model.context import Context
 from anee_core.model.generating import Generating, without_implementation
 from anee_core.model.inputs import Inputs, read_block
 from anee_core.model.packed import Packed
@@ -85,6 +87,7 @@ class AdaptiveModel(nn.Module, Generating):
         self.generation_config = without_implementation(self.parts.model.generation_config)
         check_runnable(self.parts)
         self._found = found_by(inner, self.parts.layout)
+        self._context = Context(adapter, self.parts)
         self.last_trace: Trace | None = None
         self._recordings: list[Recording] = []
         self.last_ends: list[int] | None = None
@@ -135,6 +138,7 @@ class AdaptiveModel(nn.Module, Generating):
         if len(now) != len(self._found) or not all(map(operator.is_, now, self._found)):
             self._found = now
             self.parts = self.adapter.parts(self.parts.model)
+            self._context = Context(self.adapter, self.parts)
             check_runnable(self.parts)
             self._rebind()
 
@@ -188,7 +192,7 @@ class AdaptiveModel(nn.Module, Generating):
     def new_cache(self, capacity: int | None = None) -> AdaptiveCache:
         """Return an empty cache with room for ``capacity`` tokens, if all are kept; it grows as it must."""
         self._follow_model()
-        kept = capacity if self.policy.cache_policy.keeps_all else None
+        kept = checked_capacity(capacity) if self.policy.cache_policy.keeps_all else None
         return AdaptiveCache(self.engine.costs.num_layers, kept)
 
     # What runs depends on what the tokens are: compiled or not, it runs as it is.
@@ -266,6 +270,11 @@ class AdaptiveModel(nn.Module, Generating):
         )
         return result.to_tuple() if return_dict is False else result
 
+    def check_fits(self, length: int) -> None:
+        """Raise `InputError` if the model has no position for the last token of a row of ``length``."""
+        self._follow_model()
+        self._context.refuse_beyond(length)
+
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache) -> Tensor:
         """Return the logits [B, 1, V] after each row's last real token of [B, T], and nothing else that `forward` does.
 
@@ -320,7 +329,7 @@ class AdaptiveModel(nn.Module, Generating):
         ends = cache.seen == 0
         if recording is not None and given is not None and given.dim() > 1:
             ends = recording.prompt_ends_among(given.shape[1])
-        return read_block(self.parts, inputs, cache, self.adapter.position_limit(self.parts), ends)
+        return read_block(self.parts, inputs, cache, self._context, ends)
 
     def _run(self, block: Block, cache: AdaptiveCache, trace: Trace, last: int = 1, states: bool = False) -> Result:
         """Run a block; the arguments are those of `Wanted`."""

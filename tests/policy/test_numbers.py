@@ -32,6 +32,7 @@ CASES = [
 def test_a_number_works_or_is_refused_by_the_name_of_its_option(name, option):
     network, ids = shared("llama"), tokens(1, 24)
     trained = any(name in registry and registry[name].checkpoint is not None for registry in REGISTRIES)
+    refusals = []
     for value in EXTREMES:
         try:
             if trained:
@@ -43,8 +44,9 @@ def test_a_number_works_or_is_refused_by_the_name_of_its_option(name, option):
             output = model(ids[:, :1], past_key_values=output.past_key_values)
             assert output.logits.isfinite().all()
         except AneeError as error:
-            assert option in str(error), error
-            assert "\n" not in str(error)
+            refusals.append(str(error))
+    assert len(refusals) >= 2  # what is no finite number, at least
+    assert [text for text in refusals if option not in text or "\n" in text] == []
 
 
 @pytest.mark.parametrize(
