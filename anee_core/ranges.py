@@ -106,7 +106,7 @@ def ranges_of(kind: type) -> dict[str, tuple[Within, bool, bool]]:
         kinds = _kinds(hints[item.name])
         within = _within(hints[item.name])
         if within is not None:
-            several = any(typing.get_origin(each) is tuple for each in kinds)
+            several = any(typing.get_origin(each) in (tuple, list) for each in kinds)
             found[item.name] = within, several, type(None) in kinds
     return found
 

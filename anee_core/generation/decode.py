@@ -38,7 +38,7 @@ def decode(model: Decodable, input_ids: Tensor, attention_mask: Tensor | None = 
             f"a tensor of shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
         )
         raise InputError(f"input_ids is a tensor [batch, tokens]; got {got}")
-    chosen = choose_options(model, options)
+    chosen = choose_options(model, options, input_ids.shape[1])
     if beyond := settings_beyond(model):
         logger.warning("the generation config's %s is not followed here; generate() does", ", ".join(sorted(beyond)))
     assert chosen.max_new_tokens is not None

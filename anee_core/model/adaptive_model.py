@@ -29,7 +29,7 @@ from anee_core.generation.result import Generation
 from anee_core.interfaces.setting import Calibration
 from anee_core.model.checks import Prefill, causal_lm, check_family, check_prefill, check_runnable, check_training
 from anee_core.model.context import Context
-from anee_core.model.generating import Generating, without_implementation
+from anee_core.model.generating import Generating, with_implementation, without_implementation
 from anee_core.model.inputs import Inputs, read_block
 from anee_core.model.packed import Packed
 from anee_core.model.recording import Recording
@@ -342,7 +342,9 @@ class AdaptiveModel(nn.Module, Generating):
         return decode(self, input_ids, attention_mask, **options)
 
     def save_pretrained(self, folder: str, **kwargs: Any) -> None:
-        """Save the wrapped model, as transformers does. A policy is saved by ``model.policy.save(folder)``.
+        """Save the wrapped model with the generation config in force, as transformers does.
+
+        A policy is saved by ``model.policy.save(folder)``.
 
         Raises:
             InputError: its weights were quantised when it was loaded: transformers could not read them.
@@ -352,6 +354,8 @@ class AdaptiveModel(nn.Module, Generating):
                 "the layers were quantised when the model was loaded, and transformers cannot read that: load it "
                 "without weights=..., and save that; quantising takes seconds"
             )
+        # What the checkpoint says of a kind of cache is nothing to ANEE, and stays in it.
+        self.parts.model.generation_config = with_implementation(self.generation_config, self.parts.model)
         cast(Any, self.model).save_pretrained(folder, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:

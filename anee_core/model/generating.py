@@ -184,6 +184,16 @@ def without_implementation(config: Any) -> Any:
     return config
 
 
+def with_implementation(config: Any, network: Any) -> Any:
+    """Return a generation config that asks for the kind of cache that a transformers model's own asks for."""
+    named = getattr(network.generation_config, "cache_implementation", None)
+    if named is None or getattr(config, "cache_implementation", None) is not None:
+        return config
+    config = copy.copy(config)
+    config.cache_implementation = named
+    return config
+
+
 def _prompt_length(inputs: Tensor | None, kwargs: Mapping[str, Any]) -> int:
     """Return the number of tokens that `generate` is given; 1 if it begins with one of its own."""
     given = [inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
