@@ -16,7 +16,7 @@ from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import BudgetError, CheckpointError
 from anee_core.interfaces.configurable import Trained, TrainedWeights
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
-from anee_core.interfaces.formulas import LinearGate
+from anee_core.interfaces.formulas import TIE, LinearGate
 from anee_core.interfaces.setting import Setting
 from anee_core.ranges import CountOrNone, Factor, Within
 
@@ -116,6 +116,7 @@ class GateController(Trained[GateWeights], Controller):
     _weights: GateWeights | None = field(default=None, compare=False, repr=False)
     _shares: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    _ties: tuple[float, ...] = field(default=(), compare=False, repr=False)
     _linear: LinearGate | None = field(default=None, compare=False, repr=False)
 
     def protected(self, num_layers: int) -> frozenset[int]:
@@ -145,7 +146,8 @@ class GateController(Trained[GateWeights], Controller):
         shares = ready.shares_at(self.allowed(torch.tensor(budget), positions, setting.costs))
         shares[: self.first] = -1.0
         linear = LinearGate(ready.weight, ready.bias, ready.mean, ready.spread, self.prior, self.window)
-        return replace(self, _weights=ready, _shares=shares, _positions=positions, _linear=linear)
+        ties = tuple((TIE * ready.spread).tolist())
+        return replace(self, _weights=ready, _shares=shares, _positions=positions, _ties=ties, _linear=linear)
 
     @property
     def settled(self) -> int:
@@ -175,6 +177,10 @@ class GateController(Trained[GateWeights], Controller):
     def compares(self) -> int:
         """With how many earlier tokens a token is compared at most."""
         return self.window
+
+    def tie(self, layer_idx: int) -> float:
+        """Return by how much two scores at a layer may differ and still be equal."""
+        return self._ties[layer_idx]
 
     def shares(self, position_ids: Tensor) -> Tensor:
         """Return the shares [B, T, L] for tokens at positions [B, T]; -1 for the first ones."""
