@@ -94,7 +94,7 @@ class Controller(Configurable, ABC):
         raise NotImplementedError(f"{type(self).__name__} compares tokens, so it has to implement score")
 
     def tie(self, layer_idx: int) -> float:
-        """Return by how much two scores at a layer may differ and still be equal, since sums in another order are not."""
+        """Return by how much two scores at a layer may differ and still count as equal: sums depend on their order."""
         return 0.0
 
     @property
