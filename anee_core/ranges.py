@@ -72,8 +72,14 @@ Factor = Annotated[float, Within(FINEST, COARSEST, whole=False)]
 """A factor or rate above 0."""
 Weight = Annotated[float, Within(0, COARSEST, whole=False)]
 """A factor, 0 for none."""
-Seed = Annotated[int, Within(0, 2**32 - 1)]
-"""A seed, as numpy takes it."""
+Positive = Annotated[float, Within(0, COARSEST, whole=False, without_least=True)]
+"""A number above 0."""
+Seed = Annotated[int, Within(0, MOST)]
+"""A seed that every generator of random numbers takes."""
+Size = Annotated[int, Within(1, 2**16)]
+"""A batch, a rank: how many there are in memory at once."""
+Length = Annotated[int, Within(2, 2**20)]
+"""Tokens of a text that is read at once."""
 
 
 def check_numbers(made: Any, error: type[AneeError] = InputError, named: str = "") -> None:

@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 
 from anee.commands.flags import Flags, flat
+from anee.commands.options import Budgeted
 from anee_core.errors import InputError
+from anee_core.ranges import check_numbers
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Checking:
     """Family of an adapter that is not registered."""
     policy: tuple[str, ...] = ()
     """Check this policy string instead of an adapter; may be repeated."""
-    budget: float | None = None
+    budget: Budgeted | None = None
     """Budget of the policies."""
     check: tuple[str, ...] = ()
     """Run only this check; may be repeated."""
@@ -32,6 +34,7 @@ class Checking:
     """Write the results to this file."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.budget is not None and not self.policy:
             raise InputError("--budget is for --policy")
         if self.model_type and self.config:

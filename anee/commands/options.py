@@ -10,10 +10,13 @@ import typer
 
 from anee.commands.flags import Flags
 from anee_core.errors import InputError
+from anee_core.ranges import Count, Within, check_numbers
 
 Model = Annotated[str, typer.Argument(help="A model source, hub id or local folder.")]
 Prompt = Annotated[str, typer.Argument(help="The text to continue.")]
 NamedTexts = Annotated[list[str], typer.Option("--text", "-t", help="NAME=FILE to measure on; may be repeated.")]
+
+Budgeted = Annotated[float, Within(0, 1, whole=False, without_least=True)]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Loading:
 
     policy: str = "dense"
     """A policy string, like 'static:skip=5 14'."""
-    budget: float | None = None
+    budget: Budgeted | None = None
     """Share of the dense FLOPs that may be spent."""
     dtype: str | None = None
     """Type of the weights: float32, bfloat16 or float16. Default: as stored."""
@@ -30,6 +33,9 @@ class Loading:
     """Where to run, like cuda:0."""
     trust_remote_code: bool = False
     """Let a model's folder run code of its own."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def load(self, model: str, **options: Any) -> Any:
         """Return the model under the policy; ``options`` are further ones of `anee.load`."""
@@ -47,14 +53,17 @@ UnderPolicy = Annotated[Loading, Flags(short={"policy": "-p", "budget": "-b"})]
 class Continuation:
     """How a prompt is continued."""
 
-    max_new_tokens: int = 50
+    max_new_tokens: Count = 50
     """How many tokens to add."""
     sample: bool = False
     """Sample instead of taking the likeliest token."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Within(1e-20, 1e20, whole=False)] = 1.0
     """Temperature of sampling."""
-    seed: int | None = None
+    seed: Annotated[int, Within(0, 2**64 - 1)] | None = None
     """Seed of sampling."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def of(self, model: Any, prompt: str, **options: Any) -> Any:
         """Return what a model makes of a prompt; ``options`` are further ones of its ``generate``."""

@@ -56,7 +56,7 @@ def test_a_number_works_or_is_refused_by_the_name_of_its_option(name, option):
         (f"window:recent={2**31}", "window: recent is a whole number, at least 1 and at most 2,147,483,647; got 2147"),
         ("window:keep=1e30", "window: keep is a share in .0, 1. or a whole number of tokens above 1, at most 2,147"),
         (f"snapkv:every={10**20}", "snapkv: every takes whole numbers of 64 bits; got '1000"),
-        ("random:seed=-1", "random: seed is a whole number, at least 0 and at most 4,294,967,295; got -1"),
+        ("random:seed=-1", "random: seed is a whole number, at least 0 and at most 2,147,483,647; got -1"),
     ],
 )
 def test_the_message_names_the_range(text, message):
