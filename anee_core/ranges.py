@@ -1,4 +1,4 @@
-"""The range that a number lies in: written once, beside its type, and checked wherever the number comes from."""
+"""What an argument may be: the range of a number, written once beside its type, and the kind of anything else."""
 
 from __future__ import annotations
 
@@ -80,6 +80,19 @@ Size = Annotated[int, Within(1, 2**16)]
 """A batch, a rank: how many there are in memory at once."""
 Length = Annotated[int, Within(2, 2**20)]
 """Tokens of a text that is read at once."""
+
+
+def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Raise `InputError` unless ``value`` is of one of some kinds; ``wanted`` says which."""
+    if not isinstance(value, kinds):
+        got = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r}"
+        raise InputError(f"{name} is {wanted}; got {got[:60]}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise `InputError` unless all of these are True or False."""
+    for name, value in flags.items():
+        check_kind(name, value, bool, "True or False")
 
 
 def check_numbers(made: Any, error: type[AneeError] = InputError, named: str = "") -> None:

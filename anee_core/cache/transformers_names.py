@@ -77,4 +77,5 @@ class TransformersNames(Cache):  # type: ignore[misc]  # transformers ships with
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows at ``indices``, numbers or one bool per row."""
-        self.reorder(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        flags = isinstance(indices, Tensor) and indices.dtype == torch.bool
+        self.reorder(indices.nonzero()[:, 0] if flags else indices)

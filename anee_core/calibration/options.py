@@ -27,9 +27,11 @@ class CalibrationOptions:
     progress: bool = True
     """Whether to show a bar."""
 
-    def check(self) -> None:
-        """Raise `InputError` if a number is out of range or the text file is not there."""
+    def __post_init__(self) -> None:
         check_numbers(self)
+
+    def check(self) -> None:
+        """Raise `InputError` if the text file is not there."""
         if self.text is not None and not Path(self.text).is_file():
             raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
 

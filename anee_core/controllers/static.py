@@ -34,6 +34,11 @@ class StaticController(Controller):
     protect: tuple[CountOrNone, ...] | None = None
     _actions: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip is not None and not isinstance(self.skip, (tuple, list)):
+            raise PolicyError(f"static: skip takes a tuple of layers; got {self.skip!r}")
+
     @property
     def needs_calibration(self) -> bool:
         """Whether the set has to be found first."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
     MaxTimeCriteria,
     RepetitionPenaltyLogitsProcessor,
@@ -22,7 +23,7 @@ from transformers import (
 from anee_core.errors import InputError
 from anee_core.generation.decodable import Decodable
 from anee_core.generation.rows import Rows
-from anee_core.ranges import COARSEST, MOST, Count, CountOrNone, Within, check_values
+from anee_core.ranges import COARSEST, MOST, Count, CountOrNone, Within, check_flags, check_kind, check_values
 
 _GREEDY = "a number, at least 1e-20 and at most 1e+20; for greedy decoding use do_sample=False"
 TokenId = Annotated[int, Within(-1, MOST)]
@@ -102,13 +103,27 @@ def choose_options(model: Decodable, options: dict[str, Any], prompt: int) -> De
         if values.get(name) is None:
             configured = getattr(config, name, None)
             values[name] = configured if configured is not None else _DEFAULTS.get(name)
-    if not isinstance(values["do_sample"], bool):
-        raise InputError(f"do_sample is True or False; got {values['do_sample']!r}")
+    check_flags(do_sample=values["do_sample"])
+    _check_kinds(values)
     # What draws are made with does not matter without any, and configs say all sorts of things of it then.
     idle = () if values["do_sample"] else ("temperature", "top_k", "top_p")
     looked_at = {name: value for name, value in values.items() if name not in idle or name in options}
     check_values(DecodeOptions, looked_at, str)
     return DecodeOptions(**values)
+
+
+def _check_kinds(values: dict[str, Any]) -> None:
+    """Raise `InputError` for an option that is no number and not what its name says."""
+    streamer, stops = values["streamer"], values["stop_strings"]
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise InputError(f"streamer is one of transformers; got {type(streamer).__name__}")
+    texts = stops if isinstance(stops, (list, tuple)) else [stops]
+    if stops is not None and not all(isinstance(text, str) for text in texts):
+        raise InputError(f"stop_strings is a text or a list of texts; got {stops!r}")
+    for name in ("logits_processor", "stopping_criteria"):
+        given = values[name]
+        if given is not None and not (isinstance(given, (list, tuple)) and all(callable(each) for each in given)):
+            raise InputError(f"{name} is a list of transformers' own or of functions; got {given!r}")
 
 
 @dataclass(frozen=True)
@@ -184,3 +199,13 @@ def decode_rules(model: Decodable, chosen: DecodeOptions) -> Rules:
 def settings_beyond(model: Decodable) -> frozenset[str]:
     """Return what the model's generation config sets and `decode` does not know."""
     return _BEYOND & set(model.generation_config.to_diff_dict())
+
+
+def check_settings(options: dict[str, Any]) -> None:
+    """Raise `InputError` for options of transformers' ``generate`` that it would not refuse in words."""
+    config = options.get("generation_config")
+    if config is not None:
+        check_kind("generation_config", config, GenerationConfig, "a GenerationConfig")
+    for name in ("num_beams", "num_return_sequences"):
+        if options.get(name) is not None:
+            Within(1, MOST).check(name, options[name])

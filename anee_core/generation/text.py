@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from anee_core.errors import InputError, suggestion
 from anee_core.generation.decodable import Decodable
 from anee_core.generation.decode import decode
-from anee_core.generation.options import DecodeOptions, settings_beyond
+from anee_core.generation.options import DecodeOptions, check_settings, settings_beyond
 from anee_core.generation.prompts import pad_id, read_prompts
 from anee_core.generation.result import Generation
 
@@ -38,6 +38,7 @@ def generate_text(model: Decodable, prompts: str | Sequence[Any], **options: Any
     known = lean | set(GenerationConfig().to_dict()) | set(inspect.signature(GenerationMixin.generate).parameters)
     if unknown := set(options) - known:
         raise InputError(f"no option '{min(unknown)}'; {suggestion(min(unknown), lean)}, and those of transformers")
+    check_settings(options)
     _check_returned(model, options)
     beyond = settings_beyond(model)
     if set(options) <= lean and not beyond:

@@ -27,13 +27,24 @@ from anee_core.errors import InputError
 from anee_core.generation.decode import decode
 from anee_core.generation.result import Generation
 from anee_core.interfaces.setting import Calibration
-from anee_core.model.checks import Prefill, causal_lm, check_family, check_prefill, check_runnable, check_training
+from anee_core.model.checks import (
+    Prefill,
+    causal_lm,
+    check_family,
+    check_kept,
+    check_labels,
+    check_prefill,
+    check_runnable,
+    check_tokenizer,
+    check_training,
+)
 from anee_core.model.context import Context
 from anee_core.model.generating import Generating, with_implementation, without_implementation
 from anee_core.model.inputs import Inputs, read_block
 from anee_core.model.packed import Packed
 from anee_core.model.recording import Recording
 from anee_core.policy.policy import Policy, budget_of
+from anee_core.ranges import check_flags, check_kind
 from anee_core.steps.choice import step_for
 from anee_core.steps.layer_step import LayerStep
 from anee_core.steps.quantised import QUANTISED
@@ -73,6 +84,8 @@ class AdaptiveModel(nn.Module, Generating):
     ) -> None:
         super().__init__()
         check_prefill(prefill, prefill_chunk)
+        check_tokenizer(tokenizer)
+        check_flags(fast=fast)
         self.prefill_chunk = prefill_chunk
         self.model = model
         self.adapter = adapter
@@ -109,6 +122,7 @@ class AdaptiveModel(nn.Module, Generating):
         Raises:
             PolicyError, BudgetError: policy, budget and model do not fit together.
         """
+        check_kind("policy", policy, Policy, "a Policy; names are for anee.load")
         return self.bind(policy, Terms(budget, hard, calibration))
 
     def bind(self, policy: Policy, terms: Terms, costs: CostModel | None = None) -> AdaptiveModel:
@@ -241,10 +255,6 @@ class AdaptiveModel(nn.Module, Generating):
         for_loss = {name: kwargs.pop(name) for name in _FOR_LOSS & kwargs.keys()}
         self._check_unknown(kwargs)
         output_hidden_states = self._keeps_states(output_hidden_states)
-        places = logits_to_keep.to(self.device) if isinstance(logits_to_keep, Tensor) else None
-        last = 0 if isinstance(logits_to_keep, Tensor) else logits_to_keep
-        if not isinstance(last, int) or last < 0:
-            raise InputError("logits_to_keep takes a number of last positions, 0 for all, or their indices [N]")
         given, keep_cache = one_cache(cache, past_key_values), self._keeps_cache(use_cache)
         inputs = Inputs(input_ids, attention_mask, position_ids, inputs_embeds)
         # As in transformers: what goes on in a cache is one document.
@@ -252,6 +262,9 @@ class AdaptiveModel(nn.Module, Generating):
         cache = self._own_cache(given)
         block = self._read(inputs if packed is None else packed.apart(inputs), cache)
         recording = self._recording_of(cache)
+        check_kept(logits_to_keep, block.position_ids.shape[1] if packed is None else packed.row.shape[1])
+        places = logits_to_keep.to(self.device) if isinstance(logits_to_keep, Tensor) else None
+        last = 0 if isinstance(logits_to_keep, Tensor) else logits_to_keep
         trace = self.last_trace = Trace() if recording is None else recording.trace
         found = self._run(block, cache, trace, last if packed is None else 0, output_hidden_states)
         logits, states = found.logits, found.states
@@ -264,6 +277,7 @@ class AdaptiveModel(nn.Module, Generating):
             trace.close(cache.nbytes(), cache.kept())
         loss = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=states, **{CACHE: cache if keep_cache else None}

@@ -16,6 +16,7 @@ from anee_core.accounting.trace import Trace
 from anee_core.adapter.cache_names import CACHE, one_cache
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.errors import InputError
+from anee_core.generation.options import check_settings
 from anee_core.generation.text import generate_text
 from anee_core.model.checks import Prefill
 from anee_core.model.recording import Recording
@@ -63,11 +64,15 @@ class Generating(GenerationMixin):  # type: ignore[misc]  # transformers ships w
         if isinstance(inputs, (str, Sequence)):
             return generate_text(self, inputs, **kwargs)
         inputs, kwargs = _token_ids(inputs, kwargs)
+        check_settings(kwargs)
         kwargs = _without_implementation(kwargs)
         if kwargs.get("use_cache") is False:
             return super().generate(inputs, **kwargs)
         given = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         cache = kwargs[CACHE] = self.new_cache() if given is None else given
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        if given is None and ids is not None and mask is not None and mask.shape != ids.shape:
+            raise InputError(f"attention_mask is {list(ids.shape)} like the token ids; got {list(mask.shape)}")
         if not isinstance(cache, AdaptiveCache):
             raise InputError(f"the cache is one from model.new_cache(); got {type(cache).__name__}")
         if getattr(kwargs.get("generation_config"), "is_assistant", False):

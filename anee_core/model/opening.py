@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.errors import AneeError, InputError, ModelError, suggestion
 from anee_core.hookspecs import SourceRequest
 from anee_core.plugins import Plugins
+from anee_core.ranges import check_kind
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +43,10 @@ def open_model(
         except Exception as error:
             raise ModelError(f"the model source '{name}' failed: {_first_line(error)}") from error
         return network, tokenizer
-    base = _base_of(Path(name))
+    base = _base_of(Path(name)) if os.path.isdir(name) else None  # unlike Path's, False for a name that is too long
     if (
         base is None
-        and Path(name).exists()
+        and os.path.exists(name)
         and not (Path(name) / options.get("subfolder", "") / "config.json").is_file()
     ):
         raise ModelError(f"'{name}' is no model folder: it has no config.json")
@@ -54,7 +56,7 @@ def open_model(
     try:
         config = AutoConfig.from_pretrained(base or name, **where)
     except Exception as error:  # each way for a config to be wrong raises its own kind
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             raise ModelError(f"the model in '{name}' cannot be read: {' '.join(str(error).split())}") from error
         known = f"model sources: {', '.join(sorted(plugins.model_sources)) or 'none installed'}"
         raise ModelError(
@@ -131,6 +133,7 @@ def dtype_of(given: str | torch.dtype | None) -> torch.dtype | None:
     if given == "auto":
         return None
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    check_kind("dtype", given, str, "a torch dtype or its name")
     if given not in known:
         raise InputError(f"unknown dtype '{given}'; {suggestion(given, known)}")
     return known[given]

@@ -1,4 +1,4 @@
-"""Numeric options of every command: a number out of range is one line that names the option, before anything is loaded."""
+"""Numeric options of every command: one out of range is one line that names it, before anything is loaded."""
 
 import inspect
 import typing
