@@ -97,8 +97,9 @@ def check_flags(**flags: Any) -> None:
 
 def check_numbers(made: Any, error: type[AneeError] = InputError, named: str = "") -> None:
     """Raise ``error`` for a field of a dataclass that is out of the range in its type; ``named`` stands before it."""
-    values = {name: getattr(made, name) for name in ranges_of(type(made))}
-    check_values(type(made), values, lambda name: f"{named}{name}", error)
+    kind: type = type(made)
+    values = {name: getattr(made, name) for name in ranges_of(kind)}
+    check_values(kind, values, lambda name: f"{named}{name}", error)
 
 
 def check_values(

@@ -11,9 +11,8 @@ import typer
 from rich.console import Console
 
 from anee.commands.flags import Flags, flat
-from anee.commands.options import Budgeted
 from anee_core.errors import InputError
-from anee_core.ranges import check_numbers
+from anee_core.ranges import Within, check_numbers
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Checking:
     """Family of an adapter that is not registered."""
     policy: tuple[str, ...] = ()
     """Check this policy string instead of an adapter; may be repeated."""
-    budget: Budgeted | None = None
+    budget: Annotated[float, Within(0, 1, whole=False, without_least=True)] | None = None
     """Budget of the policies."""
     check: tuple[str, ...] = ()
     """Run only this check; may be repeated."""

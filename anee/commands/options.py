@@ -16,8 +16,6 @@ Model = Annotated[str, typer.Argument(help="A model source, hub id or local fold
 Prompt = Annotated[str, typer.Argument(help="The text to continue.")]
 NamedTexts = Annotated[list[str], typer.Option("--text", "-t", help="NAME=FILE to measure on; may be repeated.")]
 
-Budgeted = Annotated[float, Within(0, 1, whole=False, without_least=True)]
-
 
 @dataclass(frozen=True)
 class Loading:
@@ -25,7 +23,7 @@ class Loading:
 
     policy: str = "dense"
     """A policy string, like 'static:skip=5 14'."""
-    budget: Budgeted | None = None
+    budget: float | None = None
     """Share of the dense FLOPs that may be spent."""
     dtype: str | None = None
     """Type of the weights: float32, bfloat16 or float16. Default: as stored."""
@@ -33,9 +31,6 @@ class Loading:
     """Where to run, like cuda:0."""
     trust_remote_code: bool = False
     """Let a model's folder run code of its own."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
 
     def load(self, model: str, **options: Any) -> Any:
         """Return the model under the policy; ``options`` are further ones of `anee.load`."""

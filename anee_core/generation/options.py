@@ -105,9 +105,8 @@ def choose_options(model: Decodable, options: dict[str, Any], prompt: int) -> De
             values[name] = configured if configured is not None else _DEFAULTS.get(name)
     check_flags(do_sample=values["do_sample"])
     _check_kinds(values)
-    # What draws are made with does not matter without any, and configs say all sorts of things of it then.
-    idle = () if values["do_sample"] else ("temperature", "top_k", "top_p")
-    looked_at = {name: value for name, value in values.items() if name not in idle or name in options}
+    # A temperature does not matter without draws, and many a config says 0 then.
+    looked_at = {name: value for name, value in values.items() if name != "temperature" or values["do_sample"]}
     check_values(DecodeOptions, looked_at, str)
     return DecodeOptions(**values)
 
