@@ -27,6 +27,9 @@ _BIASED = frozenset({"bloom", "mpt"})
 _WHERE = {"revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only", "force_download"}
 """Options that say where a model is, for its config and tokenizer as well as for its weights."""
 
+_LONGEST = 4096
+"""Characters of a path, as file systems have it."""
+
 
 def open_model(
     name: str, dtype: torch.dtype | None, device: torch.device | None, plugins: Plugins, options: dict[str, Any]
@@ -43,6 +46,8 @@ def open_model(
         except Exception as error:
             raise ModelError(f"the model source '{name}' failed: {_first_line(error)}") from error
         return network, tokenizer
+    if len(name) > _LONGEST:
+        raise ModelError(f"a model's name or path has at most {_LONGEST:,} characters; got {len(name):,}")
     base = _base_of(Path(name)) if os.path.isdir(name) else None  # unlike Path's, False for a name that is too long
     if (
         base is None

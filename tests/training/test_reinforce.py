@@ -135,5 +135,5 @@ def test_wrong_options_are_refused():
         ReinforceOptions(rollouts=1)
     with pytest.raises(InputError, match="temperature is a number, above 0"):
         ReinforceOptions(temperature=0.0)
-    with pytest.raises(InputError, match="hard is a share"):
+    with pytest.raises(InputError, match="hard is a number, at least 0 and at most 1"):
         ReinforceOptions(hard=1.5)
