@@ -21,11 +21,12 @@ from anee_core.interfaces.cache_policy import CachePolicy
 from anee_core.interfaces.controller import Controller
 from anee_core.interfaces.setting import Calibration
 from anee_core.model.adaptive_model import AdaptiveModel
-from anee_core.model.checks import Prefill, causal_lm, check_prefill
+from anee_core.model.checks import Prefill, causal_lm, check_prefill, check_tokenizer
 from anee_core.model.opening import adapter_of, check_weights, check_wrapper, device_of, dtype_of, open_model
 from anee_core.plugins import Plugins
 from anee_core.policy.policy import Policy
 from anee_core.policy.strings import make_policy
+from anee_core.ranges import check_flags, check_kind
 from anee_core.steps.quantised import quantise
 
 logger = logging.getLogger(__name__)
@@ -82,13 +83,18 @@ def load(
         PolicyError, BudgetError: the policy is unknown or does not fit the model.
     """
     plugins = plugins or Plugins.discover()
+    check_kind("plugins", plugins, Plugins, "what Plugins.discover() returns, or None")
     # What needs no model is checked before a model is loaded.
     parsed = make_policy(policy, plugins)
     if budget is not None:
         check_budget(budget)
     check_prefill(prefill, prefill_chunk)
+    check_tokenizer(tokenizer)
+    check_flags(hard=hard, fast=fast)
     if isinstance(calibration, CalibrationOptions):
         calibration.check()
+    elif calibration is not None:
+        check_kind("calibration", calibration, Calibration, "a Calibration, or CalibrationOptions")
     wanted_dtype = dtype_of(dtype)
     wanted_device = device_of(device)
     if isinstance(model, nn.Module):

@@ -74,8 +74,12 @@ def bench(
         batch or [options.batch],
         context or [options.context],
     )
-    for model, kind, rows, length in itertools.product(*chosen):
-        title = f"{model}, {kind}, batch {rows}, context {length}"
+    combinations = [
+        replace(options, model=model, dtype=kind, batch=rows, context=length)
+        for model, kind, rows, length in itertools.product(*chosen)
+    ]
+    for each in combinations:
+        title = f"{each.model}, {each.dtype}, batch {each.batch}, context {each.context}"
         if title in records:
             continue
         with progress_bar(True, transient=True) as bar:
@@ -84,7 +88,7 @@ def bench(
             def advance(name: str, bar: Any = bar, task: Any = task, title: str = title) -> None:
                 bar.update(task, advance=1, description=f"{title}: {name}")
 
-            found = measure(replace(options, model=model, dtype=kind, batch=rows, context=length), advance)
+            found = measure(each, advance)
         gpu = f"{torch.cuda.get_device_name(options.device)}, " if options.device.startswith("cuda") else ""
         records.add(title, {"title": title, "machine": gpu + machine, **found})
     console = Console(width=120)

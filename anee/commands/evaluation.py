@@ -18,6 +18,7 @@ from anee.lm_eval.run_tasks import run_tasks
 from anee_core.bench.options import SweepOptions
 from anee_core.errors import InputError
 from anee_core.files import writable, writable_folder, write_whole
+from anee_core.ranges import Length, Size, check_numbers
 
 _NAMED = Flags(short={"policy": "-p", "budget": "-b"}, defaults={"policy": MISSING})
 """Flags of commands that make no sense without a policy."""
@@ -138,10 +139,13 @@ class Publishing:
     """Put it on the hub."""
     private: bool = False
     """A new repository is private."""
-    length: int = 512
+    length: Length = 512
     """Tokens per block of text."""
-    blocks: int = 8
+    blocks: Size = 8
     """Blocks of each text."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @flat

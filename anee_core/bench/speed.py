@@ -27,6 +27,7 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
     ``advance`` is called with a contender's name before each of its runs, of which there is one more than repeats.
     """
     network, tokenizer = _open(options)
+    load(network).check_fits(options.context + options.tokens - 1)
     others = contenders(options, network, tokenizer)
     generator = torch.Generator().manual_seed(0)
     shape = options.batch, options.context

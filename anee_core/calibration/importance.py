@@ -24,6 +24,7 @@ from anee_core.evaluation.divergence import divergences
 from anee_core.files import cache_folder, writable, write_whole
 from anee_core.interfaces.setting import Calibration
 from anee_core.policy.policy import Policy
+from anee_core.ranges import check_kind
 
 if TYPE_CHECKING:
     from anee_core.model.adaptive_model import AdaptiveModel
@@ -48,6 +49,8 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
         InputError: the text file is missing or too short, or the sizes do not fit the model.
     """
     options = options or CalibrationOptions()
+    check_kind("options", options, CalibrationOptions, "CalibrationOptions, or None")
+    options.check()
     limit = model.adapter.max_positions(model.config)
     length = options.length if options.length is not None else min(_LENGTH, limit or _LENGTH)
     if options.sequences < 1 or length <= _WARM_UP or (limit is not None and length > limit):

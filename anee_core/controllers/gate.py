@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from torch import Tensor
 from anee_core.accounting.budget import SLACK
 from anee_core.accounting.costs import CostModel
 from anee_core.checkpoint import CheckpointFormat
-from anee_core.errors import BudgetError, CheckpointError, PolicyError
+from anee_core.errors import BudgetError, CheckpointError
 from anee_core.interfaces.configurable import Trained, TrainedWeights
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
-from anee_core.interfaces.formulas import LinearGate
+from anee_core.interfaces.formulas import TIE, LinearGate
 from anee_core.interfaces.setting import Setting
+from anee_core.ranges import CountOrNone, Factor, Within
 
 _FORMAT = CheckpointFormat(
     name="gate",
@@ -109,21 +110,15 @@ class GateController(Trained[GateWeights], Controller):
     default_budget: ClassVar[float | None] = 0.75
 
     folder: str = ""
-    prior: float = 8.0
-    window: int = 256
-    first: int = 4
-    protect: tuple[int, ...] = (1, 2)
+    prior: Factor = 8.0
+    window: Annotated[int, Within(1, 65_536)] = 256
+    first: Annotated[int, Within(0, 65_536)] = 4
+    protect: tuple[CountOrNone, ...] = (1, 2)
     _weights: GateWeights | None = field(default=None, compare=False, repr=False)
     _shares: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    _ties: tuple[float, ...] = field(default=(), compare=False, repr=False)
     _linear: LinearGate | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.prior <= 0 or self.window < 1 or self.first < 0:
-            raise PolicyError(
-                f"gate: prior is above 0, window at least 1 and first at least 0; "
-                f"got {self.prior:g}, {self.window} and {self.first}"
-            )
 
     def protected(self, num_layers: int) -> frozenset[int]:
         """Return the protected first and last layers."""
@@ -152,7 +147,8 @@ class GateController(Trained[GateWeights], Controller):
         shares = ready.shares_at(self.allowed(torch.tensor(budget), positions, setting.costs))
         shares[: self.first] = -1.0
         linear = LinearGate(ready.weight, ready.bias, ready.mean, ready.spread, self.prior, self.window)
-        return replace(self, _weights=ready, _shares=shares, _positions=positions, _linear=linear)
+        ties = tuple((TIE * ready.spread).tolist())
+        return replace(self, _weights=ready, _shares=shares, _positions=positions, _ties=ties, _linear=linear)
 
     @property
     def settled(self) -> int:
@@ -182,6 +178,10 @@ class GateController(Trained[GateWeights], Controller):
     def compares(self) -> int:
         """With how many earlier tokens a token is compared at most."""
         return self.window
+
+    def tie(self, layer_idx: int) -> float:
+        """Return by how much two scores at a layer may differ and still be equal."""
+        return self._ties[layer_idx]
 
     def shares(self, position_ids: Tensor) -> Tensor:
         """Return the shares [B, T, L] for tokens at positions [B, T]; -1 for the first ones."""

@@ -67,7 +67,7 @@ def replay(model: AdaptiveModel, input_ids: Tensor, prompt: int) -> Replay:
         )
     cache, states, logits = model.new_cache(len(input_ids)), [], []
     with model.recording(cache, prompt) as trace:
-        for part in (input_ids[:prompt], *input_ids[prompt:].split(1)):  # type: ignore[no-untyped-call]
+        for part in (input_ids[:prompt], *input_ids[prompt:, None]):
             output = model(part[None], past_key_values=cache, output_hidden_states=True)
             states.append(torch.stack([state[0] for state in output.hidden_states[:-1]]))
             logits.append(output.logits[0])

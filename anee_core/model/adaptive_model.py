@@ -18,6 +18,7 @@ from anee_core.adapter.cache_names import CACHE
 from anee_core.adapter.layout import Parts, found_by
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.adaptive_cache import AdaptiveCache
+from anee_core.cache.arguments import checked_capacity
 from anee_core.engine.block import Block
 from anee_core.engine.bound import Terms
 from anee_core.engine.engine import Engine
@@ -26,13 +27,25 @@ from anee_core.errors import InputError
 from anee_core.generation.decode import decode
 from anee_core.generation.result import Generation
 from anee_core.interfaces.setting import Calibration
-from anee_core.model.checks import Prefill, causal_lm, check_family, check_prefill, check_runnable, check_training
-from anee_core.model.generating import Generating, without_implementation
+from anee_core.model.checks import (
+    Prefill,
+    causal_lm,
+    check_family,
+    check_kept,
+    check_labels,
+    check_prefill,
+    check_runnable,
+    check_tokenizer,
+    check_training,
+)
+from anee_core.model.context import Context
+from anee_core.model.generating import Generating, with_implementation, without_implementation
 from anee_core.model.inputs import Inputs, read_block
 from anee_core.model.packed import Packed
 from anee_core.model.recording import Recording
 from anee_core.model.stand_in import StandIn
 from anee_core.policy.policy import Policy, budget_of
+from anee_core.ranges import check_flags, check_kind
 from anee_core.steps.choice import step_for
 from anee_core.steps.layer_step import LayerStep
 from anee_core.steps.quantised import QUANTISED
@@ -72,6 +85,8 @@ class AdaptiveModel(StandIn, Generating):
     ) -> None:
         super().__init__()
         check_prefill(prefill, prefill_chunk)
+        check_tokenizer(tokenizer)
+        check_flags(fast=fast)
         self.prefill_chunk = prefill_chunk
         self.model = model
         self.adapter = adapter
@@ -87,6 +102,7 @@ class AdaptiveModel(StandIn, Generating):
         self._generation_config = without_implementation(self.parts.model.generation_config)
         check_runnable(self.parts)
         self._found = found_by(inner, self.parts.layout)
+        self._context = Context(adapter, self.parts)
         self.last_trace: Trace | None = None
         self._recordings: list[Recording] = []
         self.last_ends: list[int] | None = None
@@ -108,6 +124,7 @@ class AdaptiveModel(StandIn, Generating):
         Raises:
             PolicyError, BudgetError: policy, budget and model do not fit together.
         """
+        check_kind("policy", policy, Policy, "a Policy; names are for anee.load")
         return self.bind(policy, Terms(budget, hard, calibration))
 
     def bind(self, policy: Policy, terms: Terms, costs: CostModel | None = None) -> AdaptiveModel:
@@ -137,6 +154,7 @@ class AdaptiveModel(StandIn, Generating):
         if len(now) != len(self._found) or not all(map(operator.is_, now, self._found)):
             self._found = now
             self.parts = self.adapter.parts(self.parts.model)
+            self._context = Context(self.adapter, self.parts)
             check_runnable(self.parts)
             self._rebind()
 
@@ -195,7 +213,7 @@ class AdaptiveModel(StandIn, Generating):
     def new_cache(self, capacity: int | None = None) -> AdaptiveCache:
         """Return an empty cache with room for ``capacity`` tokens, if all are kept; it grows as it must."""
         self._follow_model()
-        kept = capacity if self.policy.cache_policy.keeps_all else None
+        kept = checked_capacity(capacity) if self.policy.cache_policy.keeps_all else None
         return AdaptiveCache(self.engine.costs.num_layers, kept)
 
     # What runs depends on what the tokens are: compiled or not, it runs as it is.
@@ -244,10 +262,6 @@ class AdaptiveModel(StandIn, Generating):
         for_loss = {name: kwargs.pop(name) for name in _FOR_LOSS & kwargs.keys()}
         self._check_unknown(kwargs)
         output_hidden_states = self._keeps_states(output_hidden_states)
-        places = logits_to_keep.to(self.device) if isinstance(logits_to_keep, Tensor) else None
-        last = 0 if isinstance(logits_to_keep, Tensor) else logits_to_keep
-        if not isinstance(last, int) or last < 0:
-            raise InputError("logits_to_keep takes a number of last positions, 0 for all, or their indices [N]")
         own, keep_cache = self._own_cache(cache, past_key_values), self._keeps_cache(use_cache)
         alone = cache is None and past_key_values is None and attention_mask is None and not keep_cache
         inputs = Inputs(input_ids, attention_mask, position_ids, inputs_embeds)
@@ -255,6 +269,9 @@ class AdaptiveModel(StandIn, Generating):
         packed = Packed.find(inputs) if alone else None
         block = self._read(inputs if packed is None else packed.apart(inputs), own)
         recording = self._recording_of(own)
+        check_kept(logits_to_keep, block.position_ids.shape[1] if packed is None else packed.row.shape[1])
+        places = logits_to_keep.to(self.device) if isinstance(logits_to_keep, Tensor) else None
+        last = 0 if isinstance(logits_to_keep, Tensor) else logits_to_keep
         trace = self.last_trace = Trace() if recording is None else recording.trace
         found = self._run(block, own, trace, last if packed is None else 0, output_hidden_states)
         logits, states = found.logits, found.states
@@ -267,11 +284,17 @@ class AdaptiveModel(StandIn, Generating):
             trace.close(own.nbytes(), own.kept())
         loss = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=states, **{CACHE: own if keep_cache else None}
         )
         return result.to_tuple() if return_dict is False else result
+
+    def check_fits(self, length: int) -> None:
+        """Raise `InputError` if the model has no position for the last token of a row of ``length``."""
+        self._follow_model()
+        self._context.refuse_beyond(length)
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache) -> Tensor:
         """Return the logits [B, 1, V] after each row's last real token of [B, T], and nothing else that `forward` does.
@@ -319,7 +342,7 @@ class AdaptiveModel(StandIn, Generating):
         ends = cache.seen == 0
         if recording is not None and given is not None and given.dim() > 1:
             ends = recording.prompt_ends_among(given.shape[1])
-        return read_block(self.parts, inputs, cache, self.adapter.position_limit(self.parts), ends)
+        return read_block(self.parts, inputs, cache, self._context, ends)
 
     def _run(self, block: Block, cache: AdaptiveCache, trace: Trace, last: int = 1, states: bool = False) -> Result:
         """Run a block; the arguments are those of `Wanted`."""
@@ -332,7 +355,9 @@ class AdaptiveModel(StandIn, Generating):
         return decode(self, input_ids, attention_mask, **options)
 
     def save_pretrained(self, folder: str, **kwargs: Any) -> None:
-        """Save the wrapped model, as transformers does. A policy is saved by ``model.policy.save(folder)``.
+        """Save the wrapped model with the generation config in force, as transformers does.
+
+        A policy is saved by ``model.policy.save(folder)``.
 
         Raises:
             InputError: its weights were quantised when it was loaded: transformers could not read them.
@@ -342,6 +367,8 @@ class AdaptiveModel(StandIn, Generating):
                 "the layers were quantised when the model was loaded, and transformers cannot read that: load it "
                 "without weights=..., and save that; quantising takes seconds"
             )
+        # What the checkpoint says of a kind of cache is nothing to ANEE, and stays in it.
+        self.parts.model.generation_config = with_implementation(self.generation_config, self.parts.model)
         cast(Any, self.model).save_pretrained(folder, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:

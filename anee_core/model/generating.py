@@ -16,6 +16,7 @@ from anee_core.accounting.trace import Trace
 from anee_core.adapter.cache_names import CACHE, one_cache
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.errors import InputError
+from anee_core.generation.options import check_settings
 from anee_core.generation.text import generate_text
 from anee_core.model.checks import Prefill
 from anee_core.model.recording import Recording
@@ -63,10 +64,15 @@ class Generating(GenerationMixin):  # type: ignore[misc]  # transformers ships w
         if isinstance(inputs, (str, Sequence)):
             return generate_text(self, inputs, **kwargs)
         inputs, kwargs = _token_ids(inputs, kwargs)
+        check_settings(kwargs)
         kwargs = _kind_of_cache_apart(kwargs)
         if not self._caches(kwargs):
             return super().generate(inputs, **kwargs)
+        given = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
         cache = kwargs[CACHE] = self._own_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        if not given and ids is not None and mask is not None and mask.shape != ids.shape:
+            raise InputError(f"attention_mask is {list(ids.shape)} like the token ids; got {list(mask.shape)}")
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
             # What it drafts now may be taken back before the next call; what came before was accepted.
             cache.accept()
@@ -198,6 +204,16 @@ def without_implementation(config: Any) -> Any:
         return config
     config = copy.copy(config)
     config.cache_implementation = None
+    return config
+
+
+def with_implementation(config: Any, network: Any) -> Any:
+    """Return a generation config that asks for the kind of cache that a transformers model's own asks for."""
+    named = getattr(network.generation_config, "cache_implementation", None)
+    if named is None or getattr(config, "cache_implementation", None) is not None:
+        return config
+    config = copy.copy(config)
+    config.cache_implementation = named
     return config
 
 

@@ -116,7 +116,7 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
 def test_wrong_options_are_refused(tmp_path):
     with pytest.raises(InputError, match="at least 1"):
         FitOptions(rank=0)
-    with pytest.raises(InputError, match="skipped lies in"):
+    with pytest.raises(InputError, match="skipped is a number, at least 0 and below 1"):
         FitOptions(skipped=1.0)
     with pytest.raises(InputError, match="more than 4 tokens"):
         fit(anee.load(build("gpt2")), tokens(2, 4), tmp_path, progress=False)

@@ -105,7 +105,7 @@ def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
 
 def test_wrong_input_is_refused(calibrated, tmp_path):
     model, _ = calibrated
-    with pytest.raises(InputError, match="at least 1 sequence"):
+    with pytest.raises(InputError, match="sequences is a whole number, at least 1"):
         GateCalibration(sequences=0)
     with pytest.raises(InputError, match="there is no such file"):
         GateCalibration(text=tmp_path / "none.txt")

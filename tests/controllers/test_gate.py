@@ -124,9 +124,9 @@ def test_a_hard_budget_holds_for_every_token(gate):
     ("policy", "budget", "message"),
     [
         ("gate:no/such/folder", None, "is missing"),
-        ("gate:{folder},prior=0", None, "prior is above 0"),
-        ("gate:{folder},first=-1", None, "first at least 0"),
-        ("gate:{folder},window=0", None, "window at least 1"),
+        ("gate:{folder},prior=0", None, "prior is a number, at least 1e-30"),
+        ("gate:{folder},first=-1", None, "first is a whole number, at least 0"),
+        ("gate:{folder},window=0", None, "window is a whole number, at least 1"),
         ("gate:{folder},protect=0 0", 0.39, "below the least that it was fitted for, 0.400"),
         ("gate:{folder}", 0.05, "the least possible is"),
     ],

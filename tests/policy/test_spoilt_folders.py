@@ -141,7 +141,7 @@ def test_tensor_of_the_wrong_kind_is_refused(tmp_path, name, tensor):
     ("changes", "message"),
     [
         ({"layers": "gone:depth=3"}, "unknown policy 'gone'"),
-        ({"layers": "random:p=7"}, "lies in [0, 1]"),
+        ({"layers": "random:p=7"}, "p is a number, at least 0 and at most 1"),
         ({"layers": 5}, "does not say what it is made of"),
         ({"tokens": "static"}, "two layer policies"),
         ({"calibration": 3}, "does not say what its calibration is of"),
