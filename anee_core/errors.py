@@ -39,6 +39,10 @@ class CheckpointError(AneeError):
     """A saved policy or calibration that is missing, corrupt or of another model."""
 
 
+class OutputError(AneeError, OSError):
+    """A file or folder that cannot be written, or a disk that is full."""
+
+
 class TrainingError(AneeError):
     """A training run that cannot go on."""
 

@@ -21,11 +21,12 @@ from anee_core.interfaces.cache_policy import CachePolicy
 from anee_core.interfaces.controller import Controller
 from anee_core.interfaces.setting import Calibration
 from anee_core.model.adaptive_model import AdaptiveModel
-from anee_core.model.checks import Prefill, causal_lm, check_prefill
+from anee_core.model.checks import Prefill, causal_lm, check_prefill, check_tokenizer
 from anee_core.model.opening import adapter_of, check_weights, check_wrapper, device_of, dtype_of, open_model
 from anee_core.plugins import Plugins
 from anee_core.policy.policy import Policy
 from anee_core.policy.strings import make_policy
+from anee_core.ranges import check_flags, check_kind
 from anee_core.steps.quantised import quantise
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ def load(
     It takes many parameters because it is the one door: most are named, and seldom needed.
 
     Args:
-        model: the name of an installed model source (``anee plugins`` lists them), a hub id, a local folder, or a
-            loaded transformers model, plain, quantised or wrapped by PEFT.
+        model: the name of an installed model source (``anee plugins`` lists them), a hub id, a local folder or GGUF
+            file, or a loaded transformers model, plain, quantised or wrapped by PEFT.
         policy: a policy string such as ``"static:skip=5 14"`` or ``"heuristic+window:recent=256"``, a folder with a
             saved policy, or a policy object. Default: dense.
         budget: share of the dense decoder-layer FLOPs that may be spent, in (0, 1], keys and values of skipped layers
@@ -75,20 +76,25 @@ def load(
         tokenizer: for a loaded model, or instead of the model's own.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.
-        model_options: passed to transformers' ``from_pretrained``; none for a loaded model.
+        model_options: passed to transformers' ``from_pretrained``, such as ``gguf_file``; none for a loaded model.
 
     Raises:
         ModelError: the model cannot be found, loaded or run.
         PolicyError, BudgetError: the policy is unknown or does not fit the model.
     """
     plugins = plugins or Plugins.discover()
+    check_kind("plugins", plugins, Plugins, "what Plugins.discover() returns, or None")
     # What needs no model is checked before a model is loaded.
     parsed = make_policy(policy, plugins)
     if budget is not None:
         check_budget(budget)
     check_prefill(prefill, prefill_chunk)
+    check_tokenizer(tokenizer)
+    check_flags(hard=hard, fast=fast)
     if isinstance(calibration, CalibrationOptions):
         calibration.check()
+    elif calibration is not None:
+        check_kind("calibration", calibration, Calibration, "a Calibration, or CalibrationOptions")
     wanted_dtype = dtype_of(dtype)
     wanted_device = device_of(device)
     if isinstance(model, nn.Module):
@@ -103,6 +109,8 @@ def load(
 
     check_wrapper(network)
     inner = causal_lm(network)
+    if isinstance(inner, AdaptiveModel):
+        raise InputError(f"this model runs under '{inner.policy}' already: load the one it holds, model.model")
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
     adapter = adapter_of(inner.config, plugins)
@@ -113,7 +121,7 @@ def load(
     adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk, fast)
     if not isinstance(model, nn.Module):
         adaptive.eval()
-        adaptive.name = os.path.basename(model) if os.path.isdir(model) else str(model)
+        adaptive.name = os.path.basename(model) if os.path.exists(model) else str(model)
     if parsed.untrained() & _FITTED:
         # Fitting takes packages that a plain load does not.
         from anee_core.calibration.gate import fitted_for

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import anee
 from anee_core.bench.records import ending
-from anee_core.display import new_figure
+from anee_core.display import new_figure, save_figure
 from anee_core.evaluation import text_blocks
+from anee_core.files import write_whole
 from anee_core.model import AdaptiveModel
 
 
@@ -50,7 +51,7 @@ def draw(found: dict[str, dict], title: str, path: Path) -> None:
     right.set(xlabel="layer", ylabel="slots held at the end", ylim=(0, None))
     right.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def main() -> None:
     Console().print(table)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: getattr(chosen, key) for key in ("model", "length", "tokens", "chunk", "dtype")}
-    ending(chosen.out, ".json").write_text(json.dumps({**settings, "policies": found}, indent=2) + "\n")
+    write_whole(ending(chosen.out, ".json"), json.dumps({**settings, "policies": found}, indent=2) + "\n")
     draw(found, f"{chosen.model}, {chosen.length} + {chosen.tokens} tokens", ending(chosen.out, ".png"))
 
 

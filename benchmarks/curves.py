@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from anee_core.bench.records import Records, ending
-from anee_core.display import new_figure
+from anee_core.display import new_figure, save_figure
+from anee_core.files import write_whole
 
 
 def write_curves(
@@ -51,5 +52,5 @@ def write_curves(
         lines.append("")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(ending(out, ".png"), dpi=130)
-    ending(out, ".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    save_figure(figure, ending(out, ".png"))
+    write_whole(ending(out, ".md"), "\n".join(lines) + "\n")

@@ -21,6 +21,7 @@ from torch import Tensor
 import anee
 from anee_core.bench.records import ending
 from anee_core.evaluation import text_blocks
+from anee_core.files import write_whole
 from anee_core.model import AdaptiveModel
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     figures = {"model": chosen.model, "policy": chosen.policy, "length": chosen.length, "blocks": chosen.blocks}
     figures |= {"back": chosen.back, "kept": {kind: mean for kind, (mean, _) in found.items()}}
     figures |= {"tokens": {kind: count for kind, (_, count) in found.items()}}
-    ending(chosen.out, ".json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_whole(ending(chosen.out, ".json"), json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

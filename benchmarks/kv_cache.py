@@ -31,6 +31,7 @@ import anee
 from anee_core.bench.records import processor
 from anee_core.cache import AdaptiveCache
 from anee_core.cache_policies import AsaCachePolicy, AsaWeights
+from anee_core.files import write_whole
 from anee_core.interfaces import CacheView
 from anee_core.model import AdaptiveModel
 from anee_core.policy import Policy
@@ -163,7 +164,7 @@ def main() -> None:
             chosen.json.parent.mkdir(parents=True, exist_ok=True)
             facts = {"machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
             settings = {"context": chosen.context, "dtype": chosen.dtype, "steps": chosen.steps}
-            chosen.json.write_text(json.dumps({**facts, **settings, "records": records}, indent=2) + "\n")
+            write_whole(chosen.json, json.dumps({**facts, **settings, "records": records}, indent=2) + "\n")
     table = Table("shape", "batch", "contender", "tokens/s", "ms/step", "spread", "against dense", "at most", "K/V MiB")
     for r in records:
         table.add_row(

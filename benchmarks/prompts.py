@@ -21,6 +21,7 @@ from torch import Tensor
 import anee
 from anee_core.bench.options import policy_and_budget
 from anee_core.bench.records import Records, ending
+from anee_core.files import write_whole
 from anee_core.model import AdaptiveModel
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     for r in records.all():
         times = f"{r['fast_ms']:.0f} | {r['modules_ms']:.0f} | {r['modules_ms'] / r['fast_ms']:.2f}x"
         lines.append(f"| {r['tokens']} | {r['run']} | {times} |")
-    ending(chosen.out, ".md").write_text("\n".join(lines) + "\n")
+    write_whole(ending(chosen.out, ".md"), "\n".join(lines) + "\n")
     Console().print("\n".join(lines), markup=False)
 
 

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import anee
+from anee_core.cache_policies import AsaWeights
+from anee_core.controllers import GateWeights
+from anee_core.policy import ShortcutWeights
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
 LAYERS, WIDTH, RANK = 6, 32, 4
@@ -111,34 +113,15 @@ def _write_weights(folder: Path) -> None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    sizes = {"schema": 1, "layers": LAYERS, "width": WIDTH}
     ones = torch.ones(LAYERS)
-    kinds: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
-        "gate": (
-            {"knots": 2, "facts": {}},
-            {
-                "weight": draw(LAYERS, WIDTH) * WIDTH**-0.5, "bias": 0.1 * ones, "mean": 0.05 * ones, "spread": ones,
-                "budgets": torch.tensor([0.3, 1.0]), "shares": torch.stack((0.8 * ones, 0.1 * ones)),
-            },
-        ),
-        "shortcuts": (
-            {"rank": RANK, "facts": {}},
-            {
-                "down": 0.1 * draw(LAYERS, RANK, WIDTH), "up": draw(LAYERS, WIDTH, RANK),
-                "bias": 0.1 * draw(LAYERS, WIDTH),
-            },
-        ),
-        "asa": (
-            {"rank": RANK, "backbone": None, "facts": {}},
-            {
-                "query": 0.3 * draw(LAYERS, RANK, WIDTH), "key": 0.3 * draw(LAYERS, RANK, WIDTH),
-                "beta": 0.1 * draw(LAYERS),
-            },
-        ),
-    }  # fmt: skip
-    for name, (header, tensors) in kinds.items():
-        (folder / f"{name}.json").write_text(json.dumps({**sizes, **header}))
-        save_file(tensors, folder / f"{name}.safetensors")
+    GateWeights(
+        weight=draw(LAYERS, WIDTH) * WIDTH**-0.5, bias=0.1 * ones, mean=0.05 * ones, spread=ones,
+        budgets=torch.tensor([0.3, 1.0]), shares=torch.stack((0.8 * ones, 0.1 * ones)),
+    ).save(folder)  # fmt: skip
+    down, up = 0.1 * draw(LAYERS, RANK, WIDTH), draw(LAYERS, WIDTH, RANK)
+    ShortcutWeights(down, up, 0.1 * draw(LAYERS, WIDTH)).save(folder)
+    query, key = 0.3 * draw(LAYERS, RANK, WIDTH), 0.3 * draw(LAYERS, RANK, WIDTH)
+    AsaWeights(query, key, 0.1 * draw(LAYERS)).save(folder)
 
 
 def _real_figures() -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 import anee
 from anee_core.bench.options import policy_and_budget
 from anee_core.bench.records import ending
+from anee_core.files import write_whole
 
 PROMPTS = (
     "The capital of France is",
@@ -54,7 +55,7 @@ def main() -> None:
                 lines.append(f"| {run} | {result.trace.budget_spent:.2f} | {text} |")
                 bar.advance(task)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    ending(chosen.out, ".md").write_text("\n".join(lines) + "\n")
+    write_whole(ending(chosen.out, ".md"), "\n".join(lines) + "\n")
     Console().print("\n".join(lines), markup=False)
 
 

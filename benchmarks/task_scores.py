@@ -23,8 +23,9 @@ from anee.lm_eval.options import TaskOptions
 from anee.lm_eval.run_tasks import run_tasks
 from anee_core.bench.options import policy_and_budget
 from anee_core.bench.records import Records, ending
-from anee_core.display import new_figure
+from anee_core.display import new_figure, save_figure
 from anee_core.errors import BudgetError
+from anee_core.files import write_whole
 from anee_core.model import AdaptiveModel
 
 
@@ -62,7 +63,7 @@ def draw(records: list[dict[str, Any]], out: Path) -> None:
         axes.set(title=task, xlabel="share of dense layer FLOPs spent", ylabel="correct, %")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out)
 
 
 def _name(record: dict[str, Any]) -> str:
@@ -120,7 +121,7 @@ def main() -> None:
             records.add(f"{run} {task}", record)
             console.print(f"{run} {task}: {record['score']:.4f}, spent {record['spent']:.3f}")
     text = table(records.all())
-    ending(chosen.out, ".md").write_text(text + "\n")
+    write_whole(ending(chosen.out, ".md"), text + "\n")
     draw(records.all(), ending(chosen.out, ".png"))
     Console().print(text, markup=False)
 

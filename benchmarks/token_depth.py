@@ -21,6 +21,7 @@ from torch import Tensor
 import anee
 from anee_core.bench.records import ending
 from anee_core.evaluation import text_blocks
+from anee_core.files import write_whole
 from anee_core.model import AdaptiveModel
 
 
@@ -63,7 +64,7 @@ def main() -> None:
         "tokens": {kind: count for kind, (_, count) in found.items()},
         "by_layer": ran.float().mean((0, 2)).tolist(),
     }
-    ending(chosen.out, ".json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_whole(ending(chosen.out, ".json"), json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from anee_core.display import new_figure
+from anee_core.display import new_figure, save_figure
 from anee_core.model import AdaptiveModel
 
 KINDS = (
@@ -78,5 +78,4 @@ def draw(
     right.yaxis.tick_right()
     right.set(xlabel=what, xlim=(0, 1))
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

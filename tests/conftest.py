@@ -41,6 +41,7 @@ def make_cache(tmp_path_factory):
     """Return a function that makes a cache folder in which nothing is but what was compiled: that takes seconds."""
     compiled, caches, count = ROOT / "build" / "native", tmp_path_factory.mktemp("anee-caches"), itertools.count()
     compiled.mkdir(parents=True, exist_ok=True)
+    compiled.chmod(0o755)  # a library that others could have written is not run
 
     def make() -> Path:
         folder = caches / str(next(count))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from anee.commands.flags import Flags, flat
 from anee_core.bench.options import BenchOptions
+from anee_core.files import writable, write_whole
 
 _COLUMNS = (
     "contender", "ms/token", "spread", "speedup", "layers run", "against ideal", "of bandwidth", "prompt ms",
@@ -58,8 +59,12 @@ def bench(
 
     from anee_core.bench.records import Records, processor
     from anee_core.bench.speed import draw, measure
-    from anee_core.display import progress_bar
+    from anee_core.display import picture, progress_bar
 
+    if written.markdown is not None:
+        writable(written.markdown)
+    if written.plot is not None:
+        picture(written.plot)
     setting = {name: value for name, value in asdict(options).items() if name not in _EACH}
     records = Records(written.out, {**setting, "transformers": transformers.__version__})
     machine = f"{processor()}, {torch.get_num_threads()} threads"
@@ -69,8 +74,12 @@ def bench(
         batch or [options.batch],
         context or [options.context],
     )
-    for model, kind, rows, length in itertools.product(*chosen):
-        title = f"{model}, {kind}, batch {rows}, context {length}"
+    combinations = [
+        replace(options, model=model, dtype=kind, batch=rows, context=length)
+        for model, kind, rows, length in itertools.product(*chosen)
+    ]
+    for each in combinations:
+        title = f"{each.model}, {each.dtype}, batch {each.batch}, context {each.context}"
         if title in records:
             continue
         with progress_bar(True, transient=True) as bar:
@@ -79,7 +88,7 @@ def bench(
             def advance(name: str, bar: Any = bar, task: Any = task, title: str = title) -> None:
                 bar.update(task, advance=1, description=f"{title}: {name}")
 
-            found = measure(replace(options, model=model, dtype=kind, batch=rows, context=length), advance)
+            found = measure(each, advance)
         gpu = f"{torch.cuda.get_device_name(options.device)}, " if options.device.startswith("cuda") else ""
         records.add(title, {"title": title, "machine": gpu + machine, **found})
     console = Console(width=120)
@@ -90,7 +99,8 @@ def bench(
                 table.add_row(*line)
             console.print(table)
     if written.markdown is not None:
-        written.markdown.write_text("\n".join(_written(*table) for found in records.all() for table in _tables(found)))
+        tables = [_written(*table) for found in records.all() for table in _tables(found)]
+        write_whole(written.markdown, "\n".join(tables))
     if written.plot is not None:
         draw(records.all(), written.plot)
 

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from anee.commands.flags import Flags, flat
 from anee_core.errors import InputError
+from anee_core.files import writable
+from anee_core.ranges import Within, check_numbers
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Checking:
     """Family of an adapter that is not registered."""
     policy: tuple[str, ...] = ()
     """Check this policy string instead of an adapter; may be repeated."""
-    budget: float | None = None
+    budget: Annotated[float, Within(0, 1, whole=False, without_least=True)] | None = None
     """Budget of the policies."""
     check: tuple[str, ...] = ()
     """Run only this check; may be repeated."""
@@ -32,6 +34,7 @@ class Checking:
     """Write the results to this file."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.budget is not None and not self.policy:
             raise InputError("--budget is for --policy")
         if self.model_type and self.config:
@@ -69,6 +72,8 @@ def conformance(
 
     if checking.policy and (target or checking.config or checking.model_type):
         raise InputError("--policy checks policies: leave the adapter and its configs out")
+    if checking.report is not None:
+        writable(checking.report)
     torch.set_num_threads(1)  # models this small only get slower on several
     transformers_logging.disable_progress_bar()  # each check saves and loads a model
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -17,6 +17,8 @@ from anee.lm_eval.options import TaskOptions
 from anee.lm_eval.run_tasks import run_tasks
 from anee_core.bench.options import SweepOptions
 from anee_core.errors import InputError
+from anee_core.files import writable, writable_folder, write_whole
+from anee_core.ranges import Length, Size, check_numbers
 
 _NAMED = Flags(short={"policy": "-p", "budget": "-b"}, defaults={"policy": MISSING})
 """Flags of commands that make no sense without a policy."""
@@ -31,6 +33,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
 ) -> None:
     """Evaluate a model under a policy with lm-eval: scores, and beside each what it took."""
+    if out is not None:
+        writable(out)
     found = run_tasks(model, tasks.split(","), loading.policy, loading.budget, options)
     scores = ("task", "metric", "score", "standard error", "examples")
     table = Table(*scores, "budget spent", "context kept", "MFLOPs/token", "weight MB/token", "K/V MB")
@@ -45,8 +49,7 @@ def evaluate(
             table.add_row(task_name, metric, f"{score:.4f}", error, str(task["examples"]), *took, *work)
     Console().print(table)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=2) + "\n")
+        write_whole(out, json.dumps(found, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,11 @@ def sweep(
     """
     from anee_core.bench.records import ending
     from anee_core.bench.sweep import HOLE, draw, run_sweep
+    from anee_core.display import picture
 
     if compared.budgets is not None:
         options = replace(options, budgets=compared.numbers())
+    drawn = picture(ending(out, ".png"))
     policies = list(
         dict.fromkeys([*policy, *(("random", f"window:sinks=4,keep={HOLE}") if compared.baselines else ())])
     )
@@ -103,7 +108,7 @@ def sweep(
             f"{r['ms_per_token']:.1f}" if "ms_per_token" in r else "",
         )
     Console().print(table)
-    draw(records, ending(out, ".png"))
+    draw(records, drawn)
 
 
 @flat
@@ -117,6 +122,7 @@ def report(
     """Continue a prompt, and write a page that shows what ran, what was kept and what was spent."""
     from anee_core.evaluation.report import write_report
 
+    writable(out)
     adaptive = loading.load(model)
     result = continuation.of(adaptive, prompt)
     # The last token was not fed in.
@@ -133,10 +139,13 @@ class Publishing:
     """Put it on the hub."""
     private: bool = False
     """A new repository is private."""
-    length: int = 512
+    length: Length = 512
     """Tokens per block of text."""
-    blocks: int = 8
+    blocks: Size = 8
     """Blocks of each text."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @flat
@@ -159,6 +168,8 @@ def publish(
     push = publishing.push
     if push and not hub.is_repository(to):
         raise InputError(f"a repository on the hub is OWNER/NAME; got '{to}'")
+    if not push:
+        writable_folder(Path(to))
     adaptive = loading.load(model)
     measured = {}
     for name, path in named_files(text or []).items():

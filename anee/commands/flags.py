@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from anee_core.ranges import check_values
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -118,6 +120,7 @@ class _Group:
         """Return the dataclass made of what was given, which is taken out of it."""
         values = {name: given.pop(parameter.name) for name, parameter in self._options.items()}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        check_values(self._kind, values, lambda name: f"--{self._options[name].name.replace('_', '-')}")
         return self._kind(**values, **{name: group.make(given) for name, group in self._groups.items()})
 
 

@@ -10,6 +10,7 @@ import typer
 
 from anee.commands.flags import Flags
 from anee_core.errors import InputError
+from anee_core.ranges import Count, Within, check_numbers
 
 Model = Annotated[str, typer.Argument(help="A model source, hub id or local folder.")]
 Prompt = Annotated[str, typer.Argument(help="The text to continue.")]
@@ -47,14 +48,17 @@ UnderPolicy = Annotated[Loading, Flags(short={"policy": "-p", "budget": "-b"})]
 class Continuation:
     """How a prompt is continued."""
 
-    max_new_tokens: int = 50
+    max_new_tokens: Count = 50
     """How many tokens to add."""
     sample: bool = False
     """Sample instead of taking the likeliest token."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Within(1e-20, 1e20, whole=False)] = 1.0
     """Temperature of sampling."""
-    seed: int | None = None
+    seed: Annotated[int, Within(0, 2**64 - 1)] | None = None
     """Seed of sampling."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def of(self, model: Any, prompt: str, **options: Any) -> Any:
         """Return what a model makes of a prompt; ``options`` are further ones of its ``generate``."""

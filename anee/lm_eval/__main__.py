@@ -5,22 +5,24 @@ Versions of lm-eval that look for models in installed packages need no such help
 
 from __future__ import annotations
 
-from anee_core.errors import MissingPackageError
+import sys
+
+from anee_core.errors import AneeError, MissingPackageError
 
 
 def main() -> None:
-    """Run lm-eval with the arguments of this process.
-
-    Raises:
-        MissingPackageError: lm-eval is not installed.
-    """
+    """Run lm-eval with the arguments of this process; an error of ANEE's is one line."""
     try:
-        from lm_eval.__main__ import cli_evaluate
+        try:
+            from lm_eval.__main__ import cli_evaluate
 
-        import anee.lm_eval.harness  # noqa: F401  # registers the model
-    except ImportError as error:
-        raise MissingPackageError("evaluation needs lm-eval: pip install 'anee[eval]'") from error
-    cli_evaluate()
+            import anee.lm_eval.harness  # noqa: F401  # registers the model
+        except ImportError as error:
+            raise MissingPackageError("evaluation needs lm-eval: pip install 'anee[eval]'") from error
+        cli_evaluate()
+    except AneeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,14 @@ class AneeLM(HFLM):  # type: ignore[misc]
         known = set(inspect.signature(HFLM.__init__).parameters) - {"self", "pretrained", "tokenizer", "backend"}
         # lm-eval takes any others for the model's, and a ready model drops them.
         if unknown := set(options) - known:
-            raise InputError(f"no option '{min(unknown)}'; {suggestion(min(unknown), known)}")
+            name = min(unknown)
+            if policy is not None and ":" in policy:
+                # lm-eval splits its model_args at every comma.
+                raise InputError(
+                    f"no option '{name}'; if it is the policy's, give the model_args as JSON: "
+                    f"""'{{"pretrained": "{pretrained}", "policy": "{policy},{name}={options[name]}"}}'"""
+                )
+            raise InputError(f"no option '{name}'; {suggestion(name, known)}")
         wanted = {
             "policy": policy,
             "budget": budget,

@@ -70,11 +70,14 @@ def local_task(path: str | Path) -> dict[str, Any]:
 
 
 def find_tasks(names: list[str], folder: Path | None) -> list[Any]:
-    """Return what lm-eval takes as tasks: files ``NAME.jsonl`` of a folder where they exist, otherwise its own by name.
+    """Return what lm-eval takes as tasks: files ``NAME.jsonl`` of a folder where they exist, otherwise names.
 
     Raises:
-        InputError: the folder is not there, or one of its files is of no known kind.
+        InputError: the folder is not there, one of its files is of no known kind, or a file is given for a name.
     """
+    for name in names:
+        if name.endswith((".yaml", ".yml", ".jsonl")):
+            raise InputError(f"a task goes by its name; for the file '{name}', name its folder: --tasks-dir FOLDER")
     if folder is None:
         return list(names)
     if not folder.is_dir():

@@ -19,7 +19,8 @@ def run_tasks(
 
     Args:
         model: whatever `anee.load` takes, or an `AdaptiveModel` that has a policy already.
-        tasks: names of lm-eval's tasks, or of files in the options' ``tasks_dir``; see `local_task`.
+        tasks: names of lm-eval's tasks, or of tasks in the options' ``tasks_dir``: of YAML files as lm-eval takes them,
+            or of JSONL files, see `local_task`.
         policy: a policy string.
         budget: share of the dense decoder-layer FLOPs that may be spent.
         options: how they are scored; see `AneeLM` for the modes.
@@ -41,12 +42,15 @@ def run_tasks(
     wanted = find_tasks(tasks, options.tasks_dir)
     mode: Any = options.mode
     lm = AneeLM(model, policy, budget, mode=mode, dtype=options.dtype, device=options.device, batch_size=options.batch)
-    # Reading the thousands of tasks that lm-eval has takes longer than scoring a few examples.
-    named = [task for task in wanted if isinstance(task, str)]
-    manager = TaskManager(include_defaults=bool(named))
-    unknown = [name for name in named if name not in manager.all_tasks]
+    named = {task for task in wanted if isinstance(task, str)}
+    folder = None if options.tasks_dir is None else str(options.tasks_dir)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not named <= set(manager.all_tasks):
+        # Reading the thousands of tasks that lm-eval has takes longer than scoring a few examples.
+        manager = TaskManager(include_path=folder)
+    unknown = named - set(manager.all_tasks)
     if unknown:
-        raise InputError(f"lm-eval knows no task '{unknown[0]}', and it is no file in --tasks-dir")
+        raise InputError(f"lm-eval knows no task '{min(unknown)}', and it is none of --tasks-dir")
     found: dict[str, Any] = {}
     for task in wanted:
         lm.start_counting()

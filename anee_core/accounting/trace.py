@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from anee_core.accounting.meter import Meter, Spent
-from anee_core.display import new_figure
+from anee_core.display import new_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ class Trace:
         """Save the token x layer picture of one row as an image.
 
         Raises:
+            InputError, OutputError: the image cannot be written there.
             MissingPackageError: matplotlib is not installed.
         """
         columns = self.real[row].nonzero()[:, 0]
@@ -234,7 +236,7 @@ class Trace:
             axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
         axes.set_title(f"layers run: {self.layers_run:.0%} of (layer, token) pairs", fontsize=9)
         figure.tight_layout()
-        figure.savefig(path, dpi=150)
+        save_figure(figure, Path(path), dpi=150)
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from anee_core.errors import AdapterError
+from anee_core.errors import AdapterError, ModelError
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Work:
 
 
 def module_work(module: Any) -> Work:
-    """Return the work of one leaf module: its matrix product, if it has one, and its stored bytes."""
-    stored = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
+    """Return the work of one of `leaves`: its matrix product, if it has one, and its stored bytes."""
+    stored = [*module.parameters(), *module.buffers()]
+    if callable(getattr(module, "weight", None)):  # torch.ao's modules pack weight and bias, and return them
+        stored += [tensor for tensor in (module.weight(), module.bias()) if tensor is not None]
     size = sum(stored_bytes(p) for p in stored)
     if isinstance(module, nn.Embedding):
         return Work(0, 0, stored_bytes(module.weight) // module.num_embeddings, size)
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+    if _is_linear(module):
         return Work(2 * int(module.in_features) * int(module.out_features), size)
     return Work(_own_product(module), size)
 
@@ -79,9 +82,13 @@ def layer_work(layer: nn.Module, experts: str | None, config: Any) -> Work:
 
     Raises:
         AdapterError: the layer holds stacked weights that no path names.
+        ModelError: the layer holds packed weights of a kind that does not say how large its product is.
     """
-    work = Work()
+    work, whole = Work(), leaves(layer)
+    inside = {id(part) for leaf in whole for part in leaf.modules() if part is not leaf}
     for path, module in layer.named_modules():
+        if id(module) in inside:
+            continue
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if path == experts:
             work = work + experts_work(module, config)
@@ -90,16 +97,45 @@ def layer_work(layer: nn.Module, experts: str | None, config: Any) -> Work:
                 f"'{path}' of {type(layer).__name__} holds stacked weights, as a mixture of experts does; "
                 f"name it in Layout.experts (now {experts!r})"
             )
-        elif not module._modules:
-            work = work + module_work(module)
+        elif module in whole:
+            own_work = module_work(module)
+            if not own_work.flops and any(_is_packed(tensor) for tensor in (*own, *module._buffers.values())):
+                raise ModelError(
+                    f"'{path}' of {type(layer).__name__} is a {type(module).__name__} of packed weights that does not "
+                    "say its in_features and out_features, so its FLOPs cannot be counted: load the model unquantised, "
+                    "or quantised by another library"
+                )
+            work = work + own_work
         else:
             work = work + Work(_own_product(module), sum(stored_bytes(parameter) for parameter in own))
     return work
 
 
 def leaves(module: nn.Module) -> list[nn.Module]:
-    """Return the modules inside ``module`` that contain no others."""
-    return [m for m in module.modules() if not m._modules]
+    """Return the modules inside ``module`` that are counted as one.
+
+    They contain no others, or are linear maps that keep what they are made of in parts of their own.
+    """
+    if not module._modules or _keeps_parts(module):
+        return [module]
+    found = [leaf for child in module.children() for leaf in leaves(child)]
+    return list(dict.fromkeys(found))
+
+
+def _keeps_parts(module: nn.Module) -> bool:
+    """Whether a module is a linear map by itself, not one around another as PEFT's are."""
+    parts = (part for part in module.modules() if part is not module)
+    return _is_linear(module) and not any(_is_linear(part) or _own_product(part) for part in parts)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module says, as linear maps do, what it maps from and to."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _is_packed(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a matrix of integers, in which quantised weights are kept."""
+    return tensor is not None and tensor.dim() > 1 and not tensor.is_floating_point() and tensor.dtype != torch.bool
 
 
 def executed_work(module: nn.Module, run: Callable[[], Any]) -> Work:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
-import torch
 from torch import nn
 
 from anee_core.errors import AdapterError, ModelError
@@ -116,10 +115,8 @@ class Parts:
 
     @property
     def checkpoints_gradients(self) -> bool:
-        """Whether layers called now would run again in the backward pass: transformers gives them no cache then."""
-        return torch.is_grad_enabled() and any(
-            layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.layers
-        )
+        """Whether layers would run again in a backward pass: transformers calls such layers without a cache."""
+        return any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
 
 
 def found_by(model: nn.Module, layout: Layout) -> tuple[Any, ...]:

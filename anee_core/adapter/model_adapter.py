@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from anee_core.accounting.costs import CostModel
-from anee_core.accounting.work import Work, executed_work, layer_work, module_work
+from anee_core.accounting.work import Work, executed_work, layer_work, leaves, module_work
 from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.adapter.fused_projection import sliceable, tail, tail_work
 from anee_core.adapter.layer_call import LayerCall
 from anee_core.adapter.layout import Layout, Parts, find, layers_of
 from anee_core.adapter.recipe import Recipe
 from anee_core.adapter.rotary import length_limit, rotate
-from anee_core.errors import AdapterError
+from anee_core.errors import AdapterError, ModelError
 
 
 class ModelAdapter(ABC):
@@ -268,18 +268,31 @@ class _Capture:
 
 
 def cost_model(adapter: ModelAdapter, parts: Parts) -> CostModel:
-    """Return what each part of a model costs."""
+    """Return what each part of a model costs.
+
+    Raises:
+        ModelError: a layer does nothing that can be counted.
+    """
     layers = range(len(parts.layers))
     token = parts.embedding.weight
     states = torch.zeros(1, 1, token.shape[-1], dtype=parts.model.dtype, device=token.device)
     position = torch.zeros(1, 1, dtype=torch.long, device=token.device)
     last, _ = adapter.probe(parts, layers[-1])
-    with torch.no_grad():
+    # Dropout draws, while training: what comes after is not to depend on whether costs were asked for.
+    with torch.no_grad(), torch.random.fork_rng([token.device] if token.is_cuda else []):
         entry = executed_work(parts.model, lambda: adapter.embed(parts, states, position))
         leaving = executed_work(parts.model, lambda: parts.final_norm(last))
         propagate = tuple(adapter.kv_work(parts, i) for i in layers)
+    run = tuple(adapter.layer_work(parts, i) for i in layers)
+    for i, work in enumerate(run):
+        if not work.flops:
+            kinds = sorted({type(leaf).__name__ for leaf in leaves(parts.layers[i])})
+            raise ModelError(
+                f"layer {i} has no matrix product that can be counted, so no share of it can be spent: it is made of "
+                f"{', '.join(kinds)}; load the model unquantised, or quantised by another library"
+            )
     return CostModel(
-        run=tuple(adapter.layer_work(parts, i) for i in layers),
+        run=run,
         propagate=propagate,
         pair_flops=4 * adapter.attention_width(parts.config),
         head=module_work(parts.head),

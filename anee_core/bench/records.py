@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from anee_core.errors import InputError
-from anee_core.files import only_one, write_whole
+from anee_core.files import only_one, writable, write_whole
 
 _ENDINGS = (".json", ".md", ".png")
 
@@ -25,7 +25,8 @@ class Records:
     """Records by key in a JSON file, all measured with one setting.
 
     Raises:
-        InputError: the file holds other things, or records of another setting, or cannot be written.
+        InputError: the file holds other things, or records of another setting.
+        OutputError: the file cannot be written.
     """
 
     def __init__(self, file: Path, setting: dict[str, Any]) -> None:
@@ -41,13 +42,7 @@ class Records:
             if different:
                 changes = ", ".join(f"{k} was {found.get(k)}, is {self.setting.get(k)}" for k in different)
                 raise InputError(f"{file} holds measurements with another setting ({changes}); choose another name")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(".tmp")
-            draft.touch()
-            draft.unlink()
-        except OSError as error:
-            raise InputError(f"cannot write {file}: {error.strerror}; choose another place") from error
+        writable(file)
 
     def __contains__(self, key: str) -> bool:
         return key in self._records

@@ -16,7 +16,7 @@ from anee_core.bench.options import BenchOptions
 from anee_core.bench.peers.engines import peers
 from anee_core.bench.random_models import SIZES, build
 from anee_core.bench.timing import Stopwatch, read_bandwidth
-from anee_core.display import new_figure
+from anee_core.display import new_figure, save_figure
 from anee_core.load import load
 from anee_core.model.opening import dtype_of
 
@@ -27,6 +27,7 @@ def measure(options: BenchOptions, advance: Callable[[str], None] = lambda name:
     ``advance`` is called with a contender's name before each of its runs, of which there is one more than repeats.
     """
     network, tokenizer = _open(options)
+    load(network).check_fits(options.context + options.tokens - 1)
     others = contenders(options, network, tokenizer)
     generator = torch.Generator().manual_seed(0)
     shape = options.batch, options.context
@@ -111,4 +112,4 @@ def draw(benches: list[dict[str, Any]], out: Path) -> None:
     figure.tight_layout()
     figure.subplots_adjust(right=1 - 1.9 / figure.get_figwidth())
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out)

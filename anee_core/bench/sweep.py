@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anee_core.bench.options import SweepOptions
 from anee_core.bench.records import Records, ending
-from anee_core.display import new_figure, progress_bar
+from anee_core.display import new_figure, progress_bar, save_figure
 from anee_core.errors import BudgetError
 from anee_core.evaluation.text_quality import dense_logits, text_blocks, text_quality
 from anee_core.load import load
@@ -104,7 +104,7 @@ def draw(records: list[dict[str, Any]], out: Path) -> None:
             axes.set_ylim(0.95, min(3.0, max(r["quality"] for r in mine) * 1.05))
     row[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out)
 
 
 def relative(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

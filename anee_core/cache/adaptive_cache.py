@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anee_core.adapter.layer_call import LayerCall
+from anee_core.cache.arguments import check_rollback, check_rows, checked_capacity
 from anee_core.cache.debts import Debt, Debts
 from anee_core.cache.layer_store import Extent, LayerStore
 from anee_core.cache.remembered import Remembered
@@ -38,7 +39,7 @@ class AdaptiveCache(TransformersNames):
     """
 
     def __init__(self, num_layers: int, capacity: int | None = None) -> None:
-        self._extent = Extent(capacity=capacity or 0)
+        self._extent = Extent(capacity=checked_capacity(capacity))
         nothing = Slots.nothing()
         super().__init__(layers=[LayerStore(self._extent, nothing) for _ in range(num_layers)])
         self.feedback: FeedbackLog | None = None
@@ -303,9 +304,8 @@ class AdaptiveCache(TransformersNames):
             CacheError: fewer tokens were seen, or slots dropped since then are already freed.
         """
         self.abort()
+        check_rollback(count, self.seen)
         to = self.seen - count
-        if count < 0 or to < 0:
-            raise CacheError(f"cannot roll back {count} tokens: {self.seen} were seen")
         if count and to < (horizon := self._last_final_drop()):
             raise CacheError(
                 f"cannot roll back to token {to}: what was dropped up to token {horizon} is freed; "
@@ -337,6 +337,7 @@ class AdaptiveCache(TransformersNames):
     @torch.inference_mode(False)
     def reorder(self, rows: Tensor) -> None:
         """Make row i a copy of row ``rows[i]`` everywhere; ``rows`` may be shorter or longer than the batch."""
+        check_rows(rows, self.batch)
         self.settle_all()
         if self._extent.batch:
             for slots in self._distinct():

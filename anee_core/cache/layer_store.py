@@ -36,17 +36,43 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
     is_compileable = False
 
     def __init__(self, extent: Extent, slots: Slots) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
         super().__init__()
         self._extent, self.slots = extent, slots
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
         self.state: dict[str, Tensor] = {}
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Where keys lie, [B, H, capacity, Dh]; None before the first."""
+        return self._keys
+
+    @keys.setter
+    def keys(self, given: Tensor | None) -> None:
+        self._refuse(given)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Where values lie, [B, H, capacity, Dh]; None before the first."""
+        return self._values
+
+    @values.setter
+    def values(self, given: Tensor | None) -> None:
+        self._refuse(given)
+
+    def _refuse(self, given: Tensor | None) -> None:
+        """Raise `CacheError` where keys or values are replaced by hand: the slots would not be theirs any more."""
+        if given is not None:
+            raise CacheError(
+                "a layer's keys and values cannot be replaced one layer at a time: to take back tokens of all layers, "
+                "call cache.crop(length) or cache.rollback(count); to drop tokens, use a token policy"
+            )
 
     @torch.inference_mode(False)
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate storage shaped like the first keys [B, H, T, Dh] and values."""
-        self.keys = self._allocate(key_states, self._extent.capacity)
-        self.values = self._allocate(value_states, self._extent.capacity)
+        self._keys = self._allocate(key_states, self._extent.capacity)
+        self._values = self._allocate(value_states, self._extent.capacity)
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def _allocate(self, like: Tensor, capacity: int) -> Tensor:
@@ -71,7 +97,7 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
     def grow(self) -> None:
         """Grow the storage to the capacity of the slots."""
         capacity = self.slots.capacity
-        for name in ("keys", "values"):
+        for name in ("_keys", "_values"):
             old = cast("Tensor | None", getattr(self, name))
             if old is not None and old.shape[2] < capacity:
                 new = self._allocate(old, capacity)
@@ -100,7 +126,7 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
         if self.keys is None or self.values is None:
             return
         capacity = self.slots.capacity
-        for name in ("keys", "values"):
+        for name in ("_keys", "_values"):
             old = cast(Tensor, getattr(self, name))
             index = source.to(old.device)[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
             new = self._allocate(old, capacity)
@@ -117,13 +143,13 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
         if self.keys is None or self.values is None:
             return
         index = rows.to(self.keys.device)
-        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        self._keys, self._values = self.keys.index_select(0, index), self.values.index_select(0, index)
         self.state = rows_of(self.state, rows)
 
     def detach(self) -> None:
         """Let go of the autograd graph of what was written."""
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys.detach(), self.values.detach()
+            self._keys, self._values = self.keys.detach(), self.values.detach()
 
     # What transformers asks of a cache layer.
 
@@ -149,7 +175,7 @@ class LayerStore(CacheLayerMixin):  # type: ignore[misc]  # transformers ships w
 
     def reset(self) -> None:
         """Free the storage."""
-        self.keys = self.values = None
+        self._keys = self._values = None
         self.state = {}
         self.is_initialized = False
 

@@ -92,18 +92,18 @@ class ScoreLog(TokenLog):
 
     @torch.inference_mode(False)
     def compare(
-        self, index: int, layer_idx: int, scores: Tensor, real: Tensor | None, window: int
+        self, index: int, layer_idx: int, scores: Tensor, real: Tensor | None, window: int, tie: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Record the scores [B, T] of the tokens from ``index`` on; NaN, and padding, is compared with nothing later.
 
         Return how many of the ``window`` last tokens that a token is compared with have a lower score, and how many
-        those are, both [B, T]. ``real`` [B, T] is False for padding.
+        those are, both [B, T]. ``real`` [B, T] is False for padding; scores that differ by ``tie`` or less are equal.
         """
         end = index + scores.shape[1]
         kept = self.entries(end)[:, :end, layer_idx]
         scores = scores.detach().to(kept.device, torch.float32)
         kept[:, index:] = scores if real is None else scores.where(real, torch.nan)
-        return compared(kept, scores, window)
+        return compared(kept, scores, window, tie)
 
     @torch.inference_mode(False)
     def skip(self, index: int, tokens: int) -> None:
@@ -117,7 +117,7 @@ class ScoreLog(TokenLog):
         return self._entries
 
 
-def compared(kept: Tensor, scores: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def compared(kept: Tensor, scores: Tensor, window: int, tie: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return how many of the tokens that a token is compared with have a lower score, and how many those are.
 
     Both are [B, T], for the last T tokens. Each is compared with the ``window`` last tokens before it that count: those
@@ -127,6 +127,7 @@ def compared(kept: Tensor, scores: Tensor, window: int) -> tuple[Tensor, Tensor]
         kept: [B, S] scores of all tokens so far.
         scores: [B, T] of the last ones, whether they count or not.
         window: how many to compare with.
+        tie: what two scores that are equal may differ by.
     """
     counts = ~kept.isnan()
     until = counts.cumsum(1)  # how many count, up to each token and with it
@@ -139,6 +140,6 @@ def compared(kept: Tensor, scores: Tensor, window: int) -> tuple[Tensor, Tensor]
         place = torch.arange(begin, end, device=kept.device)[:, None]
         earlier = counts[:, None, :end] & (torch.arange(end, device=kept.device) < place)
         earlier = earlier & (until[:, None, :end] > before[..., None] - window)
-        lower.append((earlier & (kept[:, None, :end] < own[..., None])).sum(-1))
+        lower.append((earlier & (kept[:, None, :end] < own[..., None] - tie)).sum(-1))
         among.append(before.clamp(max=window))
     return torch.cat(lower, dim=1), torch.cat(among, dim=1)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from anee_core.cache.arguments import check_crop, check_repeats
+
 
 class TransformersNames(Cache):  # type: ignore[misc]  # transformers ships without types
     """Translation of what transformers asks of a cache into the names of `AdaptiveCache`."""
@@ -56,6 +58,7 @@ class TransformersNames(Cache):  # type: ignore[misc]  # transformers ships with
         A positive number is the length to keep, as in older versions. What is left has been accepted,
         so slots dropped because of it are freed.
         """
+        check_crop(tokens_to_remove)
         self.rollback(max(self.seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)
         self.accept()
 
@@ -69,8 +72,10 @@ class TransformersNames(Cache):  # type: ignore[misc]  # transformers ships with
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times."""
+        check_repeats(repeats)
         self.reorder(torch.arange(self.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows at ``indices``, numbers or one bool per row."""
-        self.reorder(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        flags = isinstance(indices, Tensor) and indices.dtype == torch.bool
+        self.reorder(indices.nonzero()[:, 0] if flags else indices)

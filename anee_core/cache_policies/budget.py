@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from torch import Tensor
 from anee_core.errors import PolicyError
 from anee_core.interfaces.cache_policy import CachePolicy
 from anee_core.interfaces.setting import Setting
+from anee_core.ranges import MOST, Count, Within
+
+_KEPT = f"a share in (0, 1] or a whole number of tokens above 1, at most {MOST:,}"
+Kept = Annotated[float, Within(0, MOST, whole=False, without_least=True, told=_KEPT)]
+"""A share of tokens up to 1, and a number of tokens above."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +29,18 @@ class BudgetedCachePolicy(CachePolicy):
             which models lean on, would have to go before there are others.
     """
 
-    keep: tuple[float, ...] = (0.2,)
-    least: int = 16
+    keep: tuple[Kept, ...] = (0.2,)
+    least: Count = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: Any = self.keep
         values = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-        if not values or any(v <= 0 or (v > 1 and v != int(v)) for v in values):
+        if not values or any(v > 1 and v != int(v) for v in values):
             raise PolicyError(
-                f"{self.name}: keep is a share in (0, 1] or a whole number of tokens above 1, or one for each layer; "
+                f"{self.name}: keep is {_KEPT}, or one for each layer; "
                 f"got {' '.join(f'{v:g}' for v in values) or 'nothing'}"
             )
-        if self.least < 1:
-            raise PolicyError(f"{self.name}: least is a number of tokens, 1 or more; got {self.least}")
         object.__setattr__(self, "keep", tuple(float(v) for v in values))
 
     def bind(self, setting: Setting) -> CachePolicy:

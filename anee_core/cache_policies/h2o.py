@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anee_core.cache_policies.scoring import AttentionCachePolicy
 from anee_core.interfaces.cache_policy import CacheView
+from anee_core.ranges import CountOrNone
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class H2OCachePolicy(AttentionCachePolicy):
 
     name: ClassVar[str] = "h2o"
 
-    recent: int = 0
+    recent: CountOrNone = 0
 
     def newest(self, allowed: Tensor) -> Tensor | int:
         """Return how many of the newest tokens stay in any case."""

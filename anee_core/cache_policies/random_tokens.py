@@ -11,6 +11,7 @@ from torch import Tensor
 from anee_core.cache_policies.scoring import ScoringCachePolicy
 from anee_core.interfaces.cache_policy import CacheView
 from anee_core.interfaces.hashed_random import uniform
+from anee_core.ranges import Seed
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class RandomTokensCachePolicy(ScoringCachePolicy):
 
     name: ClassVar[str] = "random_tokens"
 
-    seed: int = 0
+    seed: Seed = 0
 
     def first_score(self, view: CacheView) -> Tensor:
         """Return a random number for each new token."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from anee_core.cache_policies.budget import BudgetedCachePolicy
-from anee_core.errors import PolicyError
 from anee_core.interfaces.cache_policy import CacheView, Wants
+from anee_core.ranges import CountOrNone
 
 _SCORE = "score"
 _FIRST = 1e30
@@ -27,15 +27,8 @@ class ScoringCachePolicy(BudgetedCachePolicy):
     of a sequence and the ``recent`` newest stay before all others.
     """
 
-    sinks: int = 0
-    recent: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sinks < 0 or self.recent < 0:
-            raise PolicyError(
-                f"{self.name}: sinks and recent are numbers of tokens, 0 or more; got {self.sinks} and {self.recent}"
-            )
+    sinks: CountOrNone = 0
+    recent: CountOrNone = 1
 
     @abstractmethod
     def first_score(self, view: CacheView) -> Tensor:
@@ -98,8 +91,9 @@ class ScoringCachePolicy(BudgetedCachePolicy):
             # Only the slots up to this token's own take part.
             alive = left[:, :end]
             seen = replace(view, position_ids=view.position_ids[:, :end], valid=alive)
-            scores[:, :end] = self.score(seen, t, scores[:, :end], alive)
-            stay = self.keep_after(seen, t, scores[:, :end], alive) | ~view.real[:, t : t + 1]
+            real = view.real[:, t : t + 1]  # padding neither scores nor drops
+            scores[:, :end] = torch.where(real, self.score(seen, t, scores[:, :end], alive), scores[:, :end])
+            stay = self.keep_after(seen, t, scores[:, :end], alive) | ~real
             left[:, :end] = alive & stay
             kept.append(left.clone())
         return torch.stack(kept, dim=1), {_SCORE: scores} if self.rewrites else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn import functional
 from anee_core.cache_policies.scoring import AttentionCachePolicy
 from anee_core.errors import PolicyError
 from anee_core.interfaces.cache_policy import CacheView
+from anee_core.ranges import Count, Within
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,15 @@ class SnapKVCachePolicy(AttentionCachePolicy):
 
     name: ClassVar[str] = "snapkv"
 
-    every: int = 128
-    window: int = 32
-    pool: int = 5
+    every: Count = 128
+    window: Count = 32
+    pool: Annotated[int, Within(1, 9999)] = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.window <= self.every or self.pool < 1 or self.pool % 2 == 0:
+        if self.window > self.every or self.pool % 2 == 0:
             raise PolicyError(
-                f"snapkv: 1 <= window <= every and an odd pool are needed; got window {self.window}, "
+                f"snapkv: window <= every and an odd pool are needed; got window {self.window}, "
                 f"every {self.every}, pool {self.pool}"
             )
 

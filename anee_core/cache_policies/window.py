@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anee_core.cache_policies.budget import BudgetedCachePolicy
-from anee_core.errors import PolicyError
+from anee_core.cache_policies.budget import BudgetedCachePolicy, Kept
 from anee_core.interfaces.cache_policy import CachePolicy, CacheView
 from anee_core.interfaces.setting import Setting
+from anee_core.ranges import Count, CountOrNone
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class WindowCachePolicy(BudgetedCachePolicy):
 
     name: ClassVar[str] = "window"
 
-    keep: tuple[float, ...] = ()
-    sinks: int = 4
-    recent: int = 256
+    keep: tuple[Kept, ...] = ()
+    sinks: CountOrNone = 4
+    recent: Count = 256
 
     def __post_init__(self) -> None:
-        if self.keep != ():
+        if self.keep == ():
+            CachePolicy.__post_init__(self)
+        else:
             super().__post_init__()
-        if self.sinks < 0 or self.recent < 1:
-            raise PolicyError(f"window: sinks >= 0 and recent >= 1 are needed; got {self.sinks} and {self.recent}")
 
     @property
     def alike(self) -> bool:

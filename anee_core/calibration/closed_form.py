@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,19 +21,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anee_core.calibration.fingerprint import fingerprint
+from anee_core.calibration.fingerprint import digest_of, fingerprint
 from anee_core.calibration.options import FitOptions
 from anee_core.calibration.ridge import Moments
 from anee_core.display import progress_bar
 from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.errors import CheckpointError, InputError
-from anee_core.files import write_whole
+from anee_core.files import allocate, write_whole, writing
 from anee_core.interfaces.formulas import unit_norm
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.policy.shortcuts import ShortcutWeights
 
 logger = logging.getLogger(__name__)
 
+_STATE = "state.json"
+"""Says that a fit can go on, and where."""
 _FIRST = 4
 """Positions left out at the start of each sequence: their hidden states are outliers in norm."""
 
@@ -89,6 +93,47 @@ def relative_error(added: Tensor, estimate: Tensor) -> Tensor:
     return ((added - estimate).norm(dim=-1) / added.norm(dim=-1).clamp(min=1e-12)).clamp(min=1e-6)
 
 
+def disk_space(shape: tuple[int, ...]) -> int:
+    """Return the bytes that the hidden states [N, T, D] of a fit take on disk."""
+    return 2 * math.prod(shape) * np.dtype(np.float32).itemsize
+
+
+def started(folder: Path) -> bool:
+    """Return whether a folder holds a fit that can go on."""
+    return (folder / _STATE).exists()
+
+
+def discard(folder: Path) -> None:
+    """Remove what a fit kept on disk; what says that it can go on goes first, if something comes between."""
+    (folder / _STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _states(folder: Path) -> list[Path]:
+    """Return the places of the hidden states: two, so that what a layer reads stays as it is until it is done."""
+    return [folder / f"states-{i}.npy" for i in (0, 1)]
+
+
+def _new_states(folder: Path, shape: tuple[int, ...]) -> list[np.memmap[Any, Any]]:
+    """Make files of hidden states, whose space is taken now.
+
+    Raises:
+        OutputError: the disk has too little.
+    """
+    made: list[np.memmap[Any, Any]] = []
+    with writing(folder, disk_space(shape)):
+        try:
+            for path in _states(folder):
+                made.append(np.lib.format.open_memmap(path, "w+", np.float32, shape))
+                allocate(path, path.stat().st_size)
+        except OSError:
+            made.clear()  # what is mapped takes its space even without a name
+            for path in _states(folder):
+                path.unlink(missing_ok=True)
+            raise
+    return made
+
+
 class _Fit:
     """A fit in progress: hidden states on disk in front of layer ``done``, and what was fitted for those before."""
 
@@ -96,20 +141,15 @@ class _Fit:
         self._model, self._blocks, self._folder, self._options = model, blocks, folder, options
         self._identity = {
             "model": fingerprint(model),
-            "tokens": [*blocks.shape, int(blocks.sum())],
+            "tokens": digest_of(blocks),
             **asdict(options),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        shape = (*blocks.shape, model.config.hidden_size)
-        new = not (folder / "state.json").exists()
-        # Two files: what a layer reads stays as it is until the layer is done.
-        self._states = [
-            np.lib.format.open_memmap(folder / f"states-{i}.npy", "w+" if new else "r+", np.float32, shape)
-            for i in (0, 1)
-        ]
+        new = not started(folder)
         self.done = 0
         self._fitted: dict[str, Tensor] = {}
         if new:
+            self._states = _new_states(folder, (*blocks.shape, model.config.hidden_size))
             for rows in self._rows():
                 embedded = WholeSequences(model.adapter, model.parts, blocks[rows].to(model.device)).embedded
                 self._states[0][rows] = embedded.float().cpu().numpy()
@@ -171,13 +211,14 @@ class _Fit:
         for states in self._states:
             states.flush()
         write_whole(self._folder / "fitted.safetensors", lambda path: save_file(self._fitted, path))
-        write_whole(self._folder / "state.json", json.dumps({"done": self.done, "identity": self._identity}))
+        write_whole(self._folder / _STATE, json.dumps({"done": self.done, "identity": self._identity}))
 
     def _resume(self) -> None:
         try:
-            state = json.loads((self._folder / "state.json").read_text())
+            state = json.loads((self._folder / _STATE).read_text())
             self._fitted = load_file(self._folder / "fitted.safetensors")
             identity, self.done = state["identity"], int(state["done"])
+            self._states = [np.lib.format.open_memmap(path, "r+") for path in _states(self._folder)]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
                 f"the fit in {self._folder} cannot be continued ({error}); choose another folder"

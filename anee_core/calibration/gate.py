@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anee_core.calibration.closed_form import fit
+from anee_core.calibration.closed_form import discard, disk_space, fit, started
 from anee_core.calibration.early_scores import expecting_early_scores
 from anee_core.calibration.fingerprint import fingerprint
 from anee_core.calibration.options import FitOptions, GateCalibration
@@ -21,14 +21,14 @@ from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.display import progress_bar
 from anee_core.engine.engine import Engine
 from anee_core.errors import CheckpointError
-from anee_core.files import cache_folder, only_one
+from anee_core.files import cache_folder, only_one, writable_folder, write_whole
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.policy.policy import Policy
 from anee_core.policy.shortcuts import LowRankShortcut
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = "tokens.pt"
+_TOKENS = "tokens.safetensors"
 
 
 def calibrated_folder(model: AdaptiveModel, text: str | Path | None = None) -> Path:
@@ -62,7 +62,8 @@ def calibrate_gate(
 
     Raises:
         InputError: the text is too short, or the sizes do not fit the model.
-        CheckpointError: the folder holds another calibration, or cannot be written.
+        CheckpointError: the folder holds another calibration.
+        OutputError: the folder cannot be written.
     """
     with only_one(folder):
         return _fit(model, folder, options or GateCalibration(), tokens)
@@ -72,7 +73,8 @@ def _fit(model: AdaptiveModel, folder: Path, options: GateCalibration, tokens: T
     """Do what `calibrate_gate` says, while nobody else writes the folder."""
     limit = model.adapter.max_positions(model.config)
     length = min(options.length, limit or options.length)
-    work = folder / "work"
+    work, shape = folder / "work", (options.sequences, length, model.config.hidden_size)
+    writable_folder(folder, 0 if started(work) else disk_space(shape))
     with torch.no_grad():
         blocks = _tokens(model, options, length, work) if tokens is None else tokens.to(model.device)
     fitted = fit(model, blocks, work, options.fit, options.progress)
@@ -86,7 +88,7 @@ def _fit(model: AdaptiveModel, folder: Path, options: GateCalibration, tokens: T
     solved = from_one_score(gate, costs, GateController().protected(costs.num_layers))
     policy = Policy(GateController.of(solved), shortcut=shortcut)
     expecting_early_scores(solved, model, policy, blocks).save(folder)
-    shutil.rmtree(work)
+    discard(work)
     logger.info("wrote %s", folder)
     return folder
 
@@ -95,18 +97,18 @@ def _tokens(model: AdaptiveModel, options: GateCalibration, length: int, work: P
     """Return token ids [N, T], drawn once."""
     if options.text is not None:
         return samples_of_file(model, Path(options.text), options.sequences, length)
-    kept = work / _TOKENS
+    kept, name = work / _TOKENS, f"of {fingerprint(model)}, seed {options.fit.seed}"
     if kept.exists():
         try:
-            known: Tensor = torch.load(kept, weights_only=True)
+            known: Tensor | None = load_file(kept).get(name)
         except Exception as error:
             raise CheckpointError(f"{kept} cannot be read ({error}); remove {work}") from error
-        if known.shape == (options.sequences, length):
+        if known is not None and known.shape == (options.sequences, length):
             return known
     with progress_bar(options.progress) as bar:
         task = bar.add_task("the model's own samples", total=length)
         engine = Engine(model.adapter, model.parts, Policy())
         drawn = own_samples(model, engine, options.sequences, length, options.fit.seed, lambda: bar.advance(task))
     work.mkdir(parents=True, exist_ok=True)
-    torch.save(drawn.cpu(), kept)
+    write_whole(kept, lambda draft: save_file({name: drawn.cpu()}, draft))
     return drawn.cpu()

@@ -21,9 +21,10 @@ from anee_core.display import progress_bar
 from anee_core.engine.engine import Engine
 from anee_core.errors import InputError
 from anee_core.evaluation.divergence import divergences
-from anee_core.files import cache_folder, write_whole
+from anee_core.files import cache_folder, writable, write_whole
 from anee_core.interfaces.setting import Calibration
 from anee_core.policy.policy import Policy
+from anee_core.ranges import check_kind
 
 if TYPE_CHECKING:
     from anee_core.model.adaptive_model import AdaptiveModel
@@ -48,6 +49,8 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
         InputError: the text file is missing or too short, or the sizes do not fit the model.
     """
     options = options or CalibrationOptions()
+    check_kind("options", options, CalibrationOptions, "CalibrationOptions, or None")
+    options.check()
     limit = model.adapter.max_positions(model.config)
     length = options.length if options.length is not None else min(_LENGTH, limit or _LENGTH)
     if options.sequences < 1 or length <= _WARM_UP or (limit is not None and length > limit):
@@ -104,11 +107,12 @@ class _Store:
         self._data: dict[str, Any] = {**wanted, "tokens": None, "importance": []}
         try:
             found = json.loads(self._path.read_text())
-            if {k: found[k] for k in wanted} == wanted and isinstance(found["importance"], list):
-                self._data = found
+            if {k: found[k] for k in wanted} != wanted or not all(isinstance(n, float) for n in found["importance"]):
+                raise ValueError
+            self._data = found
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             logger.warning("%s is unreadable; calibrating again", self._path)
 
     @property
@@ -129,10 +133,9 @@ class _Store:
 
     def _write(self) -> None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, json.dumps(self._data))
+            write_whole(writable(self._path), json.dumps(self._data))
         except OSError as error:
-            logger.warning("cannot keep the calibration in %s (%s); set ANEE_CACHE", self._path.parent, error.strerror)
+            logger.warning("the calibration is not kept: %s", error)
 
 
 def _hash_file(path: Path) -> str:

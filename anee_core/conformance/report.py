@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from anee_core.conformance.check import Check
+from anee_core.files import writable, write_whole
 
 _COLUMNS = 6
 """Subjects side by side in one table."""
@@ -71,10 +72,9 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write the report as JSON, a result a line."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         whole = self.to_dict()
         results = ",\n".join(json.dumps(result) for result in whole.pop("results"))
-        path.write_text(json.dumps(whole)[:-1] + f', "results": [\n{results}\n]}}\n')
+        write_whole(writable(path), json.dumps(whole)[:-1] + f', "results": [\n{results}\n]}}\n')
 
     def print(self, console: Console) -> None:
         """Print a table of checks and subjects, then one line for each failure."""

@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from anee_core.adapter.guessed import guess_layout
 from anee_core.conformance.tiny import small_config
+<<<<<<< HEAD
 from anee_core.errors import AdapterError, InputError
+=======
+from anee_core.errors import InputError
+from anee_core.files import write_folder, writing
+
+_PASSED = (*LAYER_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
+>>>>>>> main
 
 _PYPROJECT = """[build-system]
 requires = ["setuptools>=77"]
@@ -86,6 +93,7 @@ def write_plugin(model_type: str, output: Path) -> Path:
 
     Raises:
         InputError: transformers has no such family, ANEE cannot run it, or the folder exists.
+        OutputError: the folder cannot be written.
     """
     layout = found_layout(model_type)
     name = re.sub(r"\W", "_", model_type.lower())
@@ -99,15 +107,21 @@ def write_plugin(model_type: str, output: Path) -> Path:
         "Family": "".join(part.capitalize() for part in name.split("_")),
         "layout": "\n".join(f"        {key}={value!r}," for key, value in layout.items()).replace("'", '"'),
     }
+    with writing(folder):
+        output.mkdir(parents=True, exist_ok=True)
+    write_folder(folder, lambda draft: _fill(draft, words))
+    return folder
+
+
+def _fill(folder: Path, words: dict[str, str]) -> None:
     for path, text in (
         ("pyproject.toml", _PYPROJECT),
         ("README.md", _README),
-        (f"anee_{name}/__init__.py", _PACKAGE),
+        (f"anee_{words['name']}/__init__.py", _PACKAGE),
         ("tests/test_conformance.py", _TEST),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text.format(**words))
-    return folder
+        (folder / path).write_text(text.format(**words), encoding="utf-8")
 
 
 def found_layout(model_type: str) -> dict[str, Any]:

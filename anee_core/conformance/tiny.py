@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from anee_core.errors import InputError, suggestion
 
@@ -34,6 +35,11 @@ _SMALL = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
+    "kv_lora_rank": 14,
+    "q_lora_rank": 18,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
 }
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
@@ -41,50 +47,72 @@ _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 def small_config(model_type: str, **sizes: int) -> Any:
     """Return the default config of a transformers family with every size made small, or as ``sizes`` say.
 
+    Options that do nothing by default are set: windows, factors and caps.
+
     Raises:
         InputError: transformers has no such family, or its config cannot be made small this way.
     """
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"transformers has no model family '{model_type}'; {suggestion(model_type, CONFIG_MAPPING)}")
-    make = CONFIG_MAPPING[model_type]
-    default = make()
-    names = getattr(make, "attribute_map", {})
-    wanted = _SMALL | sizes
-    given = {k: v for k, v in wanted.items() if getattr(default, k, None) is not None}
-    fields = {names.get(k, k): v for k, v in given.items() if not isinstance(getattr(make, k, None), property)}
-    try:
-        return make(**fields, **_SPECIAL)
-    except Exception as error:  # each family checks its sizes in its own way
-        raise InputError(
-            f"the config of '{model_type}' cannot be made small by itself ({' '.join(str(error).split())}); "
-            "pass a small config of your own"
-        ) from error
+    default = CONFIG_MAPPING[model_type]()
+    windows = {"sliding_window": _SMALL["sliding_window"], "use_sliding_window": True}
+    return small_like(default, **{key: value for key, value in windows.items() if hasattr(default, key)}, **sizes)
 
 
-def small_like(config: Any) -> Any:
-    """Return a config of the same family with the same options, every size made small, and no number neutral.
+def small_like(config: Any, **changes: Any) -> Any:
+    """Return a config of the same family with the same options, every size made small, and no factor neutral.
 
     Kinds of layers keep their order; where six layers do not show all of them, the last ones do.
+
+    Args:
+        config: a config of the family.
+        changes: what is to be as given.
 
     Raises:
         InputError: it cannot be made small this way.
     """
-    said = {key: value for key, value in config.to_dict().items() if value is not None}
     names = getattr(type(config), "attribute_map", {})
-    small = {names.get(key, key): size for key, size in _SMALL.items() if names.get(key, key) in said}
-    if said.get("num_key_value_heads") == said.get("num_attention_heads") and "num_key_value_heads" in small:
-        small["num_key_value_heads"] = small["num_attention_heads"]
-    for key, value in said.items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            small[key] = _some_of_each(value)
-        elif isinstance(value, float) and re.search(r"multiplier|scaling|scale$|softcap", key):
-            small[key] = value * 1.25
-    try:
-        return type(config)(**(said | small | _SPECIAL))
-    except Exception as error:  # each family checks its sizes in its own way
-        raise InputError(
-            f"the config of '{config.model_type}' cannot be made small by itself ({' '.join(str(error).split())})"
-        ) from error
+    known = {names.get(key, key): value for key, value in _SMALL.items()}
+    known = {key: value for key, value in known.items() if not isinstance(getattr(type(config), key, None), property)}
+    said = config.to_dict()
+    small = {key: size for key, size in known.items() if said.get(key) is not None}
+    small |= {
+        key: _small_option(key, value, config.num_hidden_layers) for key, value in said.items() if key not in known
+    }
+    unnamed = {key: known[key] for key in ("head_dim", "num_key_value_heads") if key in said and key not in small}
+    errors = []
+    # Some families need a head's width to be what is left of the model's, others need it to be said.
+    for variant in ({}, {"head_dim": _SMALL["hidden_size"] // _SMALL["num_attention_heads"]}, unnamed):
+        fields = {key: value for key, value in variant.items() if key in said}
+        try:
+            made = type(config)(**(small | fields | changes | _SPECIAL))
+            _run(made)
+        except Exception as error:  # each family checks its sizes in its own way
+            errors.append(" ".join(str(error).split()))
+        else:
+            return made
+    raise InputError(
+        f"the config of '{config.model_type}' cannot be made small by itself ({errors[0]}); "
+        "pass a small config of your own"
+    )
+
+
+def _run(config: Any) -> None:
+    """Run a model with this config, if there is a causal LM of it."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            AutoModelForCausalLM.from_config(config).eval()(torch.arange(3, 9)[None])
+
+
+def _small_option(key: str, value: Any, layers: int) -> Any:
+    """Return what becomes of an option that is no size."""
+    if isinstance(value, list) and len(value) == layers:
+        return _some_of_each(value)
+    if re.search(r"softcap", key) and value is None:
+        return 3.0
+    if isinstance(value, float) and re.search(r"multiplier|scaling|scale$|softcap", key):
+        return value * 1.25
+    return value
 
 
 def _some_of_each(kinds: list[Any]) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from torch import Tensor
 from anee_core.accounting.budget import SLACK
 from anee_core.accounting.costs import CostModel
 from anee_core.checkpoint import CheckpointFormat
-from anee_core.errors import BudgetError, CheckpointError, PolicyError
+from anee_core.errors import BudgetError, CheckpointError
 from anee_core.interfaces.configurable import Trained, TrainedWeights
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
-from anee_core.interfaces.formulas import LinearGate
+from anee_core.interfaces.formulas import TIE, LinearGate
 from anee_core.interfaces.setting import Setting
+from anee_core.ranges import CountOrNone, Factor, Within
 
 _FORMAT = CheckpointFormat(
     name="gate",
@@ -65,9 +66,10 @@ class GateWeights(TrainedWeights):
     """How all this was found."""
 
     def check(self, folder: str | Path) -> None:
-        """Raise `CheckpointError` if spreads are 0, budgets out of order or shares out of range."""
-        ordered = (self.budgets.diff() > 0).all() and (self.spread > 0).all()
-        if not ordered or self.shares.min() < 0 or self.shares.max() > 1:
+        """Raise `CheckpointError` if spreads are 0, budgets too few or out of order, or shares out of range."""
+        budgets, spread, shares = (part.float() for part in (self.budgets, self.spread, self.shares))
+        ordered = len(budgets) > 1 and (budgets.diff() > 0).all() and budgets[0] > 0 and budgets[-1] <= 1 + SLACK
+        if not ordered or spread.min() <= 0 or shares.min() < 0 or shares.max() > 1:
             raise CheckpointError(
                 f"the gate in {folder} has spreads of 0, budgets out of order or shares out of range; fit it again"
             )
@@ -108,21 +110,15 @@ class GateController(Trained[GateWeights], Controller):
     default_budget: ClassVar[float | None] = 0.75
 
     folder: str = ""
-    prior: float = 8.0
-    window: int = 256
-    first: int = 4
-    protect: tuple[int, ...] = (1, 2)
+    prior: Factor = 8.0
+    window: Annotated[int, Within(1, 65_536)] = 256
+    first: Annotated[int, Within(0, 65_536)] = 4
+    protect: tuple[CountOrNone, ...] = (1, 2)
     _weights: GateWeights | None = field(default=None, compare=False, repr=False)
     _shares: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
     _positions: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
+    _ties: tuple[float, ...] = field(default=(), compare=False, repr=False)
     _linear: LinearGate | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.prior <= 0 or self.window < 1 or self.first < 0:
-            raise PolicyError(
-                f"gate: prior is above 0, window at least 1 and first at least 0; "
-                f"got {self.prior:g}, {self.window} and {self.first}"
-            )
 
     def protected(self, num_layers: int) -> frozenset[int]:
         """Return the protected first and last layers."""
@@ -151,7 +147,8 @@ class GateController(Trained[GateWeights], Controller):
         shares = ready.shares_at(self.allowed(torch.tensor(budget), positions, setting.costs))
         shares[: self.first] = -1.0
         linear = LinearGate(ready.weight, ready.bias, ready.mean, ready.spread, self.prior, self.window)
-        return replace(self, _weights=ready, _shares=shares, _positions=positions, _linear=linear)
+        ties = tuple((TIE * ready.spread).tolist())
+        return replace(self, _weights=ready, _shares=shares, _positions=positions, _ties=ties, _linear=linear)
 
     @property
     def settled(self) -> int:
@@ -181,6 +178,10 @@ class GateController(Trained[GateWeights], Controller):
     def compares(self) -> int:
         """With how many earlier tokens a token is compared at most."""
         return self.window
+
+    def tie(self, layer_idx: int) -> float:
+        """Return by how much two scores at a layer may differ and still be equal."""
+        return self._ties[layer_idx]
 
     def shares(self, position_ids: Tensor) -> Tensor:
         """Return the shares [B, T, L] for tokens at positions [B, T]; -1 for the first ones."""

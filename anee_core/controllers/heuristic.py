@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from torch import Tensor
 from anee_core.accounting.budget import SLACK
 from anee_core.accounting.costs import CostModel
 from anee_core.controllers.ranking import rank_layers
-from anee_core.errors import PolicyError
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
 from anee_core.interfaces.setting import Setting
+from anee_core.ranges import CountOrNone, Within
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,15 @@ class HeuristicController(Controller):
     signals: ClassVar[tuple[str, ...]] = ("max_probability", "remaining_budget")
     default_budget: ClassVar[float | None] = 0.75
 
-    spread: float = 0.1
-    exit: float | None = None
-    protect: tuple[int, ...] = (2, 2)
+    spread: Annotated[float, Within(0, 0.5, whole=False)] = 0.1
+    exit: Annotated[float, Within(0, 1, whole=False, without_least=True)] | None = None
+    protect: tuple[CountOrNone, ...] = (2, 2)
     _rank: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
     _order: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
     _costs: CostModel | None = field(default=None, compare=False, repr=False)
     _confidence: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
     _limit: float = field(default=1.0, compare=False, repr=False)
     _ceiling: float = field(default=1.0, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.spread <= 0.5:
-            raise PolicyError(f"heuristic: spread lies in [0, 0.5]; got {self.spread:g}")
-        if self.exit is not None and not 0.0 < self.exit <= 1.0:
-            raise PolicyError(f"heuristic: exit is a probability and lies in (0, 1]; got {self.exit:g}")
 
     @property
     def needs_calibration(self) -> bool:

@@ -13,6 +13,7 @@ from anee_core.errors import PolicyError
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
 from anee_core.interfaces.hashed_random import uniform
 from anee_core.interfaces.setting import Setting
+from anee_core.ranges import CountOrNone, Seed, Share
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,11 @@ class RandomController(Controller):
 
     name: ClassVar[str] = "random"
 
-    p: float | None = None
-    exit: float = 0.0
-    protect: tuple[int, ...] = (2, 2)
-    seed: int = 0
+    p: Share | None = None
+    exit: Share = 0.0
+    protect: tuple[CountOrNone, ...] = (2, 2)
+    seed: Seed = 0
     _costs: CostModel | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for option in ("p", "exit"):
-            value = getattr(self, option)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise PolicyError(f"random: {option} is a probability and lies in [0, 1]; got {value:g}")
 
     def protected(self, num_layers: int) -> frozenset[int]:
         """Return the protected first and last layers."""

@@ -14,6 +14,7 @@ from anee_core.controllers.ranking import rank_layers
 from anee_core.errors import BudgetError, PolicyError
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
 from anee_core.interfaces.setting import Setting
+from anee_core.ranges import CountOrNone
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,13 @@ class StaticController(Controller):
 
     skip: tuple[int, ...] | None = None
     exit: int | None = None
-    protect: tuple[int, ...] | None = None
+    protect: tuple[CountOrNone, ...] | None = None
     _actions: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip is not None and not isinstance(self.skip, (tuple, list)):
+            raise PolicyError(f"static: skip takes a tuple of layers; got {self.skip!r}")
 
     @property
     def needs_calibration(self) -> bool:
@@ -69,10 +75,10 @@ class StaticController(Controller):
         return replace(self, _actions=tuple(int(action) for action in actions))
 
     def _given(self, layers: int) -> set[int]:
-        wrong = [i for i in self.skip or () if not 0 <= i < layers]
+        wrong = [i for i in self.skip or () if i not in range(layers)]
         if wrong:
-            raise PolicyError(f"static: no layer {wrong[0]}; the model has layers 0 to {layers - 1}")
-        if self.exit is not None and not 0 <= self.exit < layers:
+            raise PolicyError(f"static: no layer {wrong[0]} to skip; the model has layers 0 to {layers - 1}")
+        if self.exit is not None and self.exit not in range(layers):
             raise PolicyError(f"static: exit={self.exit}; the model has layers 0 to {layers - 1}")
         return set(self.skip or ()) | set(range(layers if self.exit is None else self.exit, layers))
 

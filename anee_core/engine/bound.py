@@ -6,13 +6,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from anee_core.accounting.budget import Budget
+from anee_core.accounting.budget import Budget, check_budget
 from anee_core.accounting.costs import CostModel
 from anee_core.adapter.layout import Parts
 from anee_core.adapter.model_adapter import ModelAdapter, cost_model
 from anee_core.errors import BudgetError
+from anee_core.interfaces.cache_policy import CachePolicy
+from anee_core.interfaces.controller import Controller
+from anee_core.interfaces.profiler import Profiler
 from anee_core.interfaces.setting import Calibration, Setting
 from anee_core.policy.policy import Policy, budget_of
+from anee_core.ranges import check_flags, check_kind
 from anee_core.steps.layer_step import LayerStep
 from anee_core.steps.reference import ReferenceStep, devices_of
 
@@ -27,6 +31,15 @@ class Terms:
     """Whether no token may exceed the budget; otherwise it holds on average."""
     calibration: Calibration | None = None
     """What the controller needs to know of the model, if anything."""
+
+    def __post_init__(self) -> None:
+        check_flags(hard=self.hard)
+        if self.budget is not None:
+            check_budget(self.budget)
+        if self.calibration is not None:
+            check_kind(
+                "calibration", self.calibration, Calibration, "a Calibration; anee.load also takes options for one"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,9 @@ def bind(
     Raises:
         PolicyError, BudgetError: policy, budget and model do not fit together.
     """
+    check_kind("controller", policy.controller, Controller, "a Controller")
+    check_kind("cache_policy", policy.cache_policy, CachePolicy, "a CachePolicy")
+    check_kind("profiler", policy.profiler, Profiler, "a Profiler")
     costs = replace(costs or cost_model(adapter, parts), shortcut=())
     limit = budget_of(policy, terms.budget)
     if policy.controller.runs_all and limit is not None and limit < 1.0:

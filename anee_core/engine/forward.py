@@ -196,5 +196,6 @@ def _take_shortcut(shortcut: Shortcut, layer_idx: int, hidden_states: Tensor, pl
 def _needs_cache(policy: Policy) -> InputError:
     return InputError(
         f"policy '{policy}' cannot be trained with gradient checkpointing, under which layers have no cache: call "
-        "model.gradient_checkpointing_disable(), or give whole sequences to one that skips layers for all tokens alike"
+        "model.gradient_checkpointing_disable() or model.eval(), or give whole sequences to a policy that skips layers "
+        "for all tokens alike"
     )

@@ -134,7 +134,8 @@ class Plan:
             return context
         score = controller.score(signals, context)
         window, real = controller.compares, self._block.real
-        lower, among = past.scores.compare(past.seen, context.layer_idx, score, real, window)
+        tie = controller.tie(context.layer_idx)
+        lower, among = past.scores.compare(past.seen, context.layer_idx, score, real, window, tie)
         return replace(context, score=score, lower=lower, compared=among)
 
 

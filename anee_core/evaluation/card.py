@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from anee_core.evaluation.text_quality import TextQuality
+from anee_core.files import write_whole
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.policy.hub import is_repository
 
@@ -37,11 +38,11 @@ def save_with_card(
         place: where the card says that the policy is. Default: the folder.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        OutputError: the folder cannot be written.
     """
     folder = Path(folder)
     model.policy.save(folder)
-    (folder / "README.md").write_text(card(model, place or str(folder), measured), encoding="utf-8")
+    write_whole(folder / "README.md", card(model, place or str(folder), measured))
     return folder
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anee_core.accounting.trace import Trace
 from anee_core.errors import InputError, MissingPackageError
+from anee_core.files import writable, write_whole
 from anee_core.policy.profiler import ENTROPY, MAX_PROBABILITY, distribution_signals
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def replay(model: AdaptiveModel, input_ids: Tensor, prompt: int) -> Replay:
         )
     cache, states, logits = model.new_cache(len(input_ids)), [], []
     with model.recording(cache, prompt) as trace:
-        for part in (input_ids[:prompt], *input_ids[prompt:].split(1)):  # type: ignore[no-untyped-call]
+        for part in (input_ids[:prompt], *input_ids[prompt:, None]):
             output = model(part[None], past_key_values=cache, output_hidden_states=True)
             states.append(torch.stack([state[0] for state in output.hidden_states[:-1]]))
             logits.append(output.logits[0])
@@ -120,9 +121,8 @@ def write_report(model: AdaptiveModel, input_ids: Tensor, prompt: int, path: str
         maps=json.dumps(["layers", "change", "kept"]),
         **parts,
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path = writable(Path(path))
+    write_whole(path, page)
     return path
 
 

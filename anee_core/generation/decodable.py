@@ -38,6 +38,10 @@ class Decodable(Protocol):
         """Return an empty cache with room for ``capacity`` tokens."""
         ...
 
+    def check_fits(self, length: int) -> None:
+        """Raise `InputError` if the model has no position for the last token of a row of ``length``."""
+        ...
+
     def recording(self, cache: AdaptiveCache, prompt: int) -> AbstractContextManager[Trace]:
         """Gather all forwards on a cache in one trace; ``prompt`` tokens are read first."""
         ...

@@ -14,6 +14,7 @@ from anee_core.generation.decodable import Decodable
 from anee_core.generation.options import choose_options, decode_rules, settings_beyond
 from anee_core.generation.result import Generation
 from anee_core.generation.rows import Rows
+from anee_core.ranges import check_kind
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,14 @@ def decode(model: Decodable, input_ids: Tensor, attention_mask: Tensor | None = 
             f"a tensor of shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
         )
         raise InputError(f"input_ids is a tensor [batch, tokens]; got {got}")
-    chosen = choose_options(model, options)
+    if attention_mask is not None:
+        check_kind("attention_mask", attention_mask, Tensor, "a tensor [batch, tokens]")
+    chosen = choose_options(model, options, input_ids.shape[1])
     if beyond := settings_beyond(model):
         logger.warning("the generation config's %s is not followed here; generate() does", ", ".join(sorted(beyond)))
     assert chosen.max_new_tokens is not None
-    _check_length(model, input_ids.shape[1], chosen.max_new_tokens)
+    longest = input_ids.shape[1] if attention_mask is None else int((attention_mask != 0).sum(-1).max())
+    model.check_fits(longest + chosen.max_new_tokens - 1)  # the last one is not fed in again
     rules = decode_rules(model, chosen)
     rows = Rows(input_ids.to(model.device), chosen.max_new_tokens, rules.pad)
     cache = model.new_cache(rows.sequences.shape[1])
@@ -77,13 +81,3 @@ def decode(model: Decodable, input_ids: Tensor, attention_mask: Tensor | None = 
         prompt_seconds=prompt_seconds,
         decode_seconds=seconds - prompt_seconds,
     )
-
-
-def _check_length(model: Decodable, prompt: int, new: int | None) -> None:
-    limit = model.adapter.max_positions(model.config)
-    # The last new token is not fed in again.
-    if limit is not None and prompt + (new or 1) - 1 > limit:
-        raise InputError(
-            f"{prompt} tokens of prompt and {new} new ones do not fit the model's context of {limit}; "
-            "shorten the prompt or lower max_new_tokens"
-        )

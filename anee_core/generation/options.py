@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     LogitsProcessorList,
+    MaxTimeCriteria,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -21,37 +23,43 @@ from transformers import (
 from anee_core.errors import InputError
 from anee_core.generation.decodable import Decodable
 from anee_core.generation.rows import Rows
+from anee_core.ranges import COARSEST, MOST, Count, CountOrNone, Within, check_flags, check_kind, check_values
+
+_GREEDY = "a number, at least 1e-20 and at most 1e+20; for greedy decoding use do_sample=False"
+TokenId = Annotated[int, Within(-1, MOST)]
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
     """Options of `decode`; None takes the model's generation config's value, then transformers' default."""
 
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """How many tokens a row may get."""
     do_sample: bool | None = None
     """Whether to draw tokens; otherwise the likeliest one is taken."""
-    temperature: float | None = None
+    temperature: Annotated[float, Within(1e-20, 1e20, whole=False, told=_GREEDY)] | None = None
     """Temperature of the draw, above 0."""
-    top_k: int | None = None
+    top_k: CountOrNone | None = None
     """How many of the likeliest tokens to draw from; 0 for all."""
-    top_p: float | None = None
+    top_p: Annotated[float, Within(0, 1, whole=False, without_least=True)] | None = None
     """Probability that the likeliest tokens to draw from have together, in (0, 1]."""
-    repetition_penalty: float | None = None
+    repetition_penalty: Annotated[float, Within(1e-6, 1e6, whole=False)] | None = None
     """Factor by which tokens that a row holds already become less likely; 1 for none."""
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
     """Ids of the tokens that end a row."""
-    pad_token_id: int | None = None
+    pad_token_id: TokenId | None = None
     """Id that stands behind a row's end."""
     stop_strings: str | list[str] | None = None
     """Texts that end a row."""
+    max_time: Annotated[float, Within(0, COARSEST, whole=False)] | None = None
+    """Seconds after which rows end."""
     streamer: Any = None
     """Object that gets the prompts and then each token, as in transformers."""
     logits_processor: Sequence[Any] | None = None
     """Further processors of the logits, as in transformers."""
     stopping_criteria: Sequence[Any] | None = None
     """Further criteria that end rows, as in transformers."""
-    seed: int | None = None
+    seed: Annotated[int, Within(0, 2**64 - 1)] | None = None
     """Seed of this call's sampling; None to go on with torch's own random state."""
 
 
@@ -72,38 +80,49 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-def choose_options(model: Decodable, options: dict[str, Any]) -> DecodeOptions:
+def choose_options(model: Decodable, options: dict[str, Any], prompt: int) -> DecodeOptions:
     """Return the options, those that were left out as the model's generation config or transformers has them.
 
     Raises:
-        InputError: an option is unknown or out of range.
+        InputError: an option is unknown or out of range, or the prompt's ``prompt`` tokens leave no room.
     """
     unknown = set(options) - set(DecodeOptions.__dataclass_fields__)
     if unknown:
         raise InputError(f"no option '{min(unknown)}'; there are: {', '.join(DecodeOptions.__dataclass_fields__)}")
     values = dict(options)
+    config = model.generation_config
+    longest = config.to_diff_dict().get("max_length")
+    if longest is not None and options.get("max_new_tokens") is None and config.max_new_tokens is None:
+        if longest <= prompt:
+            raise InputError(
+                f"the generation config's max_length is {longest} and the prompt has {prompt} tokens: "
+                "set max_new_tokens"
+            )
+        values["max_new_tokens"] = longest - prompt
     for name in DecodeOptions.__dataclass_fields__:
         if values.get(name) is None:
-            configured = getattr(model.generation_config, name, None)
+            configured = getattr(config, name, None)
             values[name] = configured if configured is not None else _DEFAULTS.get(name)
-    chosen = DecodeOptions(**values)
-    assert chosen.max_new_tokens is not None
-    assert chosen.temperature is not None
-    if not isinstance(chosen.max_new_tokens, int) or chosen.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is a whole number, at least 1; got {chosen.max_new_tokens}")
-    if chosen.do_sample and not chosen.temperature > 0:
-        raise InputError(
-            f"temperature is positive; got {chosen.temperature:g}. For greedy decoding use do_sample=False"
-        )
-    if chosen.top_p is not None and not 0.0 < chosen.top_p <= 1.0:
-        raise InputError(f"top_p lies in (0, 1]; got {chosen.top_p:g}")
-    if chosen.top_k is not None and (not isinstance(chosen.top_k, int) or chosen.top_k < 0):
-        raise InputError(f"top_k is a whole number, 0 for all tokens; got {chosen.top_k}")
-    if chosen.repetition_penalty is not None and not chosen.repetition_penalty > 0:
-        raise InputError(f"repetition_penalty is positive, 1 for none; got {chosen.repetition_penalty:g}")
-    if chosen.seed is not None and not 0 <= chosen.seed < 1 << 64:
-        raise InputError(f"seed lies between 0 and 2**64 - 1; got {chosen.seed}")
-    return chosen
+    check_flags(do_sample=values["do_sample"])
+    _check_kinds(values)
+    # A temperature does not matter without draws, and many a config says 0 then.
+    looked_at = {name: value for name, value in values.items() if name != "temperature" or values["do_sample"]}
+    check_values(DecodeOptions, looked_at, str)
+    return DecodeOptions(**values)
+
+
+def _check_kinds(values: dict[str, Any]) -> None:
+    """Raise `InputError` for an option that is no number and not what its name says."""
+    streamer, stops = values["streamer"], values["stop_strings"]
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise InputError(f"streamer is one of transformers; got {type(streamer).__name__}")
+    texts = stops if isinstance(stops, (list, tuple)) else [stops]
+    if stops is not None and not all(isinstance(text, str) for text in texts):
+        raise InputError(f"stop_strings is a text or a list of texts; got {stops!r}")
+    for name in ("logits_processor", "stopping_criteria"):
+        given = values[name]
+        if given is not None and not (isinstance(given, (list, tuple)) and all(callable(each) for each in given)):
+            raise InputError(f"{name} is a list of transformers' own or of functions; got {given!r}")
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,8 @@ def decode_rules(model: Decodable, chosen: DecodeOptions) -> Rules:
         if model.tokenizer is None:
             raise InputError("stop_strings need a tokenizer: pass one to anee.load")
         criteria.append(StopStringCriteria(model.tokenizer, chosen.stop_strings))
+    if chosen.max_time is not None:
+        criteria.append(MaxTimeCriteria(chosen.max_time))
     ids, device = chosen.eos_token_id, model.device
     ends = [] if ids is None else ids if isinstance(ids, list) else [ids]
     return Rules(
@@ -177,3 +198,13 @@ def decode_rules(model: Decodable, chosen: DecodeOptions) -> Rules:
 def settings_beyond(model: Decodable) -> frozenset[str]:
     """Return what the model's generation config sets and `decode` does not know."""
     return _BEYOND & set(model.generation_config.to_diff_dict())
+
+
+def check_settings(options: dict[str, Any]) -> None:
+    """Raise `InputError` for options of transformers' ``generate`` that it would not refuse in words."""
+    config = options.get("generation_config")
+    if config is not None:
+        check_kind("generation_config", config, GenerationConfig, "a GenerationConfig")
+    for name in ("num_beams", "num_return_sequences"):
+        if options.get(name) is not None:
+            Within(1, MOST).check(name, options[name])

@@ -32,7 +32,7 @@ def read_prompts(model: Decodable, prompts: str | Sequence[Any]) -> Prompts:
     that the model's answer follows.
 
     Raises:
-        InputError: there is no tokenizer or template, or a prompt is empty or longer than the model's context.
+        InputError: there is no tokenizer or template, or a prompt is empty.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -50,12 +50,8 @@ def read_prompts(model: Decodable, prompts: str | Sequence[Any]) -> Prompts:
         tokenizer(text, add_special_tokens=isinstance(one, str))["input_ids"]
         for text, one in zip(texts, given, strict=True)
     ]
-    limit = model.adapter.max_positions(model.config)
-    for row, text in zip(rows, texts, strict=True):
-        if not text or not row:
-            raise InputError("the prompt is empty; give at least one word")
-        if limit is not None and len(row) >= limit:
-            raise InputError(f"the prompt has {len(row)} tokens and the model's context {limit}; shorten the prompt")
+    if not all(texts) or not all(rows):
+        raise InputError("the prompt is empty; give at least one word")
     longest, pad = max(len(row) for row in rows), pad_id(tokenizer)
     input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

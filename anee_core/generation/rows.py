@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_AT_ONCE = 4096
+"""Most new tokens that there is room for from the start."""
+
 
 class Rows:
     """Sequences that grow by a token at a time; a row that has ended may leave the batch.
@@ -17,20 +20,20 @@ class Rows:
 
     def __init__(self, prompts: Tensor, new: int, pad: int) -> None:
         self.batch, self.prompt = prompts.shape
-        self._pad = pad
-        self.sequences = prompts.new_full((self.batch, self.prompt + new), pad)
-        """All rows, [B, T + new]."""
+        self._pad, self._most = pad, self.prompt + new
+        self.sequences = prompts.new_full((self.batch, self.prompt + min(new, _AT_ONCE)), pad)
+        """All rows, [B, S], with room for some more tokens."""
         self.sequences[:, : self.prompt] = prompts
         self.places = torch.arange(self.batch, device=prompts.device)
         """Which rows are in the batch now, [R]."""
         self._running = torch.ones(self.batch, dtype=torch.bool, device=prompts.device)
-        self._ends = torch.full((self.batch,), self.sequences.shape[1])
+        self._ends = torch.full((self.batch,), self._most)
         self._length = self.prompt
 
     @property
     def room(self) -> bool:
         """Whether a further token has a place."""
-        return self._length < self.sequences.shape[1]
+        return self._length < self._most
 
     @property
     def tokens(self) -> Tensor:
@@ -44,10 +47,18 @@ class Rows:
 
     def append(self, token: Tensor) -> Tensor:
         """Give each row in the batch its next token [R], and return what it got: padding if it has ended."""
+        if self._length == self.sequences.shape[1]:
+            self._grow()
         token = torch.where(self._running, token, self._pad)
         self.sequences[self.places, self._length] = token
         self._length += 1
         return token
+
+    @torch.inference_mode(False)  # what it makes is given to the caller
+    def _grow(self) -> None:
+        extra = min(self._length, self._most - self._length)
+        room = self.sequences.new_full((self.batch, extra), self._pad)
+        self.sequences = torch.cat((self.sequences, room), dim=1)
 
     def close(self, over: Tensor) -> bool:
         """End the rows of the batch that are ``over`` [R] with their newest token; return whether any has ended now."""

@@ -15,9 +15,12 @@ from transformers import GenerationConfig, GenerationMixin
 from anee_core.errors import InputError, suggestion
 from anee_core.generation.decodable import Decodable
 from anee_core.generation.decode import decode
-from anee_core.generation.options import DecodeOptions, settings_beyond
+from anee_core.generation.options import DecodeOptions, check_settings, settings_beyond
 from anee_core.generation.prompts import pad_id, read_prompts
 from anee_core.generation.result import Generation
+
+_MORE = ("output_scores", "output_logits", "output_hidden_states", "output_attentions", "return_dict_in_generate")
+"""Options of transformers' ``generate`` that return more than tokens."""
 
 
 @torch.no_grad()
@@ -27,7 +30,7 @@ def generate_text(model: Decodable, prompts: str | Sequence[Any], **options: Any
     Options of `decode` go through the lean loop; any others (``num_beams``, ...) through transformers' ``generate``.
 
     Raises:
-        InputError: there is no tokenizer, or a prompt is empty or longer than the model's context.
+        InputError: there is no tokenizer, a prompt is empty, or an option cannot be followed.
     """
     read = read_prompts(model, prompts)
     texts, input_ids, attention_mask = read.texts, read.input_ids, read.attention_mask
@@ -35,6 +38,8 @@ def generate_text(model: Decodable, prompts: str | Sequence[Any], **options: Any
     known = lean | set(GenerationConfig().to_dict()) | set(inspect.signature(GenerationMixin.generate).parameters)
     if unknown := set(options) - known:
         raise InputError(f"no option '{min(unknown)}'; {suggestion(min(unknown), lean)}, and those of transformers")
+    check_settings(options)
+    _check_returned(model, options)
     beyond = settings_beyond(model)
     if set(options) <= lean and not beyond:
         result = decode(model, input_ids, attention_mask if len(texts) > 1 else None, **options)
@@ -50,6 +55,14 @@ def generate_text(model: Decodable, prompts: str | Sequence[Any], **options: Any
     labels = [model.tokenizer.convert_ids_to_tokens(row.tolist()) for row in result.sequences]
     result.trace.tokens = [[_label(model.tokenizer, token) for token in row] for row in labels]
     return result
+
+
+def _check_returned(model: Decodable, options: dict[str, Any]) -> None:
+    """Raise `InputError` if more is asked for than a `Generation` holds."""
+    configs = (options.get("generation_config"), model.generation_config)
+    for name in _MORE:
+        if options.get(name) or (name not in options and any(getattr(config, name, None) for config in configs)):
+            raise InputError(f"{name} is for token ids: tokenize the text and call generate(input_ids, {name}=True)")
 
 
 def _through_transformers(

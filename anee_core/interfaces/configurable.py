@@ -12,10 +12,14 @@ from typing_extensions import Self
 from anee_core.checkpoint import CheckpointFormat
 from anee_core.errors import PolicyError
 from anee_core.interfaces.setting import Setting
+from anee_core.ranges import check_numbers
 
 
 class Configurable:
-    """A dataclass whose fields are the options that a policy string can set, but for those with an underscore."""
+    """A dataclass whose fields are the options that a policy string can set, but for those with an underscore.
+
+    A number whose type says its range (`anee_core.ranges`) is checked when the part is made.
+    """
 
     name: ClassVar[str]
     """Name that a policy string uses."""
@@ -25,6 +29,9 @@ class Configurable:
     """What the folder named by its option ``folder`` holds, for a part that is trained; None for others. If the option
     is empty, `anee.load` takes the folder that an installed plugin has for the model.
     """
+
+    def __post_init__(self) -> None:
+        check_numbers(self, PolicyError, f"{self.name}: ")
 
     @property
     def holds_weights(self) -> bool:
@@ -69,7 +76,7 @@ class TrainedWeights:
         """Write a JSON header and safetensors into a folder.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            OutputError: the folder cannot be written.
         """
         facts = {name: getattr(self, name) for name in self.format.facts}
         header = {name: dict(fact) if isinstance(fact, Mapping) else fact for name, fact in facts.items()}

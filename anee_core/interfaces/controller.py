@@ -93,6 +93,10 @@ class Controller(Configurable, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} compares tokens, so it has to implement score")
 
+    def tie(self, layer_idx: int) -> float:
+        """Return by how much two scores at a layer may differ and still count as equal: sums depend on their order."""
+        return 0.0
+
     @property
     def linear(self) -> LinearGate | None:
         """The formula that `decide` follows, if it is that of a linear gate, once bound."""

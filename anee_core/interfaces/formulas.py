@@ -9,15 +9,19 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Self
 
+TIE = 1e-4
+"""Share of their spread by which scores may differ that count as equal. In another order of sums they do by 1e-5."""
+
 
 @dataclass(frozen=True)
 class LinearGate:
     """A controller's `decide` as a formula, in fp32.
 
     A token's score at a layer is ``weight`` times its hidden state at unit norm, plus ``bias``. Its rank is the share
-    of the last ``window`` tokens with lower scores, where a normal distribution with ``mean`` and ``spread`` counts for
-    ``prior`` further tokens. It skips the layer if its rank is below the share of tokens that are to skip it; a share
-    below 0 says that it runs the layer and that no token is compared with it.
+    of the last ``window`` tokens with scores that are lower by more than `TIE` times ``spread``, where a normal
+    distribution with ``mean`` and ``spread`` counts for ``prior`` further tokens. It skips the layer if its rank is
+    below the share of tokens that are to skip it; a share below 0 says that it runs the layer and that no token is
+    compared with it.
     """
 
     weight: Tensor

@@ -14,10 +14,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from anee_core.accounting.budget import Budget
 from anee_core.accounting.costs import CostModel
 from anee_core.accounting.trace import Trace
-from anee_core.adapter.cache_names import CACHE, one_cache
+from anee_core.adapter.cache_names import CACHE
 from anee_core.adapter.layout import Parts, found_by
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.cache.adaptive_cache import AdaptiveCache
+from anee_core.cache.arguments import checked_capacity
 from anee_core.engine.block import Block
 from anee_core.engine.bound import Terms
 from anee_core.engine.engine import Engine
@@ -26,12 +27,25 @@ from anee_core.errors import InputError
 from anee_core.generation.decode import decode
 from anee_core.generation.result import Generation
 from anee_core.interfaces.setting import Calibration
-from anee_core.model.checks import Prefill, causal_lm, check_family, check_prefill, check_runnable, check_training
-from anee_core.model.generating import Generating, without_implementation
+from anee_core.model.checks import (
+    Prefill,
+    causal_lm,
+    check_family,
+    check_kept,
+    check_labels,
+    check_prefill,
+    check_runnable,
+    check_tokenizer,
+    check_training,
+)
+from anee_core.model.context import Context
+from anee_core.model.generating import Generating, with_implementation, without_implementation
 from anee_core.model.inputs import Inputs, read_block
 from anee_core.model.packed import Packed
 from anee_core.model.recording import Recording
+from anee_core.model.stand_in import StandIn
 from anee_core.policy.policy import Policy, budget_of
+from anee_core.ranges import check_flags, check_kind
 from anee_core.steps.choice import step_for
 from anee_core.steps.layer_step import LayerStep
 from anee_core.steps.quantised import QUANTISED
@@ -40,11 +54,11 @@ _FOR_LOSS = {"num_items_in_batch", "shift_labels"}
 """Arguments of a forward that are the loss function's."""
 
 
-class AdaptiveModel(nn.Module, Generating):
+class AdaptiveModel(StandIn, Generating):
     """A pretrained causal LM that runs under a policy.
 
-    It is called and generates like the model it holds; attributes it lacks are looked up there. The model's modules
-    are called as they are, never copied or patched.
+    It is called and generates like the model it holds, for which it stands in: it is of that model's class, too. The
+    model's modules are called as they are, never copied or patched.
 
     Args:
         model: a transformers causal LM, plain, quantised, or wrapped by PEFT.
@@ -71,6 +85,8 @@ class AdaptiveModel(nn.Module, Generating):
     ) -> None:
         super().__init__()
         check_prefill(prefill, prefill_chunk)
+        check_tokenizer(tokenizer)
+        check_flags(fast=fast)
         self.prefill_chunk = prefill_chunk
         self.model = model
         self.adapter = adapter
@@ -79,12 +95,14 @@ class AdaptiveModel(nn.Module, Generating):
         inner = causal_lm(model)
         check_family(inner, adapter)
         self.parts: Parts = adapter.parts(inner)
+        self.name_or_path = self.config.name_or_path  # PEFT reads it where others look up attributes
         self.name: str = os.path.basename(self.config.name_or_path) or type(inner).__name__
         """What the model is called for people to read."""
         # Checkpoints may name the kind of cache that suits transformers.
-        self.generation_config = without_implementation(self.parts.model.generation_config)
+        self._generation_config = without_implementation(self.parts.model.generation_config)
         check_runnable(self.parts)
         self._found = found_by(inner, self.parts.layout)
+        self._context = Context(adapter, self.parts)
         self.last_trace: Trace | None = None
         self._recordings: list[Recording] = []
         self.last_ends: list[int] | None = None
@@ -106,6 +124,7 @@ class AdaptiveModel(nn.Module, Generating):
         Raises:
             PolicyError, BudgetError: policy, budget and model do not fit together.
         """
+        check_kind("policy", policy, Policy, "a Policy; names are for anee.load")
         return self.bind(policy, Terms(budget, hard, calibration))
 
     def bind(self, policy: Policy, terms: Terms, costs: CostModel | None = None) -> AdaptiveModel:
@@ -135,6 +154,7 @@ class AdaptiveModel(nn.Module, Generating):
         if len(now) != len(self._found) or not all(map(operator.is_, now, self._found)):
             self._found = now
             self.parts = self.adapter.parts(self.parts.model)
+            self._context = Context(self.adapter, self.parts)
             check_runnable(self.parts)
             self._rebind()
 
@@ -142,6 +162,10 @@ class AdaptiveModel(nn.Module, Generating):
         """Raise `BudgetError` if a budget cannot be met under a policy, whatever calibration finds."""
         protected = policy.controller.protected(self.engine.costs.num_layers)
         Budget(self.engine.costs, protected, budget_of(policy, budget), hard=False)
+
+    def extra_repr(self) -> str:
+        """Return what is printed of this model beside the one that it holds."""
+        return f"under '{self.policy}'"
 
     @property
     def policy(self) -> Policy:
@@ -167,6 +191,16 @@ class AdaptiveModel(nn.Module, Generating):
         return self.parts.config
 
     @property
+    def generation_config(self) -> Any:
+        """How the model generates where nothing else is said. One that is assigned is the held model's, too."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self._generation_config = without_implementation(config)
+        self.parts.model.generation_config = config
+
+    @property
     def device(self) -> torch.device:
         """Device of the model's first weights, where inputs go."""
         return cast(torch.device, self.parts.embedding.weight.device)
@@ -176,19 +210,10 @@ class AdaptiveModel(nn.Module, Generating):
         """Floating-point type of the model."""
         return cast(torch.dtype, self.parts.model.dtype)
 
-    def __getattr__(self, name: str) -> Any:
-        """Look up what this class lacks in the wrapped model."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("model", "parts") or name.startswith("__"):
-                raise
-            return getattr(self.model, name)
-
     def new_cache(self, capacity: int | None = None) -> AdaptiveCache:
         """Return an empty cache with room for ``capacity`` tokens, if all are kept; it grows as it must."""
         self._follow_model()
-        kept = capacity if self.policy.cache_policy.keeps_all else None
+        kept = checked_capacity(capacity) if self.policy.cache_policy.keeps_all else None
         return AdaptiveCache(self.engine.costs.num_layers, kept)
 
     # What runs depends on what the tokens are: compiled or not, it runs as it is.
@@ -237,19 +262,18 @@ class AdaptiveModel(nn.Module, Generating):
         for_loss = {name: kwargs.pop(name) for name in _FOR_LOSS & kwargs.keys()}
         self._check_unknown(kwargs)
         output_hidden_states = self._keeps_states(output_hidden_states)
-        places = logits_to_keep.to(self.device) if isinstance(logits_to_keep, Tensor) else None
-        last = 0 if isinstance(logits_to_keep, Tensor) else logits_to_keep
-        if not isinstance(last, int) or last < 0:
-            raise InputError("logits_to_keep takes a number of last positions, 0 for all, or their indices [N]")
-        given, keep_cache = one_cache(cache, past_key_values), self._keeps_cache(use_cache)
+        own, keep_cache = self._own_cache(cache, past_key_values), self._keeps_cache(use_cache)
+        alone = cache is None and past_key_values is None and attention_mask is None and not keep_cache
         inputs = Inputs(input_ids, attention_mask, position_ids, inputs_embeds)
         # As in transformers: what goes on in a cache is one document.
-        packed = Packed.find(inputs) if given is None and attention_mask is None and not keep_cache else None
-        cache = self._own_cache(given)
-        block = self._read(inputs if packed is None else packed.apart(inputs), cache)
-        recording = self._recording_of(cache)
+        packed = Packed.find(inputs) if alone else None
+        block = self._read(inputs if packed is None else packed.apart(inputs), own)
+        recording = self._recording_of(own)
+        check_kept(logits_to_keep, block.position_ids.shape[1] if packed is None else packed.row.shape[1])
+        places = logits_to_keep.to(self.device) if isinstance(logits_to_keep, Tensor) else None
+        last = 0 if isinstance(logits_to_keep, Tensor) else logits_to_keep
         trace = self.last_trace = Trace() if recording is None else recording.trace
-        found = self._run(block, cache, trace, last if packed is None else 0, output_hidden_states)
+        found = self._run(block, own, trace, last if packed is None else 0, output_hidden_states)
         logits, states = found.logits, found.states
         if packed is not None:
             logits = packed.together(logits)[:, -last:]
@@ -257,14 +281,20 @@ class AdaptiveModel(nn.Module, Generating):
         if places is not None:
             logits = logits[:, places]
         if recording is None:
-            trace.close(cache.nbytes(), cache.kept())
+            trace.close(own.nbytes(), own.kept())
         loss = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=states, **{CACHE: cache if keep_cache else None}
+            loss=loss, logits=logits, hidden_states=states, **{CACHE: own if keep_cache else None}
         )
         return result.to_tuple() if return_dict is False else result
+
+    def check_fits(self, length: int) -> None:
+        """Raise `InputError` if the model has no position for the last token of a row of ``length``."""
+        self._follow_model()
+        self._context.refuse_beyond(length)
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor | None, cache: AdaptiveCache) -> Tensor:
         """Return the logits [B, 1, V] after each row's last real token of [B, T], and nothing else that `forward` does.
@@ -299,15 +329,6 @@ class AdaptiveModel(nn.Module, Generating):
         if unknown:
             raise InputError(f"this model takes no '{unknown[0]}'; see AdaptiveModel.forward for what it takes")
 
-    def _own_cache(self, given: Cache | None) -> AdaptiveCache:
-        """Return the cache that was given, or a new one in place of none."""
-        if given is not None and not isinstance(given, AdaptiveCache):
-            raise InputError(
-                f"a {type(given).__name__} cannot be used, not even an empty one: start from model.new_cache() and "
-                "feed the tokens"
-            )
-        return self.new_cache() if given is None else given
-
     def _read(self, inputs: Inputs, cache: AdaptiveCache) -> Block:
         self._follow_model()
         check_training(self.parts)
@@ -321,7 +342,7 @@ class AdaptiveModel(nn.Module, Generating):
         ends = cache.seen == 0
         if recording is not None and given is not None and given.dim() > 1:
             ends = recording.prompt_ends_among(given.shape[1])
-        return read_block(self.parts, inputs, cache, self.adapter.position_limit(self.parts), ends)
+        return read_block(self.parts, inputs, cache, self._context, ends)
 
     def _run(self, block: Block, cache: AdaptiveCache, trace: Trace, last: int = 1, states: bool = False) -> Result:
         """Run a block; the arguments are those of `Wanted`."""
@@ -334,7 +355,9 @@ class AdaptiveModel(nn.Module, Generating):
         return decode(self, input_ids, attention_mask, **options)
 
     def save_pretrained(self, folder: str, **kwargs: Any) -> None:
-        """Save the wrapped model, as transformers does. A policy is saved by ``model.policy.save(folder)``.
+        """Save the wrapped model with the generation config in force, as transformers does.
+
+        A policy is saved by ``model.policy.save(folder)``.
 
         Raises:
             InputError: its weights were quantised when it was loaded: transformers could not read them.
@@ -344,6 +367,8 @@ class AdaptiveModel(nn.Module, Generating):
                 "the layers were quantised when the model was loaded, and transformers cannot read that: load it "
                 "without weights=..., and save that; quantising takes seconds"
             )
+        # What the checkpoint says of a kind of cache is nothing to ANEE, and stays in it.
+        self.parts.model.generation_config = with_implementation(self.generation_config, self.parts.model)
         cast(Any, self.model).save_pretrained(folder, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:

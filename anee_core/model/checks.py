@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from anee_core.adapter.layout import Parts, attention_backend
 from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.errors import InputError, ModelError
+from anee_core.ranges import MOST, Within, check_kind
 
 Prefill = Literal["auto", "adaptive", "dense"]
 
@@ -22,10 +24,36 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 def check_prefill(prefill: str, chunk: int) -> None:
     """Raise `InputError` unless these say how to read a prompt."""
-    if chunk < 1:
-        raise InputError(f"prefill_chunk is at least 1; got {chunk}")
+    Within(1, MOST).check("prefill_chunk", chunk)
     if prefill not in get_args(Prefill):
         raise InputError(f"prefill is 'auto', 'adaptive' or 'dense'; got '{prefill}'")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `InputError` for what turns no text into tokens and back."""
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise InputError(f"tokenizer is one of transformers, or None; got {type(tokenizer).__name__}")
+
+
+def check_labels(labels: Any, logits: Tensor) -> None:
+    """Raise `InputError` unless labels are ids [B, T] for logits [B, T, V]; values are looked at on the host only."""
+    check_kind("labels", labels, Tensor, "a tensor [batch, tokens]")
+    if labels.shape != logits.shape[:2] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError(
+            f"labels are token ids [{logits.shape[0]}, {logits.shape[1]}]; got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if labels.is_cpu and int(labels.max()) >= logits.shape[2]:
+        raise InputError(f"label {int(labels.max())} is not in the vocabulary of {logits.shape[2]}")
+
+
+def check_kept(places: Any, tokens: int) -> None:
+    """Raise `InputError` unless ``places`` are how many last positions to return logits of, or their indices [N]."""
+    if isinstance(places, Tensor) and not (places.is_floating_point() or places.dtype == torch.bool):
+        if places.dim() != 1 or not places.numel() or -tokens <= int(places.min()) <= int(places.max()) < tokens:
+            return
+        raise InputError(f"logits_to_keep has indices below {tokens}; got {int(places.max())}")
+    if isinstance(places, bool) or not isinstance(places, int) or places < 0:
+        raise InputError("logits_to_keep takes a number of last positions, 0 for all, or their indices [N]")
 
 
 def check_family(model: Any, adapter: ModelAdapter) -> None:

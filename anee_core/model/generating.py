@@ -16,6 +16,7 @@ from anee_core.accounting.trace import Trace
 from anee_core.adapter.cache_names import CACHE, one_cache
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.errors import InputError
+from anee_core.generation.options import check_settings
 from anee_core.generation.text import generate_text
 from anee_core.model.checks import Prefill
 from anee_core.model.recording import Recording
@@ -63,19 +64,41 @@ class Generating(GenerationMixin):  # type: ignore[misc]  # transformers ships w
         if isinstance(inputs, (str, Sequence)):
             return generate_text(self, inputs, **kwargs)
         inputs, kwargs = _token_ids(inputs, kwargs)
-        kwargs = _without_implementation(kwargs)
-        if kwargs.get("use_cache") is False:
+        check_settings(kwargs)
+        kwargs = _kind_of_cache_apart(kwargs)
+        if not self._caches(kwargs):
             return super().generate(inputs, **kwargs)
-        given = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        cache = kwargs[CACHE] = self.new_cache() if given is None else given
-        if not isinstance(cache, AdaptiveCache):
-            raise InputError(f"the cache is one from model.new_cache(); got {type(cache).__name__}")
+        given = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
+        cache = kwargs[CACHE] = self._own_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        if not given and ids is not None and mask is not None and mask.shape != ids.shape:
+            raise InputError(f"attention_mask is {list(ids.shape)} like the token ids; got {list(mask.shape)}")
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
             # What it drafts now may be taken back before the next call; what came before was accepted.
             cache.accept()
             cache.activate_past_recording()
         with self.recording(cache, _prompt_length(inputs, kwargs)):
             return super().generate(inputs, **kwargs)
+
+    def _caches(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a generation is to use a cache: the arguments say so, else the config given, else the model's."""
+        configs = (kwargs.get("generation_config"), self.generation_config)
+        said = [kwargs.get("use_cache"), *(getattr(config, "use_cache", None) for config in configs)]
+        return bool(next((answer for answer in said if answer is not None), True))
+
+    def _own_cache(self, cache: Any, past_key_values: Any) -> AdaptiveCache:
+        """Return the cache that was given under either name, or a new one in place of none.
+
+        Raises:
+            InputError: it is no cache of ANEE's.
+        """
+        given = one_cache(cache, past_key_values)
+        if given is not None and not isinstance(given, AdaptiveCache):
+            raise InputError(
+                f"a {type(given).__name__} cannot be used, not even an empty one: start from model.new_cache() and "
+                "feed the tokens"
+            )
+        return self.new_cache() if given is None else given
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
         """Leave positions to `forward`, which counts real tokens: transformers counts padding on the right as well."""
@@ -157,7 +180,7 @@ def _token_ids(inputs: Any, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict
     return inputs, kwargs
 
 
-def _without_implementation(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _kind_of_cache_apart(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments without the kind of cache, which is ANEE's own.
 
     Raises:
@@ -181,6 +204,16 @@ def without_implementation(config: Any) -> Any:
         return config
     config = copy.copy(config)
     config.cache_implementation = None
+    return config
+
+
+def with_implementation(config: Any, network: Any) -> Any:
+    """Return a generation config that asks for the kind of cache that a transformers model's own asks for."""
+    named = getattr(network.generation_config, "cache_implementation", None)
+    if named is None or getattr(config, "cache_implementation", None) is not None:
+        return config
+    config = copy.copy(config)
+    config.cache_implementation = named
     return config
 
 

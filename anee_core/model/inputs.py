@@ -11,6 +11,7 @@ from anee_core.adapter.layout import Parts
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.engine.block import Block
 from anee_core.errors import InputError
+from anee_core.model.context import Context
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,14 @@ class Inputs:
     inputs_embeds: Tensor | None = None
     """[B, T, D] instead of ``input_ids``."""
 
+    def __post_init__(self) -> None:
+        for name, given in vars(self).items():
+            if given is not None and not isinstance(given, Tensor):
+                raise InputError(f"{name} is a tensor; got {type(given).__name__}")
+
 
 def read_block(
-    parts: Parts, inputs: Inputs, cache: AdaptiveCache, position_limit: int | None, ends_prompt: bool = False
+    parts: Parts, inputs: Inputs, cache: AdaptiveCache, context: Context, ends_prompt: bool = False
 ) -> Block:
     """Return the block of new tokens; ``ends_prompt`` says that the last one of a prompt is among them.
 
@@ -56,26 +62,13 @@ def read_block(
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
             raise InputError(f"position_ids is [{batch}, {tokens}] like the tokens; got {tuple(position_ids.shape)}")
         position_ids = position_ids.to(device).expand(batch, -1)
-    if position_limit is not None and cache.seen + tokens > position_limit:
-        raise InputError(
-            f"{cache.seen + tokens} tokens do not fit the model's context of {position_limit}; shorten the prompt"
-        )
-    if position_limit is not None and position_ids is not None and (cache.seen == 0 or tokens > 1):
-        furthest = int(position_ids.max())
-        if furthest >= position_limit:
-            raise InputError(f"position {furthest} does not exist: the model's context is {position_limit}")
-    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
-        raise InputError(f"input_ids are whole numbers; got {input_ids.dtype}")
-    if inputs_embeds is not None and inputs_embeds.shape[2] != parts.embedding.weight.shape[1]:
-        width = parts.embedding.weight.shape[1]
-        raise InputError(f"inputs_embeds is [batch, tokens, {width}]; got {tuple(inputs_embeds.shape)}")
-    if input_ids is not None and (cache.seen == 0 or tokens > 1):
-        _check_ids(input_ids, parts.embedding.weight.shape[0])
-    embeddings = parts.embedding(input_ids.to(device)) if input_ids is not None else inputs_embeds
-    assert embeddings is not None
+    counted = _count_positions(real, attention_mask, (batch, tokens), cache, device)
+    if position_ids is not None or context.concerns(cache.seen + tokens):
+        _check_positions(counted if position_ids is None else position_ids, real, context)
+    embeddings = _embeddings(parts, inputs, one_more=cache.seen > 0 and tokens == 1)
     return Block(
         embeddings=embeddings,
-        position_ids=_count_positions(real, attention_mask, (batch, tokens), cache, device),
+        position_ids=counted,
         input_ids=None if input_ids is None else input_ids.to(device),
         real=real,
         phase="prefill" if cache.seen == 0 or tokens > 1 else "decode",
@@ -83,14 +76,49 @@ def read_block(
     )
 
 
+def _embeddings(parts: Parts, inputs: Inputs, one_more: bool) -> Tensor:
+    """Return the embeddings [B, T, D] of the tokens; ``one_more`` says that each row goes on by a single one."""
+    table, ids, given = parts.embedding.weight, inputs.input_ids, inputs.inputs_embeds
+    if ids is None:
+        assert given is not None
+        if given.shape[2] != table.shape[1]:
+            raise InputError(f"inputs_embeds is [batch, tokens, {table.shape[1]}]; got {tuple(given.shape)}")
+        if not bool(given.isfinite().all()):
+            raise InputError("inputs_embeds holds numbers that are not finite")
+        return given
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(f"input_ids are whole numbers; got {ids.dtype}")
+    # Looking takes time of every token: the embedding finds it on a CPU, and what is generated elsewhere is right.
+    if not one_more or ids.device != table.device:
+        _check_ids(ids, table.shape[0])
+    try:
+        found: Tensor = parts.embedding(ids.to(table.device))
+    except IndexError:
+        _check_ids(ids, table.shape[0])
+        raise
+    return found
+
+
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
-    """Raise unless all ids are in the vocabulary. Not asked of single tokens: what is generated is in it."""
+    """Raise `InputError` unless all ids are in the vocabulary."""
     low, high = torch.stack(input_ids.aminmax()).tolist()
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
         raise InputError(
             f"token id {wrong} is not in the vocabulary of {vocabulary}: is the tokenizer the model's own?"
         )
+
+
+def _check_positions(position_ids: Tensor, real: Tensor | None, context: Context) -> None:
+    """Raise `InputError` for positions [B, T] of real tokens that do not exist."""
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise InputError(f"position_ids are whole numbers; got {position_ids.dtype}")
+    of_tokens = position_ids if real is None else position_ids[real]
+    if of_tokens.numel():
+        low, high = torch.stack(of_tokens.aminmax()).tolist()
+        if low < 0:
+            raise InputError(f"position_ids are at least 0; got {low}")
+        context.check(high + 1)
 
 
 def _real_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.errors import AneeError, InputError, ModelError, suggestion
 from anee_core.hookspecs import SourceRequest
 from anee_core.plugins import Plugins
+from anee_core.ranges import check_kind
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +24,20 @@ _BIASED = frozenset({"bloom", "mpt"})
 """Families that tell tokens' places by ALiBi alone."""
 
 
-_WHERE = {"revision", "token", "cache_dir", "subfolder", "trust_remote_code", "local_files_only", "force_download"}
+_WHERE = {
+    "gguf_file",
+    "revision",
+    "token",
+    "cache_dir",
+    "subfolder",
+    "trust_remote_code",
+    "local_files_only",
+    "force_download",
+}
 """Options that say where a model is, for its config and tokenizer as well as for its weights."""
+
+_LONGEST = 4096
+"""Characters of a path, as file systems have it."""
 
 
 def open_model(
@@ -41,12 +55,13 @@ def open_model(
         except Exception as error:
             raise ModelError(f"the model source '{name}' failed: {_first_line(error)}") from error
         return network, tokenizer
-    base = _base_of(Path(name))
-    if (
-        base is None
-        and Path(name).exists()
-        and not (Path(name) / options.get("subfolder", "") / "config.json").is_file()
-    ):
+    if len(name) > _LONGEST:
+        raise ModelError(f"a model's name or path has at most {_LONGEST:,} characters; got {len(name):,}")
+    name, options = _with_gguf(name, options)
+    base = _base_of(Path(name)) if os.path.isdir(name) else None
+    folder = os.path.join(name, options.get("subfolder", ""))
+    whole = "gguf_file" in options or os.path.isfile(os.path.join(folder, "config.json"))
+    if base is None and os.path.exists(name) and not whole:
         raise ModelError(f"'{name}' is no model folder: it has no config.json")
     # A folder's own code runs only if that is asked for; unset, transformers would ask whoever is at the keyboard.
     options = {"trust_remote_code": False, **options}
@@ -54,7 +69,7 @@ def open_model(
     try:
         config = AutoConfig.from_pretrained(base or name, **where)
     except Exception as error:  # each way for a config to be wrong raises its own kind
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             raise ModelError(f"the model in '{name}' cannot be read: {' '.join(str(error).split())}") from error
         known = f"model sources: {', '.join(sorted(plugins.model_sources)) or 'none installed'}"
         raise ModelError(
@@ -68,6 +83,11 @@ def open_model(
         )
     except Exception as error:  # safetensors, transformers and the hub each raise their own kinds
         raise ModelError(f"the model '{name}' cannot be loaded: {_first_line(error)}") from error
+    if found["missing_keys"] and base is not None:
+        raise ModelError(
+            f"the adapter in '{name}' lacks the weight '{min(found['missing_keys'])}'; if PEFT saved it around a model "
+            f"that ANEE had loaded, load it so again: PeftModel.from_pretrained(anee.load('{base}'), '{name}')"
+        )
     if found["missing_keys"]:
         # transformers fills them with random numbers.
         raise ModelError(f"the checkpoint of '{name}' lacks the weight '{min(found['missing_keys'])}'; fetch it again")
@@ -86,6 +106,25 @@ def open_model(
         logger.warning("no tokenizer for '%s' (%s): generate from token ids, or pass one", name, _first_line(error))
         tokenizer = None
     return network if device is None else network.to(device), tokenizer
+
+
+def _with_gguf(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return folder and options for a GGUF file, or for a folder whose weights are one; others as they are.
+
+    Raises:
+        ModelError: the folder's weights are several such files.
+    """
+    path = Path(name)
+    # Unlike Path's, these are False for a name that is too long.
+    if path.suffix == ".gguf" and os.path.isfile(name):
+        return str(path.parent), {**options, "gguf_file": path.name}
+    folder = path / options.get("subfolder", "")
+    found = sorted(file.name for file in folder.glob("*.gguf")) if os.path.isdir(folder) else []
+    if not found or "gguf_file" in options or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+        return name, options
+    if len(found) > 1:
+        raise ModelError(f"'{name}' holds {len(found)} GGUF files: name one, as in gguf_file='{found[0]}'")
+    return name, {**options, "gguf_file": found[0]}
 
 
 def _base_of(folder: Path) -> str | None:
@@ -131,6 +170,7 @@ def dtype_of(given: str | torch.dtype | None) -> torch.dtype | None:
     if given == "auto":
         return None
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    check_kind("dtype", given, str, "a torch dtype or its name")
     if given not in known:
         raise InputError(f"unknown dtype '{given}'; {suggestion(given, known)}")
     return known[given]

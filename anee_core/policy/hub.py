@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from anee_core.errors import CheckpointError, InputError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_REVISION = re.compile(r"\w[\w./-]*")
 _FILES = ("*.json", "*.safetensors", "README.md")
 
 
@@ -19,17 +20,27 @@ def is_repository(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is not None
 
 
-def fetch(repository: str) -> Path:
+def is_address(name: str) -> bool:
+    """Return whether a name may be that of a repository, or of a revision of one, ``OWNER/NAME@REVISION``."""
+    repository, at, revision = name.partition("@")
+    return is_repository(repository) and (not at or _REVISION.fullmatch(revision) is not None)
+
+
+def fetch(address: str) -> Path:
     """Return a local folder with the policy of a repository on the hub.
+
+    Args:
+        address: ``OWNER/NAME``, for the newest revision, or ``OWNER/NAME@REVISION``: a commit, tag or branch.
 
     Raises:
         CheckpointError: it cannot be had.
     """
+    repository, _, revision = address.partition("@")
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
-            f"there is no folder '{repository}', and no policy of that name can be had from the hub: {error}"
+            f"there is no folder '{address}', and no policy of that name can be had from the hub: {error}"
         ) from error
 
 

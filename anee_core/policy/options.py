@@ -82,6 +82,8 @@ def _convert(text: str, hint: Any, what: str) -> Any:
     numbers = value if isinstance(value, tuple) else (value,)
     if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
         raise PolicyError(f"{what} takes a finite number; got '{text}'")
+    if any(isinstance(n, int) and abs(n) >= 1 << 63 for n in numbers):
+        raise PolicyError(f"{what} takes whole numbers of 64 bits; got '{text}'")
     return value
 
 

@@ -100,24 +100,26 @@ class Policy:
         """Write the policy as JSON plus safetensors; what was trained for it is copied into folders beside.
 
         Raises:
-            CheckpointError: the folder cannot be written, or the policy has what no file holds: a profiler other than
-                the standard one, or weights in memory.
+            CheckpointError: the policy has what no file holds: a profiler other than the standard one, or weights in
+                memory.
+            OutputError: the folder cannot be written.
         """
         if type(self.profiler) is not SignalProfiler and self.controller.profiler == STANDARD:
             raise CheckpointError(
                 f"a policy with its own profiler ({type(self.profiler).__name__}) cannot be saved: its folder holds "
                 "layer and token policy only"
             )
+        trained = {}
         for part in (self.controller, self.cache_policy, self.shortcut):
             if part is not None and part.holds_weights:
                 raise CheckpointError(
                     f"{part.name} has weights in memory: save those to a folder, and name it in the policy"
                 )
             if part is not None and part.checkpoint is not None:
-                part.checkpoint.copy(part.options()["folder"], Path(folder) / part.name)
+                trained[part.name] = part.checkpoint.copy(part.options()["folder"], Path(folder) / part.name)
         inside = self.enclosed()
         header: dict[str, Any] = {"layers": spell(inside.controller), "tokens": spell(inside.cache_policy)}
-        header.update(budget=self.budget, hard=self.hard)
+        header.update(budget=self.budget, hard=self.hard, trained=trained)
         if inside.shortcut is not None:
             header["shortcut"] = spell(inside.shortcut)
         tensors = {}

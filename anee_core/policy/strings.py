@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anee_core.accounting.budget import check_budget
+from torch import Tensor
+
+from anee_core.accounting.budget import SLACK, check_budget
 from anee_core.controllers.dense import DenseController
 from anee_core.errors import CheckpointError, PolicyError, suggestion
 from anee_core.interfaces.cache_policy import CachePolicy
 from anee_core.interfaces.controller import Controller
 from anee_core.interfaces.setting import Calibration
 from anee_core.plugins import Plugins, Registry
-from anee_core.policy.hub import fetch, is_repository
+from anee_core.policy.hub import fetch, is_address
 from anee_core.policy.options import configure, raw_options
 from anee_core.policy.policy import POLICY_FORMAT, Policy
 from anee_core.policy.profiler import STANDARD, SignalProfiler
 
+logger = logging.getLogger(__name__)
+
+_LONGEST = 10_000
+"""Most characters of a policy string: folders may have long names, and models many layers."""
 _PLURALS = {"controller": "layer policies", "cache_policy": "token policies", "shortcut": "shortcuts"}
 
 
@@ -46,15 +54,33 @@ def make_policy(given: str | Path | Policy | Controller | CachePolicy | None, pl
 def parse_policy(text: str, plugins: Plugins) -> Policy:
     """Read a policy string: ``name[:option=value,...]``, a layer policy, shortcuts and a token policy joined by ``+``.
 
-    A string that names a folder with a saved policy loads it, and so does one that names a repository on the hub.
+    A string that names a folder with a saved policy loads it, and so does one that names a repository on the hub,
+    ``OWNER/NAME`` or ``OWNER/NAME@REVISION``. One that begins with the name of an installed policy is never a folder.
 
     Raises:
         PolicyError: unknown name or option, wrong value, two policies of one kind, or shortcuts with nothing to skip.
         CheckpointError: the folder's policy cannot be read.
     """
     # Unlike Path.is_file, this is False for a name that is too long.
-    if os.path.isfile(os.path.join(text, POLICY_FORMAT.header)):
+    saved = os.path.isfile(os.path.join(text, POLICY_FORMAT.header))
+    begin = re.split(r"[:+]", text)[0].strip()
+    if plugins.policy_part(begin) is not None:
+        if saved:
+            logger.warning("'%s' is the installed policy; the one in the folder of that name is './%s'", text, text)
+        return _joined(text, plugins)
+    if saved:
         return load_policy(text, plugins)
+    if os.path.isdir(text):
+        raise CheckpointError(f"the folder '{text}' holds no saved policy: it has no {POLICY_FORMAT.header}")
+    return load_policy(fetch(text), plugins) if is_address(text) else _joined(text, plugins)
+
+
+def _joined(text: str, plugins: Plugins) -> Policy:
+    """Return the policy whose parts a policy string names."""
+    if len(text) > _LONGEST or not text.isprintable():
+        raise PolicyError(
+            f"a policy string has at most {_LONGEST:,} characters, all printable; got {len(text):,}: {text[:60]!r}..."
+        )
     found: dict[str, Any] = {}
     # A plus that joins stands before a name; that of a number like 1e+3 does not.
     parts = _joined_folders(re.split(r"\+(?!\d)", text))
@@ -64,10 +90,6 @@ def parse_policy(text: str, plugins: Plugins) -> Policy:
         if not name:
             raise PolicyError(f"'{text}' has an empty part; a policy string is like 'heuristic' or 'static:skip=5 14'")
         registry = plugins.policy_part(name)
-        if registry is None and os.path.isdir(text):
-            raise CheckpointError(f"the folder '{text}' holds no saved policy: it has no {POLICY_FORMAT.header}")
-        if registry is None and is_repository(text):
-            return load_policy(fetch(text), plugins)
         if registry is None:
             known = [*plugins.policies, *plugins.controllers, *plugins.cache_policies, *plugins.shortcuts]
             raise PolicyError(f"unknown policy '{name}'; {suggestion(name, known)}")
@@ -150,35 +172,51 @@ def load_policy(folder: str | Path, plugins: Plugins) -> Policy:
     header, tensors = POLICY_FORMAT.read(path)
     wanted = {"importance", "confidence"} if "calibration" in header else set()
     optional = {"calibration", "shortcut"} & set(header)
-    expected = {"layers", "tokens", "budget", "hard"} | optional
+    expected = {"layers", "tokens", "budget", "hard", "trained"} | optional
     if set(tensors) != wanted or set(header) != expected:
         raise CheckpointError(
-            f"the policy in {path} has keys {sorted(header)} and tensors {sorted(tensors)}, "
+            f"the policy in {path} has keys {sorted(header)!s:.300} and tensors {sorted(tensors)!s:.300}, "
             f"expected {sorted(expected)} and {sorted(wanted)}"
         )
+    spelled = [header[key] for key in ("layers", "shortcut", "tokens") if key in header]
+    budget, hard, trained = header["budget"], header["hard"], header["trained"]
+    if not all(isinstance(part, str) for part in spelled) or not isinstance(trained, dict):
+        raise CheckpointError(f"the policy in {path} does not say what it is made of; save it again")
     try:
-        shortcut = f"+{header['shortcut']}" if "shortcut" in header else ""
-        policy = parse_policy(f"{header['layers']}+{header['tokens']}{shortcut}", plugins)
+        policy = _joined("+".join(spelled), plugins)
+        if budget is not None:
+            check_budget(budget)
     except PolicyError as error:
-        raise CheckpointError(f"the policy in {path} cannot be made here: {error}") from error
-    for part in (policy.controller, policy.cache_policy, policy.shortcut):
-        named = "" if part is None or part.checkpoint is None else part.options()["folder"]
-        if named and (Path(named).name != named or named in (".", "..")):
-            raise CheckpointError(f"the policy in {path} reaches outside its folder ('{named}'); do not use it")
-    # It is known by what it does, and not by where it was found.
-    policy = replace(policy.with_folders(lambda name, inside: path / inside), asked="")
-    budget, hard = header["budget"], header["hard"]
-    if budget is not None:
-        check_budget(budget)
+        raise CheckpointError(f"the policy in {path} cannot be made here: {error!s:.500}") from error
     if not isinstance(hard, bool):
         raise CheckpointError(f"'hard' of the policy in {path} is neither true nor false; save it again")
-    if not wanted:
-        return replace(policy, budget=budget, hard=hard)
-    origin = header["calibration"]
-    if not isinstance(origin, dict) or set(origin) != {"fingerprint", "source"}:
+    for part in (policy.controller, policy.cache_policy, policy.shortcut):
+        if part is None or part.checkpoint is None:
+            continue
+        named = part.options()["folder"]
+        if named != part.name:
+            raise CheckpointError(f"the policy in {path} reaches outside its folder ('{named}'); do not use it")
+        if part.checkpoint.checksum_of(path / named) != trained.get(named):
+            raise CheckpointError(f"the {part.checkpoint.what} in {path} is not the one saved there; save it again")
+    # It is known by what it does, and not by where it was found.
+    policy = replace(policy.with_folders(lambda name, inside: path / inside), asked="", budget=budget, hard=hard)
+    return replace(policy, calibration=_calibration(path, header["calibration"], tensors)) if wanted else policy
+
+
+def _calibration(path: Path, origin: Any, tensors: Mapping[str, Tensor]) -> Calibration:
+    """Return the calibration that a saved policy brings.
+
+    Raises:
+        CheckpointError: it makes no sense.
+    """
+    texts = isinstance(origin, dict) and all(isinstance(text, str) for text in origin.values())
+    if not texts or set(origin) != {"fingerprint", "source"}:
         raise CheckpointError(f"the policy in {path} does not say what its calibration is of; save it again")
     for name, tensor in tensors.items():
-        if tensor.dim() != 1 or not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise CheckpointError(f"'{name}' of the policy in {path} is no list of finite numbers; save it again")
-    calibration = Calibration(tensors["importance"], tensors["confidence"], **origin)
-    return replace(policy, calibration=calibration, budget=budget, hard=hard)
+        if tensor.dim() != 1 or not tensor.numel():
+            raise CheckpointError(f"'{name}' of the policy in {path} is no list of numbers; save it again")
+    quantiles = tensors["confidence"].float()
+    # Interpolation may leave two of them out of order by a rounding.
+    if quantiles.min() < 0 or quantiles.max() > 1 + SLACK or (quantiles.diff() < -SLACK).any():
+        raise CheckpointError(f"'confidence' of the policy in {path} are no rising probabilities; save it again")
+    return Calibration(tensors["importance"], tensors["confidence"], **origin)

@@ -107,6 +107,8 @@ def quantise(adapter: ModelAdapter, model: nn.Module, weights: str) -> None:
                     "quantised, wrapped or hooked already; leave it out"
                 )
             made.append((layer, path, _quantised(module, QUANTISED[weights])))
+    if not made:
+        raise ModelError(f"weights='{weights}' takes plain linear maps, and the layers hold none; leave it out")
     # Once all are made, so that an error leaves the model as it was.
     for layer, path, module in made:
         above, _, name = path.rpartition(".")

@@ -16,6 +16,7 @@ from torch import Tensor
 from anee_core.cache_policies.asa import AsaWeights
 from anee_core.calibration.fingerprint import fingerprint
 from anee_core.errors import MissingPackageError
+from anee_core.files import write_folder
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.training.asa import Interactions, SparseAttention
 from anee_core.training.data import Batches, read_text
@@ -71,7 +72,7 @@ def train_asa(
     if accelerator.is_main_process:
         network = model.parts.model
         if adapted is not None:
-            adapted.save_pretrained(run.folder / "adapter")
+            write_folder(run.folder / "adapter", adapted.save_pretrained)
             network = adapted.merge_and_unload()
         backbone = None if options.backbone == "frozen" else _save_model(model, network, run)
         facts = {"gamma": float(objective.gamma), "steps": run.steps, "valid": history[-1] if history else {}}
@@ -124,6 +125,10 @@ def _save_model(model: AdaptiveModel, network: Any, run: RunOptions) -> str:
     """Save the trained model under a name of its own, and return the name."""
     name = hashlib.sha256(f"{fingerprint(model)} {run.seed}".encode()).hexdigest()[:16]
     network.config.anee_backbone = name
-    network.save_pretrained(run.folder / "model")
-    model.tokenizer.save_pretrained(run.folder / "model")
+
+    def save(folder: Path) -> None:
+        network.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+
+    write_folder(run.folder / "model", save)
     return name

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anee_core.errors import CheckpointError
-from anee_core.files import write_whole
+from anee_core.files import write_whole, writing
 from anee_core.training.run_options import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -50,20 +51,28 @@ class Checkpoints:
         self._identity = json.loads(json.dumps({**_identity(options, accelerator), **_lasting(settings)}))
 
     def save(self, step: int, history: list[dict[str, float]]) -> None:
-        """Write a checkpoint; all processes call it."""
+        """Write a checkpoint; all processes call it.
+
+        Raises:
+            OutputError: the folder cannot be written; the checkpoint before it is still there.
+        """
+        with writing(self._folder):
+            self._save(step, history)
+
+    def _save(self, step: int, history: list[dict[str, float]]) -> None:
         draft, place, old = (self._folder / name for name in ("draft", "checkpoint", "old"))
         accelerator = self._accelerator
         if accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        torch.save(_random_state(), draft / f"random-{accelerator.process_index}.pt")
+        _write(_random_state(), draft / f"random-{accelerator.process_index}.pt")
         if accelerator.is_main_process:
             save_file({k: p.detach().cpu().contiguous() for k, p in self.tensors.items()}, draft / _TRAINED)
             for i, optimizer in enumerate(self._optimizers):
-                torch.save(optimizer.state_dict(), draft / f"optimizer-{i}.pt")
+                _write(optimizer.state_dict(), draft / f"optimizer-{i}.pt")
             if accelerator.scaler is not None:
-                torch.save(accelerator.scaler.state_dict(), draft / _SCALER)
+                _write(accelerator.scaler.state_dict(), draft / _SCALER)
             (draft / _STEP).write_text(json.dumps({"step": step, "history": history}))
             write_whole(self._folder / _SETTINGS, json.dumps(self._identity, indent=2) + "\n")
         accelerator.wait_for_everyone()
@@ -85,7 +94,6 @@ class Checkpoints:
         places = (self._folder / "checkpoint", self._folder / "old")
         place = next((place for place in places if place.is_dir()), None)
         if place is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
             return 0, []
         scaler = self._accelerator.scaler
         try:
@@ -124,6 +132,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self._folder} holds another run ({changes}); continue it as it was, or choose another folder"
             )
+
+
+def _write(state: Any, place: Path) -> None:
+    with place.open("wb") as file:  # given a name, torch would not tell of a full disk
+        torch.save(state, file)
 
 
 def _identity(options: RunOptions, accelerator: Accelerator) -> dict[str, Any]:

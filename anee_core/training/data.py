@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anee_core.errors import InputError, MissingPackageError
+from anee_core.files import writing
 from anee_core.model.adaptive_model import AdaptiveModel
 
 
@@ -25,6 +26,7 @@ def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache
     Raises:
         InputError: a file does not exist or is no UTF-8 text, or there is less text than one block.
         MissingPackageError: the package datasets is not installed.
+        OutputError: the result cannot be kept.
     """
     try:
         import datasets
@@ -34,17 +36,18 @@ def token_blocks(files: Sequence[str | Path], tokenizer: Any, length: int, cache
     for path in paths:
         if not Path(path).is_file():
             raise InputError(f"there is no text file '{path}'")
-    try:
-        lines = datasets.load_dataset("text", data_files=paths, split="train", cache_dir=str(cache))
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise InputError(f"cannot read {', '.join(paths)}: {error.__cause__ or error}") from error
 
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         # Special tokens that a tokenizer puts around a text belong to no place inside a book.
         ids = tokenizer("\n".join(batch["text"]) + "\n", add_special_tokens=False, verbose=False)["input_ids"]
         return {"input_ids": [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]}
 
-    blocks = lines.map(cut, batched=True, batch_size=4000, remove_columns="text", desc="tokens")
+    with writing(cache):
+        try:
+            lines = datasets.load_dataset("text", data_files=paths, split="train", cache_dir=str(cache))
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise InputError(f"cannot read {', '.join(paths)}: {error.__cause__ or error}") from error
+        blocks = lines.map(cut, batched=True, batch_size=4000, remove_columns="text", desc="tokens")
     if not len(blocks):
         raise InputError(
             f"{', '.join(paths)}: less text than one block of {length} tokens; give more, or a shorter block"

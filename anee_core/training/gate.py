@@ -16,7 +16,7 @@ from anee_core.cache.token_logs import compared
 from anee_core.controllers.gate import GateController, GateWeights
 from anee_core.engine.whole_sequences import WholeSequences
 from anee_core.evaluation.divergence import divergence, divergences
-from anee_core.interfaces.formulas import ranks
+from anee_core.interfaces.formulas import TIE, ranks
 from anee_core.policy.shortcuts import ShortcutWeights
 from anee_core.training.objective import Objective
 from anee_core.training.options import MOST, GateOptions
@@ -159,7 +159,7 @@ class GatedModel(Objective):
             spread = self.spread[layer_idx]
             kept = deviation.clone()
             kept[:, :first] = torch.nan
-            lower, among = compared(kept, deviation, self._controller.compares)
+            lower, among = compared(kept, deviation, self._controller.compares, TIE)
             rank = ranks(deviation / spread, lower, among, prior)
         counted, window = deviation[:, first:].double(), self._controller.compares
         sums = [nn.functional.pad(_sum_before(part, window), (first, 0)) for part in (counted, counted.square())]

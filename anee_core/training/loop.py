@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 
 from anee_core.display import progress_bar
 from anee_core.errors import TrainingError
+from anee_core.files import writable_folder
 from anee_core.training.checkpoints import Checkpoints
 from anee_core.training.data import Batches
 from anee_core.training.objective import Objective
@@ -24,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def accelerator_of(options: RunOptions) -> Accelerator:
-    """Return the accelerator of a run, on one process or as `accelerate launch` says, and seed everything."""
+    """Return the accelerator of a run, on one process or as `accelerate launch` says, and seed everything.
+
+    Raises:
+        OutputError: the run's folder cannot be written.
+    """
+    writable_folder(options.folder)
     logs = {}
     try:
         import tensorboard  # noqa: F401
@@ -63,6 +69,7 @@ def run_training(
 
     Raises:
         CheckpointError: the folder holds a run with other options, or one that cannot be read.
+        OutputError: the folder cannot be written.
         TrainingError: the loss or a weight is no longer finite.
     """
     run = _Run(objective, optimizers, options, accelerator, settings or {})

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from anee_core.calibration.samples import own_samples
 from anee_core.display import progress_bar
 from anee_core.evaluation.text_quality import dense_logits, text_quality
+from anee_core.files import write_whole
 from anee_core.model.adaptive_model import AdaptiveModel
 from anee_core.training.data import Batches, read_text
 from anee_core.training.gate_run import deployed, gated_model, optimizer_of, train_gate, write
@@ -77,8 +79,8 @@ def train_rl(
             found[name] = divergences(model, folder, shared, held_out, gated.budgets.tolist())
         best = min(found, key=lambda name: sum(found[name].values()))
         for file in _FILES:
-            shutil.copy(run.folder / best / file, run.folder / file)
-        (run.folder / _STAGES).write_text(json.dumps({"kept": best, "divergence": found}, indent=2) + "\n")
+            write_whole(run.folder / file, partial(shutil.copy, run.folder / best / file))
+        write_whole(run.folder / _STAGES, json.dumps({"kept": best, "divergence": found}, indent=2) + "\n")
         logger.info("'%s' is the better stage; wrote %s", best, run.folder)
     return found
 
@@ -104,7 +106,7 @@ def with_samples(
                 engine = probe.set_policy(policy, budget).engine
                 drawn.append(own_samples(probe, engine, count, length, run.seed + i, lambda: bar.advance(task)))
         run.folder.mkdir(parents=True, exist_ok=True)
-        save_file({"tokens": torch.cat(drawn).cpu()}, kept)
+        write_whole(kept, lambda draft: save_file({"tokens": torch.cat(drawn).cpu()}, draft))
     if not options.samples:
         return blocks
     written = Dataset.from_dict({"input_ids": load_file(kept)["tokens"].tolist()}, features=blocks.features)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anee_core.errors import InputError
+from anee_core.ranges import Count, CountOrNone, Seed, Weight, check_numbers
 
 
 @dataclass(frozen=True)
@@ -14,26 +15,25 @@ class RunOptions:
 
     folder: Path
     """Where checkpoints and logs go; a run found there is continued."""
-    steps: int
+    steps: CountOrNone
     """Optimiser steps; with 0 what the run starts from is written as it would be after training."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Batches per step."""
-    clip: float = 1.0
+    clip: Weight = 1.0
     """Largest gradient norm; 0 for no clipping."""
     precision: str = "no"
     """Mixed precision: "no", "bf16" or "fp16"."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
-    validate_every: int = 100
+    validate_every: CountOrNone = 100
     """Steps between validations; 0 for none but the last."""
-    save_every: int = 50
+    save_every: Count = 50
     """Steps between checkpoints."""
     progress: bool = True
     """Whether to show a bar."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.accumulate < 1 or self.save_every < 1:
-            raise InputError("steps are at least 0, accumulate and save_every at least 1")
+        check_numbers(self)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"a run is kept in a folder, and '{self.folder}' is a file; choose another name")
         if self.precision not in ("no", "bf16", "fp16"):

@@ -38,6 +38,18 @@ def test_hard_budget_is_exceeded_by_no_token(family, budget, policy):
         assert shares_of_tokens(model).min() > budget - dearest
 
 
+@pytest.mark.parametrize("family", FEW)
+def test_the_least_budget_may_be_kept_in_single_precision(family):
+    costs = adaptive(shared(family)).engine.costs
+    for protected in ((), (0,), (0, 1), (0, 2, 3)):
+        least = costs.least_share(protected)
+        below = torch.tensor(least).nextafter(torch.tensor(0.0)).item()
+        assert below < least
+        assert Budget(costs, frozenset(protected), below, hard=False).limit == below
+        with pytest.raises(BudgetError, match="cannot be met"):
+            Budget(costs, frozenset(protected), least - 1e-4, hard=False)
+
+
 @pytest.mark.parametrize(
     ("family", "budget", "policy"),
     pairwise(

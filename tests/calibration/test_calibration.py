@@ -9,7 +9,7 @@ from tiny import PLUGINS, adaptive, build, tokens
 
 import anee
 from anee_core.calibration import CalibrationOptions, calibrate
-from anee_core.calibration.fingerprint import fingerprint
+from anee_core.calibration.fingerprint import digest_of, fingerprint
 from anee_core.errors import InputError, PolicyError
 from anee_core.interfaces import Calibration
 
@@ -100,12 +100,36 @@ def test_unreadable_file_is_measured_again_with_a_warning(anee_cache, caplog, co
     assert "calibrating again" in caplog.text
 
 
+@pytest.mark.parametrize("importance", ['"much"', "[" * 100_000, "null"])
+def test_a_spoilt_value_is_measured_again_with_a_warning(anee_cache, caplog, importance):
+    model = adaptive(build("llama"))
+    expected = calibrate(model, QUICK)
+    file = next(anee_cache.glob("*.json"))
+    file.write_text(file.read_text().replace('"importance": [', f'"importance": [{importance}, '))
+    assert torch.equal(calibrate(model, QUICK).importance, expected.importance)
+    assert "calibrating again" in caplog.text
+
+
 def test_fingerprint_tells_models_apart():
     a, b = build("llama"), build("llama")
     assert fingerprint(adaptive(a)) == fingerprint(adaptive(b))
     with torch.no_grad():
         b.model.layers[2].mlp.up_proj.weight.add_(0.1)
     assert fingerprint(adaptive(a)) != fingerprint(adaptive(b))
+
+
+def test_fingerprint_sees_one_number_among_all():
+    a, b = build("llama"), build("llama")
+    with torch.no_grad():
+        b.model.embed_tokens.weight[41, 13] += 1e-6
+    assert fingerprint(adaptive(a)) != fingerprint(adaptive(b))
+
+
+def test_tokens_are_told_apart_by_their_order_and_shape():
+    given = torch.tensor([[1, 2], [3, 4]])
+    others = torch.tensor([[2, 1], [3, 4]]), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 3], [2, 4]])
+    assert len({digest_of(tensor) for tensor in (given, *others)}) == 4
+    assert digest_of(torch.tensor([[1, 3], [2, 4]]).T) == digest_of(given)
 
 
 def test_text_file_is_used_and_told_apart(tmp_path, word_tokenizer):
@@ -128,7 +152,7 @@ def test_missing_or_short_text_is_a_clear_error(tmp_path, word_tokenizer):
     short.write_text("short")
     with pytest.raises(InputError, match="too short"):
         calibrate(model, CalibrationOptions(text=short, progress=False))
-    with pytest.raises(InputError, match="at least 1 sequence"):
+    with pytest.raises(InputError, match=r"fit the model.s context \(128\); got 4 of 1000"):
         calibrate(model, CalibrationOptions(length=1000, progress=False))
 
 

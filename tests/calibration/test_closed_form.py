@@ -106,6 +106,8 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
     assert all(torch.equal(getattr(whole, n), getattr(again, n)) for n in ("weight", "bias", "mean", "spread"))
     with pytest.raises(CheckpointError, match="another model, text or options"):
         fit(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=5), progress=False)
+    with pytest.raises(CheckpointError, match="another model, text or options"):
+        fit(model, tokens(6, 12).flip(1), tmp_path / "parts", FitOptions(rank=4), progress=False)  # of the same sum
     (tmp_path / "parts" / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be continued"):
         fit(model, tokens(6, 12), tmp_path / "parts", FitOptions(rank=4), progress=False)
@@ -114,7 +116,7 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
 def test_wrong_options_are_refused(tmp_path):
     with pytest.raises(InputError, match="at least 1"):
         FitOptions(rank=0)
-    with pytest.raises(InputError, match="skipped lies in"):
+    with pytest.raises(InputError, match="skipped is a number, at least 0 and below 1"):
         FitOptions(skipped=1.0)
     with pytest.raises(InputError, match="more than 4 tokens"):
         fit(anee.load(build("gpt2")), tokens(2, 4), tmp_path, progress=False)

@@ -105,12 +105,12 @@ def test_an_interrupted_calibration_goes_on(calibrated, tmp_path, monkeypatch):
 
 def test_wrong_input_is_refused(calibrated, tmp_path):
     model, _ = calibrated
-    with pytest.raises(InputError, match="at least 1 sequence"):
+    with pytest.raises(InputError, match="sequences is a whole number, at least 1"):
         GateCalibration(sequences=0)
     with pytest.raises(InputError, match="there is no such file"):
         GateCalibration(text=tmp_path / "none.txt")
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "tokens.pt").write_bytes(b"nothing")
+    (tmp_path / "work" / "tokens.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="cannot be read"):
         calibrate_gate(model, tmp_path, SMALL)
 

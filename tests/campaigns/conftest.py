@@ -20,6 +20,7 @@ class Campaign:
     """
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._file = request.path.name
         self._long: bool = request.config.getoption("--long")
         self._name, self._trials, self._faults = "", 0, []
         self._outcomes: dict[str, int] = {}
@@ -53,6 +54,7 @@ class Campaign:
             FIGURES.mkdir(parents=True, exist_ok=True)
             figures = {
                 "what": self._name,
+                "file": self._file,
                 "trials": self._trials,
                 "outcomes": self._outcomes,
                 "faults": self._faults,

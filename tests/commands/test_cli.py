@@ -173,7 +173,7 @@ def test_module_runs_and_help_imports_no_torch():
         (["-p", ""], r"'' has an empty part; .*"),
         (["-p", "static:skp=1"], r"static: unknown option 'skp'; did you mean 'skip'\? known: exit, protect, skip"),
         (["-p", "static:skip=one"], r"static: skip takes whole numbers separated by spaces; got 'one'"),
-        (["-p", "static:skip=9"], r"static: no layer 9; the model has layers 0 to 3"),
+        (["-p", "static:skip=9"], r"static: no layer 9 to skip; the model has layers 0 to 3"),
         (["-p", "static:skip=1+random"], r".* names two layer policies; .*"),
         (["-p", "random"], r"random: say how often to skip .* or give a budget"),
         (["-b", "0"], r"budget is a share .* in \(0, 1\]; got 0\.0"),
@@ -181,13 +181,13 @@ def test_module_runs_and_help_imports_no_torch():
         (["-b", "1.5"], r"budget is a share .* in \(0, 1\]; got 1.5"),
         (["-b", "nan"], r"budget is a share .* in \(0, 1\]; got nan"),
         (["-p", "static:skip=1", "-b", "0.6"], r"static: this set of layers spends 0\.7\d+ .* the budget of 0.6; .*"),
-        (["-n", "0"], r"max_new_tokens is a whole number, at least 1; got 0"),
+        (["-n", "0"], r"--max-new-tokens is a whole number, at least 1 and at most 2,147,483,647; got 0"),
         (["--dtype", "bf16"], r"unknown dtype 'bf16'; did you mean 'bfloat16'\? .*"),
         (["--device", "cuda:99"], r"device 'cuda:99' cannot be used: .+"),
         (["--device", "toaster"], r"device 'toaster' cannot be used: .+"),
         (["--device", "hpu"], r"device 'hpu' cannot be used: .+"),
         (["--prefill", "sparse"], r"prefill is 'auto', 'adaptive' or 'dense'; got 'sparse'"),
-        (["--sample", "--temperature", "0"], r"temperature is positive; got 0.*"),
+        (["--sample", "--temperature", "0"], r"--temperature is a number, at least 1e-20 and at most 1e\+20; got 0\.0"),
         (
             ["-p", "heuristic:protect=1 1", "--calibration-text", "no.txt"],
             r"cannot read the calibration text no.txt: .+",
@@ -224,9 +224,12 @@ def test_empty_prompt_is_one_readable_line(run_anee, llama_folder):
     assert refused(run_anee("generate", llama_folder, "")) == "the prompt is empty; give at least one word"
 
 
-def test_prompt_longer_than_the_context_is_one_readable_line(run_anee, llama_folder):
-    line = refused(run_anee("generate", llama_folder, "x" * 200))
-    assert line == "the prompt has 200 tokens and the model's context 128; shorten the prompt"
+def test_prompt_longer_than_the_context_is_one_readable_line(run_anee, tiny_gpt2, word_tokenizer, tmp_path):
+    for part in (tiny_gpt2, word_tokenizer):
+        part.save_pretrained(tmp_path)
+    line = refused(run_anee("generate", tmp_path, "x" * 200))
+    expected = "position 248 lies beyond the model's context of 64 tokens: shorten the prompt or lower max_new_tokens"
+    assert line == expected
 
 
 def test_weights_that_are_no_numbers_are_one_readable_line(run_anee, spoilt):

@@ -8,7 +8,7 @@ import yaml
 
 import anee
 from anee_core.cache_policies.asa import AsaWeights
-from anee_core.errors import CheckpointError, InputError
+from anee_core.errors import CheckpointError, InputError, PolicyError
 from anee_core.evaluation import text_blocks, text_quality
 from anee_core.policy import hub
 
@@ -59,16 +59,30 @@ def test_a_repository_gets_the_folder_and_gives_it_back(llama_folder, asa, tmp_p
     assert done.code == 0, done.err
     assert "https://hub/somebody/my-policy" in done.err
     assert 'policy="somebody/my-policy"' in (kept / "README.md").read_text()
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(kept))
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return str(kept)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
     model = anee.load(llama_folder, policy="somebody/my-policy")
     ids = torch.randint(3, 97, (1, 20))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, anee.load(llama_folder, policy=f"asa:{asa}")(ids).logits)
+    # A commit, a tag or a branch, wherever policy strings go.
+    assert anee.load(llama_folder, policy="somebody/my-policy@v1.0").policy == model.policy
+    generated = run_anee("generate", llama_folder, "a", "--policy", "somebody/my-policy@refs/pr/1", "-n", "1")
+    assert generated.code == 0, generated.err
+    assert asked == [("somebody/my-policy", revision) for revision in (None, "v1.0", "refs/pr/1")]
 
 
 def test_what_cannot_be_done_says_so(llama_folder, run_anee, tmp_path):
     with pytest.raises(CheckpointError, match="no policy of that name can be had from the hub"):
         anee.load(llama_folder, policy="somebody/nothing-here")
+    for name in ("somebody/name@", "somebody/name@a b", "@v1", "somebody@v1"):
+        with pytest.raises(PolicyError, match="unknown policy"):
+            anee.load(llama_folder, policy=name)
     with pytest.raises(InputError, match="OWNER/NAME"):
         hub.push(tmp_path, "no repository")
     with pytest.raises(CheckpointError, match="did not take the policy"):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tiny import adaptive, build, tokens
+from tiny import FIVE, SEVEN, adaptive, build, shared, tokens
+from transformers import GenerationConfig
 
 from anee_core.errors import InputError
 
@@ -71,3 +72,54 @@ def test_switches_of_the_config_count():
     model.config.output_attentions = False
     with pytest.raises(InputError, match="output_hidden_states is True, for those of all layers, or False"):
         model(ids, output_hidden_states=[0, 2])
+
+
+@pytest.mark.parametrize("policy", FIVE)
+@pytest.mark.parametrize("family", SEVEN)
+@torch.no_grad()
+def test_fewer_logits_are_the_same_ones(family, policy):
+    model, ids = adaptive(shared(family), policy), tokens(2, 9)
+    whole = model(ids).logits
+    for asked, columns in ((0, slice(None)), (1, slice(-1, None)), (3, slice(-3, None))):
+        torch.testing.assert_close(model(ids, logits_to_keep=asked).logits, whole[:, columns])
+    places = torch.tensor([0, 4, 8])
+    torch.testing.assert_close(model(ids, logits_to_keep=places).logits, whole[:, places])
+
+
+@pytest.mark.parametrize("policy", FIVE)
+@pytest.mark.parametrize("family", SEVEN)
+def test_generating_without_a_cache_is_the_same_however_that_is_said(family, policy):
+    model, ids = adaptive(build(family), policy), tokens(2, 6)
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), expected)
+    without = GenerationConfig(use_cache=False, **GREEDY)
+    assert torch.equal(model.generate(ids, generation_config=without), expected)
+    model.generation_config = GenerationConfig(use_cache=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert torch.equal(model.generate(ids, generation_config=GenerationConfig(**GREEDY)), expected)
+    assert torch.equal(model.generate(ids, use_cache=True, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("policy", FIVE)
+@pytest.mark.parametrize("family", SEVEN)
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_layers(family, policy):
+    network, ids = shared(family), tokens(2, 6)
+    model = adaptive(network, policy, fast=False)
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert len(states) == network.config.num_hidden_layers + 1
+    assert all(each.shape == states[0].shape for each in states)
+    if policy == "dense":
+        for mine, other in zip(states, network(ids, output_hidden_states=True).hidden_states, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("cache_implementation", [None, "hybrid"])
+def test_an_assigned_generation_config_is_used_and_saved(cache_implementation, tmp_path):
+    model = adaptive(build("llama"))
+    model.generation_config = GenerationConfig(
+        max_new_tokens=3, pad_token_id=0, cache_implementation=cache_implementation
+    )
+    assert model.generate(tokens(1, 4)).shape == (1, 7)
+    model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).max_new_tokens == 3

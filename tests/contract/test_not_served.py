@@ -16,6 +16,7 @@ REFUSED = {
         r"attention_mask is \[batch, tokens\]",
     ),
     "types of tokens": (lambda model: model(IDS, token_type_ids=IDS), "takes no 'token_type_ids'"),
+    "places in a cache": (lambda model: model(IDS, cache_position=torch.arange(6)), "takes no 'cache_position'"),
     "static caches": (
         lambda model: model.generate(IDS, cache_implementation="static", max_new_tokens=2),
         "cache_implementation 'static' cannot be chosen: ANEE brings its own cache",
@@ -60,3 +61,10 @@ def test_a_compiled_model_runs_as_it_is():
     compiled = torch.compile(model)
     for length in (6, 3, 1):
         torch.testing.assert_close(compiled(IDS[:, :length]).logits, model(IDS[:, :length]).logits)
+
+
+@pytest.mark.parametrize("family", SEVEN)
+@torch.no_grad()
+def test_a_compiled_model_is_what_the_model_is(family):
+    compiled = torch.compile(adaptive(shared(family), "static:skip=1 3"))
+    torch.testing.assert_close(compiled(IDS).logits, adaptive(shared(family), "static:skip=1 3")(IDS).logits)

@@ -10,8 +10,9 @@ REPEATED = tokens(1, 6).repeat(1, 3)
 
 @pytest.mark.parametrize("policy", ["static:skip=1 3", "random:p=0.5,protect=0 0", "static:skip=1 3+knorm:keep=0.5"])
 @pytest.mark.parametrize("prefill", ["dense", "adaptive"])
-def test_the_prompt_is_read_alike_in_pieces_and_beside_drafts(policy, prefill):
-    network = build("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon-multi-query", "gemma2"])
+def test_the_prompt_is_read_alike_in_pieces_and_beside_drafts(family, policy, prefill):
+    network = build(family)
     model = adaptive(network, policy, prefill=prefill)
     plain, ran = model.generate(REPEATED, **GREEDY), []
     skipping = "dense" not in prefill

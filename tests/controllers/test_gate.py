@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from signed import sign
 from tiny import FEW, adaptive, build, gate_weights, ragged, stepwise, tokens
 
 from anee_core.calibration.shares import from_one_score
@@ -123,9 +124,9 @@ def test_a_hard_budget_holds_for_every_token(gate):
     ("policy", "budget", "message"),
     [
         ("gate:no/such/folder", None, "is missing"),
-        ("gate:{folder},prior=0", None, "prior is above 0"),
-        ("gate:{folder},first=-1", None, "first at least 0"),
-        ("gate:{folder},window=0", None, "window at least 1"),
+        ("gate:{folder},prior=0", None, "prior is a number, at least 1e-30"),
+        ("gate:{folder},first=-1", None, "first is a whole number, at least 0"),
+        ("gate:{folder},window=0", None, "window is a whole number, at least 1"),
         ("gate:{folder},protect=0 0", 0.39, "below the least that it was fitted for, 0.400"),
         ("gate:{folder}", 0.05, "the least possible is"),
     ],
@@ -158,6 +159,7 @@ def test_damaged_weights_are_refused(damage, gate):
         changed["shares"] = ("shares", known["shares"] + 0.2)
         name, tensor = changed.get(damage, ("budgets", known["budgets"].flip(0)))
         save_file({**known, name: tensor.contiguous()}, file)
+    sign(gate, "gate")
     with pytest.raises(CheckpointError, match="gate in"):
         adaptive(build("llama"), f"gate:{gate}")
 

@@ -94,9 +94,10 @@ def test_host_reads_of_a_gated_token_do_not_grow_with_depth(monkeypatch):
 
 
 def _block(model, cache):
+    from anee_core.model.context import Context
     from anee_core.model.inputs import Inputs, read_block
 
-    return read_block(model.parts, Inputs(tokens(1, 1)), cache, None)
+    return read_block(model.parts, Inputs(tokens(1, 1)), cache, Context(model.adapter, model.parts))
 
 
 def _trace():
@@ -188,14 +189,6 @@ def test_failed_generation_leaves_model_and_cache_usable():
 def test_wrong_input_is_refused_in_words(arguments, message):
     with pytest.raises(InputError, match=message):
         adaptive(build("llama"))(**arguments)
-
-
-def test_sequence_beyond_learned_positions_is_refused():
-    model = adaptive(build("gpt2"))
-    with pytest.raises(InputError, match="context of 128"):
-        model(tokens(1, 129))
-    with pytest.raises(InputError, match="context of 128"):
-        model.decode(tokens(1, 120), max_new_tokens=20)
 
 
 def test_filled_foreign_cache_is_refused():

@@ -72,6 +72,9 @@ def test_command_line(llama_folder, tmp_path, run_anee):
     done = run_anee("report", llama_folder, "the cat", "--policy", POLICY, "-n", "4", "--out", out)
     assert done.code == 0, done.err
     assert out.read_text().count("data-token=") == 7 + 3
+    done = run_anee("report", llama_folder, "the cat", "--policy", POLICY, "-n", "1", "--out", out)
+    assert done.code == 0, done.err
+    assert out.read_text().count("data-token=") == 7
 
 
 @pytest.mark.real

@@ -24,6 +24,17 @@ CHOICE = [
 ]
 CONTEXT = [{"context_options": ["so the cat", "so a dog"], "continuation": "ran to the house.", "gold": 1}]
 
+YAML = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: '{{{{context}}}}'
+doc_to_target: ' {{{{continuation}}}}'
+metric_list: [{{metric: acc}}, {{metric: perplexity}}]
+"""
+
 
 pytestmark = pytest.mark.usefixtures("no_environment_report")
 
@@ -133,23 +144,45 @@ def test_command_line(llama_folder, folder, run_anee, tmp_path):
 
 @pytest.mark.real
 def test_lm_evals_own_command_line(llama_folder, folder, tmp_path):
-    (folder / "last.yaml").write_text(
-        f"task: last_word\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'last.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: ' {{continuation}}'\n"
-        "metric_list: [{metric: acc}]\n"
-    )
-    arguments = [
-        "--model",
-        "anee",
-        "--model_args",
-        f"pretrained={llama_folder},policy=static:skip=1",
-        "--device",
-        "cpu",
-    ]
+    (folder / "last.yaml").write_text(YAML.format(name="last_word", file=folder / "last.jsonl"))
+    model = json.dumps({"pretrained": str(llama_folder), "policy": "window:sinks=2,recent=8"})
+    arguments = ["--model", "anee", "--model_args", model, "--device", "cpu"]
     tasks = ["--tasks", "last_word", "--include_path", str(folder), "--output_path", str(tmp_path / "out")]
     subprocess.run([sys.executable, "-m", "anee.lm_eval", *arguments, *tasks], check=True, cwd=tmp_path)
     (found,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(found.read_text())["n-samples"]["last_word"]["effective"] == 3
+
+
+def test_tasks_in_yaml_are_found_by_their_names(llama_folder, folder, run_anee, tmp_path):
+    (folder / "some file.yaml").write_text(YAML.format(name="last_word", file=folder / "last.jsonl"))
+    out = tmp_path / "found.json"
+    done = run_anee("eval", llama_folder, "-t", "last_word,last", "--tasks-dir", folder, "-p", POLICY, "--json", out)
+    assert done.code == 0, done.err
+    found = json.loads(out.read_text())["tasks"]
+    assert found["last_word"]["scores"] == found["last"]["scores"]
+    done = run_anee("eval", llama_folder, "--tasks", folder / "some file.yaml")
+    assert done.code == 2
+    assert done.errors == [
+        f"error: a task goes by its name; for the file '{folder / 'some file.yaml'}', "
+        "name its folder: --tasks-dir FOLDER"
+    ]
+
+
+def test_a_policy_with_commas_is_given_as_json(llama_folder, monkeypatch, capsys):
+    from anee.lm_eval.__main__ import main
+
+    def split():
+        AneeLM.create_from_arg_string(f"pretrained={llama_folder},policy=window:sinks=2,recent=8")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", split)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: no option 'recent'; if it is the policy's, give the model_args as JSON: '{")
+    given = json.loads(error[error.index("'{") + 1 : -1])
+    assert given == {"pretrained": str(llama_folder), "policy": "window:sinks=2,recent=8"}
+    assert str(AneeLM.create_from_arg_obj(given).model.policy) == "window:sinks=2,recent=8"
 
 
 def test_a_gpu_that_nobody_has_is_no_reason_to_fail(llama_folder, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from signed import sign
 from tiny import FEW, adaptive, build, ragged, stepwise, tokens
 from torch import nn
 
@@ -152,6 +153,7 @@ def test_damaged_weights_are_refused(damage, shortcuts):
         save_file({**known, "bias": known["bias"][:3].contiguous()}, file)
     else:
         save_file({**known, "bias": known["bias"] * float("nan")}, file)
+    sign(shortcuts, "shortcuts")
     with pytest.raises(CheckpointError, match="shortcuts in"):
         adaptive(build("llama"), f"static:skip=1+shortcuts:{shortcuts}")
 

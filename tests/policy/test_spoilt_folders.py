@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from signed import sign
 from tiny import PLUGINS, QUICK
 
 import anee
-from anee_core.errors import CheckpointError, PolicyError
+from anee_core.errors import CheckpointError, OutputError
 from anee_core.policy import Policy, SignalProfiler, load_policy, parse_policy
 
 
@@ -22,16 +23,18 @@ def write(path, **changes):
     """Save a calibrated policy, with changes to its header."""
     tensors = {"importance": torch.rand(4), "confidence": torch.linspace(0, 1, 101)}
     header = {
-        "schema": 1,
+        "schema": 2,
         "layers": "heuristic",
         "tokens": "full",
         "budget": 0.7,
         "hard": False,
+        "trained": {},
         "calibration": {"fingerprint": "0123", "source": "own samples"},
     }
     header = {k: v for k, v in {**header, **changes}.items() if v is not ...}
     (path / "policy.json").write_text(json.dumps(header))
     save_file(tensors, path / "policy.safetensors")
+    sign(path)
 
 
 def refusal(path):
@@ -67,7 +70,7 @@ def test_missing_folder_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b'{"schema": 1,\n "layers": "stat', b"\xff\xfe\x00", b"not json"],
+    [b"", b"{", b'{"schema": 2,\n "layers": "stat', b"\xff\xfe\x00", b"not json"],
     ids=["empty", "brace", "half", "bytes", "words"],
 )
 def test_garbage_header_is_corrupt(tmp_path, content):
@@ -84,11 +87,11 @@ def test_truncated_tensors_are_corrupt(tmp_path, size):
     assert "is corrupt" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[], "text", None, {}, {"schema": 2}, {"schema": "1"}])
+@pytest.mark.parametrize("content", [[], "text", None, {}, {"schema": 1}, {"schema": 3}, {"schema": "2"}])
 def test_other_schema_is_refused(tmp_path, content):
     write(tmp_path)
     (tmp_path / "policy.json").write_text(json.dumps(content))
-    assert "is not of schema 1; save the policy with this version" in refusal(tmp_path)
+    assert "is not of schema 2; save the policy with this version" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["layers", "tokens", "calibration"])
@@ -110,12 +113,14 @@ def test_missing_tensor_is_refused(tmp_path, name):
     tensors = load_file(tmp_path / "policy.safetensors")
     del tensors[name]
     save_file(tensors, tmp_path / "policy.safetensors")
+    sign(tmp_path)
     assert "expected" in refusal(tmp_path)
 
 
 def test_extra_tensor_is_refused(tmp_path):
     write(tmp_path)
     save_file({**load_file(tmp_path / "policy.safetensors"), "surplus": torch.ones(2)}, tmp_path / "policy.safetensors")
+    sign(tmp_path)
     assert "'surplus'" in refusal(tmp_path)
 
 
@@ -128,6 +133,7 @@ def test_extra_tensor_is_refused(tmp_path):
 def test_tensor_of_the_wrong_kind_is_refused(tmp_path, name, tensor):
     write(tmp_path)
     save_file({**load_file(tmp_path / "policy.safetensors"), name: tensor}, tmp_path / "policy.safetensors")
+    sign(tmp_path)
     assert f"'{name}'" in refusal(tmp_path)
 
 
@@ -135,8 +141,8 @@ def test_tensor_of_the_wrong_kind_is_refused(tmp_path, name, tensor):
     ("changes", "message"),
     [
         ({"layers": "gone:depth=3"}, "unknown policy 'gone'"),
-        ({"layers": "random:p=7"}, "lies in [0, 1]"),
-        ({"layers": 5}, "unknown policy '5'"),
+        ({"layers": "random:p=7"}, "p is a number, at least 0 and at most 1"),
+        ({"layers": 5}, "does not say what it is made of"),
         ({"tokens": "static"}, "two layer policies"),
         ({"calibration": 3}, "does not say what its calibration is of"),
         ({"calibration": {"fingerprint": "0123"}}, "does not say what its calibration is of"),
@@ -151,7 +157,7 @@ def test_policy_that_cannot_be_written_is_a_readable_error(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken" / "policy.safetensors").mkdir(parents=True)
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "taken"):
-        with pytest.raises(CheckpointError, match=r"^cannot write the policy to [^\n]+$"):
+        with pytest.raises(OutputError, match=r"^cannot write [^\n]+; choose another place$"):
             parse("static:skip=1").save(folder)
 
 
@@ -166,7 +172,7 @@ def test_policy_with_a_profiler_of_its_own_is_not_saved_without_it(tmp_path):
 
 def test_wrong_budget_is_refused(tiny_llama, tmp_path):
     write(tmp_path, budget=7)
-    with pytest.raises(PolicyError, match=r"lies in \(0, 1\]"):
+    with pytest.raises(CheckpointError, match=r"lies in \(0, 1\]"):
         anee.load(tiny_llama, str(tmp_path))
     write(tmp_path, hard="maybe")
     assert "neither true nor false" in refusal(tmp_path)

@@ -141,10 +141,10 @@ def test_string_as_long_as_a_deep_model_needs_is_read():
         ("random:p=nan", r"random: p takes a finite number; got 'nan'"),
         ("random:p=inf", r"random: p takes a finite number; got 'inf'"),
         ("random:exit=none", r"random: exit takes a number; got 'none'"),
-        ("random:p=1.5", r"random: p is a probability and lies in \[0, 1\]; got 1.5"),
-        ("heuristic:spread=0.7", r"heuristic: spread lies in \[0, 0.5\]; got 0.7"),
-        ("heuristic:exit=0", r"heuristic: exit is a probability and lies in \(0, 1\]; got 0"),
-        ("window:recent=0", r"window: sinks >= 0 and recent >= 1 are needed; got 4 and 0"),
+        ("random:p=1.5", "random: p is a number, at least 0 and at most 1; got 1.5"),
+        ("heuristic:spread=0.7", "heuristic: spread is a number, at least 0 and at most 0.5; got 0.7"),
+        ("heuristic:exit=0", "heuristic: exit is a number, above 0 and at most 1; got 0.0"),
+        ("window:recent=0", "window: recent is a whole number, at least 1 and at most 2,147,483,647; got 0"),
         ("static:skip=5,14", r"static: '14' is no option"),
         ("static:skip", r"static: 'skip' is no option; write option=value"),
         ("static:skip=1,exit=3,skip=2", r"static: option 'skip' is given twice"),
@@ -190,7 +190,7 @@ def test_whole_policies_of_plugins_take_options_and_join_with_the_other_kind(dem
 
 def test_wrong_layers_show_when_the_policy_meets_the_model(tiny_llama):
     for text, message in {
-        "static:skip=4": "static: no layer 4; the model has layers 0 to 3",
+        "static:skip=4": "static: no layer 4 to skip; the model has layers 0 to 3",
         "static:skip=-1": "static: no layer -1",
         "static:exit=4": "static: exit=4; the model has layers 0 to 3",
         "static:skip=1,protect=1": r"protect takes two counts, first and last layers, like 'protect=2 2'; got \(1,\)",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from signed import sign
 from tiny import FAMILIES, FEW, adaptive, build, ragged, shared, stepwise, tokens
 from transformers import LlamaForCausalLM
 
@@ -139,6 +140,7 @@ class TestWeights:
             known = load_file(tensors)
             known["beta"] = known["beta"][:3] if damage == "shape" else known["beta"] * float("nan")
             save_file(known, tensors)
+            sign(weights, "asa")
         with pytest.raises(CheckpointError):
             adaptive(build("llama"), f"asa:{weights}")
 
@@ -279,12 +281,12 @@ def test_a_run_may_start_from_weights(llama_folder, text, tmp_path):
     ("wrong", "message"),
     [
         ({"backbone": "some"}, "frozen, lora, full"),
-        ({"gamma": -1.0}, "gamma is at least 0"),
-        ({"target": 1.5}, "target lies in"),
+        ({"gamma": -1.0}, "gamma is a number, at least 0"),
+        ({"target": 1.5}, "target is a number, above 0 and below 1"),
         ({"rank": 0}, "at least 1"),
         ({"alpha": "cosine_1"}, "is no schedule"),
-        ({"rate": -1.0}, "rate and backbone_rate are above 0"),
-        ({"warmup": -1}, "warmup at least 0"),
+        ({"rate": -1.0}, "rate is a number, above 0"),
+        ({"warmup": -1}, "warmup is a whole number, at least 0"),
     ],
 )
 def test_wrong_options_are_refused(wrong, message):

@@ -152,7 +152,11 @@ def test_the_price_rises_while_a_budget_is_exceeded(tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"least": 0.0}, "least lies in"), ({"knots": 1}, "knots are at least 2"), ({"temperature": 0.0}, "above 0")],
+    [
+        ({"least": 0.0}, "least is a number, above 0 and below 0.95"),
+        ({"knots": 1}, "knots is a whole number, at least 2"),
+        ({"temperature": 0.0}, "above 0"),
+    ],
 )
 def test_wrong_options_are_refused(wrong, message):
     with pytest.raises(InputError, match=message):
@@ -272,7 +276,7 @@ def test_the_second_stage_reads_what_the_model_writes_too(llama_folder, text, tm
         assert torch.equal(more[len(blocks) :]["input_ids"], written)
     assert len({tuple(row) for row in written.tolist()}) == 6
     assert str(model.policy) == "dense"
-    with pytest.raises(InputError, match="samples at least 0"):
+    with pytest.raises(InputError, match="samples is a whole number, at least 0"):
         RlTraining(samples=-1)
 
 

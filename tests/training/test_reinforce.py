@@ -131,9 +131,9 @@ def test_it_learns_which_layer_not_to_skip(tmp_path):
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(InputError, match="rollouts are at least 2"):
+    with pytest.raises(InputError, match="rollouts is a whole number, at least 2"):
         ReinforceOptions(rollouts=1)
-    with pytest.raises(InputError, match="temperature is above 0"):
+    with pytest.raises(InputError, match="temperature is a number, above 0"):
         ReinforceOptions(temperature=0.0)
-    with pytest.raises(InputError, match="hard is a share"):
+    with pytest.raises(InputError, match="hard is a number, at least 0 and at most 1"):
         ReinforceOptions(hard=1.5)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anee_core.accounting.budget import SLACK
-from anee_core.interfaces.formulas import unit_norm
+from anee_core.interfaces.formulas import TIE, unit_norm
 from anee_core.steps.calls import GateCall
 
 
@@ -60,7 +60,8 @@ class GateBuffers:
         if self.always[layer_idx]:
             self.runs[layer_idx] = True
             return self.runs[layer_idx], wanted
-        lower = (self._recent[..., layer_idx] < score[:, None]).sum(1)
+        least = score - TIE * gate.spread[layer_idx]
+        lower = (self._recent[..., layer_idx] < least[:, None]).sum(1)
         rank = gate.rank(score, lower, self._compared[:, layer_idx], layer_idx)
         runs = rank >= self._shares[:, layer_idx]
         if self._most is not None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from anee_core.errors import MissingPackageError, ModelError
-from anee_core.files import cache_folder
+from anee_core.files import cache_folder, writing
 from anee_core.hookspecs import SourceRequest
 
 logger = logging.getLogger(__name__)
@@ -89,11 +89,17 @@ def unpacked(gguf: Path, folder: Path) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
+    with writing(folder):
+        _save(model.to(torch.bfloat16), tokenizer, folder)
+    return folder
+
+
+def _save(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made beside and renamed, so that an interruption leaves no half model behind.
     draft = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        model.to(torch.bfloat16).save_pretrained(draft)
+        model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         draft.replace(folder)
     except OSError:
@@ -102,4 +108,3 @@ def unpacked(gguf: Path, folder: Path) -> Path:
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder

@@ -12,6 +12,7 @@ from torch import Tensor
 from anee_core.errors import PolicyError
 from anee_core.hookspecs import hookimpl
 from anee_core.interfaces import Action, Controller, DecisionContext, Setting, protect_ends
+from anee_core.ranges import Share
 
 _GOLDEN = 0.6180339887498949
 """Multiples of it, taken modulo 1, fill the unit interval evenly however many there are."""
@@ -28,12 +29,8 @@ class StaggeredController(Controller):
 
     name: ClassVar[str] = "staggered"
 
-    share: float | None = None
+    share: Share | None = None
     protect: tuple[int, ...] = (2, 2)
-
-    def __post_init__(self) -> None:
-        if self.share is not None and not 0.0 <= self.share <= 1.0:
-            raise PolicyError(f"staggered: share lies in [0, 1]; got {self.share:g}")
 
     def protected(self, num_layers: int) -> frozenset[int]:
         """Return the protected first and last layers."""

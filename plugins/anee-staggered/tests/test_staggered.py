@@ -30,5 +30,5 @@ def test_without_share_and_budget_it_says_what_to_give():
     network = AutoModelForCausalLM.from_config(small_config("llama"))
     with pytest.raises(PolicyError, match="or give a budget"):
         anee.load(network, StaggeredController())
-    with pytest.raises(PolicyError, match="share lies in"):
+    with pytest.raises(PolicyError, match="share is a number, at least 0 and at most 1"):
         StaggeredController(share=1.5)

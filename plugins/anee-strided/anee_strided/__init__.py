@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from anee_core.errors import PolicyError
 from anee_core.hookspecs import hookimpl
 from anee_core.interfaces import CachePolicy, CacheView
+from anee_core.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,8 @@ class StridedCachePolicy(CachePolicy):
     name: ClassVar[str] = "strided"
     alike = True  # in all layers, by positions alone: one decision serves them
 
-    every: int = 4
-    recent: int = 64
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.recent < 1:
-            raise PolicyError(f"strided: every >= 1 and recent >= 1 are needed; got {self.every} and {self.recent}")
+    every: Count = 4
+    recent: Count = 64
 
     def retain(self, view: CacheView) -> Tensor:
         """Return the slots to keep after each new token, [B, T, S]."""

@@ -23,5 +23,5 @@ def test_recent_tokens_and_every_third_older_one_stay():
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(PolicyError, match="every >= 1"):
+    with pytest.raises(PolicyError, match="every is a whole number, at least 1"):
         StridedCachePolicy(every=0)

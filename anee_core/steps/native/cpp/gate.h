@@ -7,6 +7,7 @@
 #include "structs.h"
 #include "vectors.h"
 
+constexpr float TIE = 1e-4f;  // share of their spread by which scores that are equal may differ
 constexpr int FEW = 16;  // tokens with which one thread is done before others would have begun
 
 // Calls a function for each of the tokens' numbers.
@@ -42,11 +43,12 @@ static void score(const Gate& gate, int layers, int l, const Tokens& tokens, con
 // Whether token m, with this score, runs a layer.
 static bool passes(const Gate& gate, int layers, int l, const Tokens& tokens, int m, float score) {
     const float* earlier = gate.scores + tokens.row[m] * gate.row_stride + l;
+    float least = score - TIE * gate.spread[l];
     int64_t lower = 0, compared = 0;
     for (int64_t s = gate.seen + tokens.column[m] - 1; s >= 0 && compared < gate.window; s--) {
         float other = earlier[s * layers];
         compared += other == other;
-        lower += other < score;
+        lower += other < least;
     }
     if (gate.always[l]) return true;
     float below = 0.5f * std::erfc((gate.mean[l] - score) / gate.spread[l] * 0.70710678f);
