@@ -12,14 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from anee_core.adapter.guessed import guess_layout
 from anee_core.conformance.tiny import small_config
-<<<<<<< HEAD
 from anee_core.errors import AdapterError, InputError
-=======
-from anee_core.errors import InputError
 from anee_core.files import write_folder, writing
-
-_PASSED = (*LAYER_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
->>>>>>> main
 
 _PYPROJECT = """[build-system]
 requires = ["setuptools>=77"]
