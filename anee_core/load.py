@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from anee_core.accounting.budget import check_budget
+from anee_core.adapter.guessed import GuessedAdapter
+from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.calibration.fingerprint import fingerprint
 from anee_core.calibration.importance import calibrate
 from anee_core.calibration.options import CalibrationOptions
@@ -48,6 +51,7 @@ def load(
     fast: bool = True,
     weights: str | None = None,
     tokenizer: Any = None,
+    adapter: ModelAdapter | Literal["auto"] | None = "auto",
     calibration: Calibration | CalibrationOptions | None = None,
     plugins: Plugins | None = None,
     **model_options: Any,
@@ -74,6 +78,8 @@ def load(
         weights: ``"int8"`` or ``"int4"`` quantises the weights of the decoder layers, in place; see
             `anee_core.steps.quantised`. Default: as they are.
         tokenizer: for a loaded model, or instead of the model's own.
+        adapter: the adapter of the model's family. ``"auto"``: the registered one; if there is none, what a small model
+            of the family shows by looking at it, if that passes the checks. None: a registered one only.
         calibration: of this model, or how to calibrate it if the policy needs that.
         plugins: what is installed. Default: discovered now.
         model_options: passed to transformers' ``from_pretrained``, such as ``gguf_file``; none for a loaded model.
@@ -91,6 +97,7 @@ def load(
     check_prefill(prefill, prefill_chunk)
     check_tokenizer(tokenizer)
     check_flags(hard=hard, fast=fast)
+    find = _finder(adapter, plugins)
     if isinstance(calibration, CalibrationOptions):
         calibration.check()
     elif calibration is not None:
@@ -102,7 +109,7 @@ def load(
             raise InputError(f"unknown option '{min(model_options)}': a loaded model is taken as it is")
         network = model
     else:
-        network, found_tokenizer = open_model(str(model), wanted_dtype, wanted_device, plugins, model_options)
+        network, found_tokenizer = open_model(str(model), wanted_dtype, wanted_device, plugins, model_options, find)
         tokenizer = tokenizer if tokenizer is not None else found_tokenizer
     if isinstance(model, nn.Module) and (wanted_dtype or wanted_device):
         network = network.to(device=wanted_device, dtype=wanted_dtype)
@@ -113,12 +120,16 @@ def load(
         raise InputError(f"this model runs under '{inner.policy}' already: load the one it holds, model.model")
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"a model is a transformers causal LM; got {type(network).__name__}")
-    adapter = adapter_of(inner.config, plugins)
+    found = find(inner.config)
     check_weights(inner)
+    if isinstance(found, GuessedAdapter):
+        from anee_core.conformance.unknown_family import check_weights_once
+
+        check_weights_once(inner, found)
     if weights is not None:
-        quantise(adapter, inner, weights)
+        quantise(found, inner, weights)
     parsed = parsed.with_trained(plugins.trained_for(getattr(inner.config, "anee_backbone", None)))
-    adaptive = AdaptiveModel(network, adapter, tokenizer, prefill, prefill_chunk, fast)
+    adaptive = AdaptiveModel(network, found, tokenizer, prefill, prefill_chunk, fast)
     if not isinstance(model, nn.Module):
         adaptive.eval()
         adaptive.name = os.path.basename(model) if os.path.exists(model) else str(model)
@@ -138,3 +149,26 @@ def load(
     elif ready is not None and parsed.controller.needs_calibration and ready.fingerprint != fingerprint(adaptive):
         logger.warning("the calibration is of other weights or another dtype; calibrate this model for best results")
     return adaptive.bind(parsed, Terms(budget, hard, ready), adaptive.engine.costs)
+
+
+def _finder(given: ModelAdapter | Literal["auto"] | None, plugins: Plugins) -> Callable[[Any], ModelAdapter]:
+    """Return what finds the adapter for a config, or raises `ModelError` saying why there is none.
+
+    Raises:
+        InputError: what was given is no adapter.
+    """
+    if isinstance(given, ModelAdapter):
+        return lambda config: given
+    if given not in ("auto", None):
+        raise InputError(f"adapter is 'auto', None or an adapter object; got {given!r}")
+
+    def find(config: Any) -> ModelAdapter:
+        known = adapter_of(config, plugins, required=given is None)
+        if known is not None:
+            return known
+        # The checks are not needed where there is an adapter.
+        from anee_core.conformance.unknown_family import adapter_by_looking
+
+        return adapter_by_looking(config, plugins)
+
+    return find

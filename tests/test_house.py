@@ -12,7 +12,7 @@ CORE = ROOT / "anee_core"
 FLOORS = (
     "errors", "ranges", "files", "checkpoint", "display", "accounting", "adapter", "interfaces", "controllers",
     "cache_policies", "hookspecs", "plugins", "policy", "builtin", "cache", "steps", "engine", "generation", "model",
-    "evaluation", "calibration", "load", "training", "bench", "conformance",
+    "evaluation", "calibration", "conformance", "load", "training", "bench",
 )  # fmt: skip
 """Rooms of the core from the ground up: none imports from one that comes later."""
 FILES = sorted(CORE.rglob("*.py"))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from anee_core.adapter.cache_names import CACHE
+from anee_core.adapter.model_adapter import ModelAdapter
 from anee_core.conformance.check import MismatchError, expect_same
 from anee_core.conformance.subject import CLOSE, LOOSE, shortened
 from anee_core.controllers.static import StaticController
@@ -21,19 +22,19 @@ _TOKENS, _BEYOND, _LONGEST = 40, 8, 1024
 
 
 @torch.no_grad()
-def check_real_weights(model: AdaptiveModel) -> None:
+def check_real_weights(network: Any, adapter: ModelAdapter) -> None:
     """Raise `ModelError` unless a model whose family has no adapter computes what transformers does, on real weights.
 
     It reads forty tokens, or some more than its shortest window; then keys and values of a layer that is skipped, and
     the model without one layer, are compared.
     """
-    network, adapter, parts = model.parts.model, model.adapter, model.parts
+    parts = adapter.parts(network)
     windows = [width for i in range(len(parts.layers)) if (width := adapter.window(parts.config, i)) is not None]
     length = max([_TOKENS, *(width + _BEYOND for width in windows if width + _BEYOND <= _LONGEST)])
     length = min(length, adapter.max_positions(parts.config) or length)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, parts.config.vocab_size, (1, length), generator=generator).to(model.device)
-    tolerance = CLOSE if model.dtype == torch.float32 else LOOSE
+    ids = torch.randint(3, parts.config.vocab_size, (1, length), generator=generator).to(parts.embedding.weight.device)
+    tolerance = CLOSE if network.dtype == torch.float32 else LOOSE
     mode = network.training
     network.eval()
     try:

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from anee_core.adapter.guessed import GuessedAdapter, guess_layout
 from anee_core.adapter.layout import Layout
 from anee_core.conformance import dense, skipping
+from anee_core.conformance.real_weights import check_real_weights
 from anee_core.conformance.subject import Subject
 from anee_core.conformance.tiny import small_like
-from anee_core.errors import AdapterError, InputError, ModelError
-from anee_core.files import cache_folder, write_whole
+from anee_core.errors import AdapterError, InputError, ModelError, OutputError
+from anee_core.files import cache_folder, writable_folder, write_whole
 from anee_core.plugins import Plugins
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class Verdict:
     """Fields of the layout; None if there is none."""
     why: str | None
     """Why the family cannot be run; None if it can."""
+    weights: bool = False
+    """Whether real weights of such a config have been checked too."""
 
 
 def adapter_by_looking(config: Any, plugins: Plugins) -> GuessedAdapter:
@@ -51,30 +54,40 @@ def adapter_by_looking(config: Any, plugins: Plugins) -> GuessedAdapter:
     Raises:
         ModelError: it does not pass, with the line of the check that failed.
     """
-    place = cache_folder() / "families" / f"{_key(config)}.json"
+    place, kind = _place(config), config.model_type
     verdict = _kept(place)
     if verdict is None:
+        logger.warning("no adapter for the family '%s': looking at a small model of it, once (seconds)", kind)
         verdict = _look(config, plugins)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps(asdict(verdict), indent=2) + "\n")
-    kind = config.model_type
+        _keep(place, verdict)
     if verdict.layout is None:
         raise ModelError(
             f"no adapter for the model family '{kind}', and as it looks it cannot be run: {verdict.why}; "
             f"'anee new-adapter {kind}' writes the start of an adapter"
         )
-    passed = len(_SMALL_CHECKS)
-    logger.warning("no adapter for the family '%s': it runs as it looks, which passed %d checks", kind, passed)
     return GuessedAdapter(Layout(**verdict.layout))
 
 
-def _key(config: Any) -> str:
-    """Return what a verdict is good for."""
+def check_weights_once(network: Any, adapter: GuessedAdapter) -> None:
+    """Check real weights as `check_real_weights` does, unless some of such a config have passed before."""
+    place = _place(network.config)
+    verdict = _kept(place)
+    if verdict is None or not verdict.weights:
+        check_real_weights(network, adapter)
+        _keep(place, Verdict(asdict(adapter.layout), None, weights=True))
+    passed = len(_SMALL_CHECKS)
+    logger.warning("the family '%s' runs as it looks, which passed %d checks", network.config.model_type, passed)
+
+
+def _place(config: Any) -> Path:
+    """Return where the verdict on a config is kept, for the code that it was found with."""
     network = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    source = "" if network is None else inspect.getsource(inspect.getmodule(network))
+    module = None if network is None else inspect.getmodule(network)
+    source = "" if module is None else inspect.getsource(module)
     versions = [transformers.__version__, torch.__version__, version("anee")]
     said = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype")}
-    return hashlib.sha256(json.dumps([source, versions, said], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    told = json.dumps([source, versions, said], sort_keys=True, default=str)
+    return cache_folder() / "families" / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
 
 
 def _kept(place: Path) -> Verdict | None:
@@ -82,6 +95,14 @@ def _kept(place: Path) -> Verdict | None:
         return Verdict(**json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _keep(place: Path, verdict: Verdict) -> None:
+    try:
+        writable_folder(place.parent)
+        write_whole(place, json.dumps(asdict(verdict), indent=2) + "\n")
+    except OutputError as error:
+        logger.warning("%s; the family will be looked at again", error)
 
 
 def _look(config: Any, plugins: Plugins) -> Verdict:

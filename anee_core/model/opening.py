@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,17 @@ _LONGEST = 4096
 
 
 def open_model(
-    name: str, dtype: torch.dtype | None, device: torch.device | None, plugins: Plugins, options: dict[str, Any]
+    name: str,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+    plugins: Plugins,
+    options: dict[str, Any],
+    find: Callable[[Any], ModelAdapter],
 ) -> tuple[nn.Module, Any]:
-    """Return model and tokenizer of a source, a folder or a hub id."""
+    """Return model and tokenizer of a source, a folder or a hub id.
+
+    ``find`` raises for a config that cannot be run, before the weights are read.
+    """
     if name in plugins.model_sources:
         if options:
             raise InputError(f"the model source '{name}' takes no option '{min(options)}'")
@@ -76,7 +85,7 @@ def open_model(
             f"cannot find the model '{name}': it is no local folder, no installed model source, and the hub did not "
             f"give it ({_first_line(error)}); {known}"
         ) from error
-    adapter_of(config, plugins)
+    find(config)
     try:
         network, found = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", output_loading_info=True, **options
@@ -137,8 +146,12 @@ def _base_of(folder: Path) -> str | None:
         raise ModelError(f"'{folder}' does not say what model it adapts: its adapter_config.json is damaged") from error
 
 
-def adapter_of(config: Any, plugins: Plugins) -> ModelAdapter:
-    """Return the adapter of a model family, or raise `ModelError` saying why there is none."""
+def adapter_of(config: Any, plugins: Plugins, required: bool = True) -> ModelAdapter | None:
+    """Return the adapter of a model family; None if there is none and it is not ``required``.
+
+    Raises:
+        ModelError: there is none though it is required, or there can be none.
+    """
     kind = config.model_type
     if kind in plugins.adapters:
         return plugins.adapters[kind]
@@ -155,6 +168,8 @@ def adapter_of(config: Any, plugins: Plugins) -> ModelAdapter:
             f"layers of '{kind}' keep no key/value cache but a state of their own, which a skipped token would not "
             "enter: ANEE cannot run this family"
         )
+    if not required:
+        return None
     raise ModelError(
         f"no adapter for the model family '{kind}'; {suggestion(kind, plugins.adapters)}; "
         f"'anee new-adapter {kind}' writes the start of one"
