@@ -35,7 +35,7 @@ def _causal(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
 )
 def keys_and_values(subject: Subject) -> None:
     """A skipped layer gets the keys and values that transformers' own cache holds for the same hidden states."""
-    ids = subject.tokens()
+    ids = subject.tokens(length=subject.far.shape[1])
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     for dtype, tolerance in ((torch.float32, CLOSE), (torch.bfloat16, LOOSE)):
         model = subject.model(dtype)
@@ -160,6 +160,10 @@ def parallel(subject: Subject) -> None:
         with torch.no_grad():
             whole, steps = model(ids).logits, stepwise(model, ids)
         expect_same(whole, steps, f"logits under '{policy}'", parallel.look, CLOSE)
+    far, model = subject.far, subject.adaptive(POLICIES[-1])
+    with torch.no_grad():
+        whole, steps = model(far).logits, stepwise(model, far)
+    expect_same(whole, steps, f"logits of {far.shape[1]} tokens under '{POLICIES[-1]}'", parallel.look, CLOSE)
 
 
 @check("rows", look="ModelAdapter.begin, embed and project_kv: a row may depend on no other")

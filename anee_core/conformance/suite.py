@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from anee_core.adapter.model_adapter import ModelAdapter
-from anee_core.conformance import cost, dense, fast, lifecycle, skipping
+from anee_core.conformance import cost, dense, fast, lifecycle, purity, skipping
 from anee_core.conformance.check import Check
 from anee_core.conformance.policies import POLICY_CHECKS
 from anee_core.conformance.policy_subject import PolicySubject
@@ -20,6 +20,9 @@ ADAPTER_CHECKS: tuple[Check[Subject], ...] = (
     dense.dense_sequence,
     dense.dense_decode,
     dense.padding,
+    purity.attention_input,
+    purity.inputs,
+    purity.gradients,
     skipping.keys_and_values,
     skipping.skip,
     skipping.leave,
