@@ -51,7 +51,7 @@ def inputs(subject: Subject) -> None:
     adapter, parts = subject.adapter, subject.adapter.parts(subject.model())
     generator = torch.Generator().manual_seed(3)
     states = torch.randn(2, 7, parts.embedding.weight.shape[-1], generator=generator)
-    positions = torch.arange(7).expand(2, -1)
+    positions = torch.arange(7).repeat(2, 1)
     with torch.no_grad():
         first = _unchanged("embed", partial(adapter.embed, parts, states, positions), states, positions)
         calls = _unchanged("begin", partial(adapter.begin, parts, first, positions), first, positions)
