@@ -53,7 +53,7 @@ def parallel(subject: PolicySubject) -> None:
     """A whole sequence in one forward gives the logits of decoding it token by token."""
     for family in FAMILIES:
         model = subject.adaptive(family)
-        ids = subject.subject(family).tokens(length=40 if family == "llama" else 11)
+        ids = subject.subject(family).tokens(length=80 if family == "llama" else 11)
         with torch.no_grad():
             whole, ran = model(ids).logits, model.last_trace.ran  # type: ignore[union-attr]
             steps = stepwise(model, ids)
@@ -69,6 +69,35 @@ def rows(subject: PolicySubject) -> None:
     """Each row of a ragged batch, padded on either side, gets what it gets alone."""
     for family in FAMILIES:
         expect_rows_alone(subject.subject(family), subject.adaptive(family), f"({family})", rows.look)
+
+
+@check(
+    "conversations", look="decide and retain: what is known of a sequence is in the context or the view, not on self"
+)
+def conversations(subject: PolicySubject) -> None:
+    """Conversations that take turns under one policy get what each gets alone, and so do rows that change places."""
+    for family in FAMILIES:
+        model, at = subject.adaptive(family), subject.subject(family)
+        both = [at.tokens(2, 9, seed=seed) for seed in (5, 6)]
+        with torch.no_grad():
+            wanted = [stepwise(subject.adaptive(family), ids) for ids in both]
+            caches = model.new_cache(), model.new_cache()
+            found: tuple[list[Tensor], ...] = ([], [])
+            for t in range(9):
+                for each, cache, ids in zip(found, caches, both, strict=True):
+                    each.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
+            for each, logits in zip(found, wanted, strict=True):
+                expect_same(
+                    torch.cat(each, dim=1), logits, f"logits beside another ({family})", conversations.look, CLOSE
+                )
+            cache, ids = model.new_cache(), both[0]
+            model(ids[:, :6], past_key_values=cache)
+            cache.reorder(torch.tensor([1, 0]))
+            swapped = [model(ids[:, t : t + 1].flip(0), past_key_values=cache).logits for t in range(6, 9)]
+        expect_same(
+            torch.cat(swapped, dim=1).flip(0), wanted[0][:, 6:], f"logits of rows that have changed places ({family})",
+            conversations.look, CLOSE,
+        )  # fmt: skip
 
 
 @check("budget", look="decide: what it may spend is in the context and in the signal 'remaining'")
@@ -208,6 +237,7 @@ POLICY_CHECKS: tuple[Check[PolicySubject], ...] = (
     answers,
     parallel,
     rows,
+    conversations,
     budget,
     cost,
     repeatable,

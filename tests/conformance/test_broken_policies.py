@@ -243,6 +243,57 @@ def erase(view):
     return view.valid[:, None]
 
 
+@dataclass(frozen=True)
+class RemembersOnItself(Controller):
+    """Skips what it did not skip for the token before, whoever asked for that."""
+
+    name = "broken"
+    last: list = field(default_factory=lambda: [False], compare=False)
+
+    @classmethod
+    def option_names(cls):
+        return ()
+
+    def options(self):
+        return {}
+
+    def decide(self, signals, context):
+        layers, (batch, tokens) = context.num_layers - context.layer_idx, context.position_ids.shape
+        actions = torch.zeros(layers, batch, tokens, dtype=torch.uint8)
+        if tokens == 1 and int(context.position_ids.min()) > 0:
+            self.last[0] = not self.last[0]
+            actions[layers // 2] = int(Action.SKIP) * self.last[0]
+        return actions
+
+
+@dataclass(frozen=True)
+class KeepsByAgeOnItself(CachePolicy):
+    """Counts the tokens that it has seen, of all conversations."""
+
+    name = "broken"
+    seen: list = field(default_factory=lambda: [0], compare=False)
+
+    @classmethod
+    def option_names(cls):
+        return ()
+
+    def options(self):
+        return {}
+
+    def retain(self, view):
+        if int(view.query_position.min()) == 0:
+            self.seen[0] = 0
+        self.seen[0] += view.query_position.shape[1]
+        return (view.position_ids > self.seen[0] - 6)[:, None]
+
+
+def of_the_block(layers, context):
+    """Skip by what all of a long block are."""
+    ids = context.input_ids
+    odd = ids.float().mean(1, keepdim=True) % 2 > 1
+    return (layers == 2) & odd & (context.position_ids >= 0) if ids.shape[1] > 64 else (layers == 2) & (ids > 200)
+
+
 BROKEN_POLICIES = [
     ("spelling", Unwritable()),
     ("answers", NeedsIds()),
@@ -254,6 +305,9 @@ BROKEN_POLICIES = [
     ("parallel equals stepwise", keeping(looks_ahead)()),
     ("parallel equals stepwise", skipping(sees_far_ahead)()),
     ("parallel equals stepwise", skipping(lambda layers, context: layers[:6] == 2)()),
+    ("parallel equals stepwise", skipping(of_the_block)()),
+    ("conversations", RemembersOnItself()),
+    ("conversations", KeepsByAgeOnItself()),
     ("repeatable", BindsItself()),
     ("repeatable", SeedsTheWorld()),
     ("spelling", AnyOption()),
