@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anee_core.errors import PolicyError
 from anee_core.interfaces.configurable import Configurable
-from anee_core.interfaces.formulas import LinearGate
+from anee_core.interfaces.formulas import TIE, LinearGate
 from anee_core.interfaces.setting import Setting
 
 
@@ -95,7 +95,7 @@ class Controller(Configurable, ABC):
 
     def tie(self, layer_idx: int) -> float:
         """Return by how much two scores at a layer may differ and still count as equal: sums depend on their order."""
-        return 0.0
+        return 0.0 if self.linear is None else TIE * float(self.linear.spread[layer_idx])
 
     @property
     def linear(self) -> LinearGate | None:
