@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import InputError
-from anee_core.files import write_folder, writing
+from anee_core.files import write_folder
 
 _PASSED = (*LAYER_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
 
@@ -104,8 +104,6 @@ def write_plugin(model_type: str, output: Path) -> Path:
         "Family": "".join(part.capitalize() for part in name.split("_")),
         "layout": "\n".join(f"        {key}={value!r}," for key, value in layout.items()).replace("'", '"'),
     }
-    with writing(folder):
-        output.mkdir(parents=True, exist_ok=True)
     write_folder(folder, lambda draft: _fill(draft, words))
     return folder
 
