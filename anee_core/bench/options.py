@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from anee_core.errors import InputError
-from anee_core.policy.hub import is_address
 from anee_core.ranges import Count, CountOrNone, Length, PartialShare, Size, SomeShare, Within, check_numbers
 
 
@@ -56,6 +55,8 @@ def policy_and_budget(text: str) -> tuple[str, float | None]:
     Raises:
         InputError: what stands after the @ is no number.
     """
+    from anee_core.policy.hub import is_address  # which takes torch: a command's help reads this file
+
     name, at, budget = text.rpartition("@")
     try:
         return (name, float(budget)) if at else (text, None)
