@@ -120,7 +120,7 @@ class Controller(Configurable, ABC):
 
 def protect_ends(protect: tuple[int, ...], num_layers: int) -> frozenset[int]:
     """Return the first ``protect[0]`` and the last ``protect[1]`` of ``num_layers`` layers."""
-    if len(protect) != 2 or min(protect) < 0:
+    if not isinstance(protect, tuple) or len(protect) != 2 or min(protect) < 0:
         raise PolicyError(f"protect takes two counts, first and last layers, like 'protect=2 2'; got {protect}")
     first, last = protect
     return frozenset(i for i in range(num_layers) if i < first or i >= num_layers - last)
