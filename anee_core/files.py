@@ -101,19 +101,21 @@ def write_folder(folder: Path, content: Callable[[Path], object]) -> None:
     """Write a folder whole or not at all: beside its place, and then renamed; what is there gives way to it.
 
     Args:
-        folder: its place, in a folder that exists.
+        folder: its place.
         content: what fills the folder at a given path.
 
     Raises:
         OutputError: it cannot be written.
     """
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        draft = Path(beside) / folder.name
-        draft.mkdir()
-        content(draft)
-        if folder.exists():
-            folder.rename(Path(beside) / "old")
-        draft.rename(folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+            draft = Path(beside) / folder.name
+            draft.mkdir()
+            content(draft)
+            if folder.exists():
+                folder.rename(Path(beside) / "old")
+            draft.rename(folder)
 
 
 def writable(path: Path) -> Path:

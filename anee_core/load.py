@@ -98,10 +98,9 @@ def load(
     check_tokenizer(tokenizer)
     check_flags(hard=hard, fast=fast)
     find = _finder(adapter, plugins)
-    if isinstance(calibration, CalibrationOptions):
-        calibration.check()
-    elif calibration is not None:
-        check_kind("calibration", calibration, Calibration, "a Calibration, or CalibrationOptions")
+    if calibration is not None:
+        kinds = Calibration, CalibrationOptions
+        check_kind("calibration", calibration, kinds, "a Calibration, or CalibrationOptions")
     wanted_dtype = dtype_of(dtype)
     wanted_device = device_of(device)
     if isinstance(model, nn.Module):

@@ -68,14 +68,22 @@ CountOrNone = Annotated[int, Within(0, MOST)]
 """How many of something there are, 0 for none."""
 Share = Annotated[float, Within(0, 1, whole=False)]
 """A share or a probability, in [0, 1]."""
+SomeShare = Annotated[float, Within(0, 1, whole=False, without_least=True)]
+"""A share or a probability, in (0, 1]."""
+PartialShare = Annotated[float, Within(0, 1, whole=False, without_least=True, without_most=True)]
+"""A share that is neither none nor all, in (0, 1)."""
 Factor = Annotated[float, Within(FINEST, COARSEST, whole=False)]
 """A factor or rate above 0."""
 Weight = Annotated[float, Within(0, COARSEST, whole=False)]
 """A factor, 0 for none."""
 Positive = Annotated[float, Within(0, COARSEST, whole=False, without_least=True)]
 """A number above 0."""
+Number = Annotated[float, Within(-COARSEST, COARSEST, whole=False)]
+"""Any number that single precision works with."""
 Seed = Annotated[int, Within(0, MOST)]
 """A seed that every generator of random numbers takes."""
+TorchSeed = Annotated[int, Within(0, 2**64 - 1)]
+"""A seed that torch's generators take."""
 Size = Annotated[int, Within(1, 2**16)]
 """A batch, a rank: how many there are in memory at once."""
 Length = Annotated[int, Within(2, 2**20)]

@@ -27,6 +27,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import anee
 from anee_core.cache_policies import AsaWeights
 from anee_core.controllers import GateWeights
+from anee_core.files import write_whole
 from anee_core.policy import ShortcutWeights
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
@@ -76,7 +77,7 @@ def main() -> None:
         if options.real:
             found.update(_real_figures())
     if options.save is not None:
-        options.save.write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(options.save, json.dumps(found, indent=1) + "\n")
     if options.against is not None:
         known = json.loads(options.against.read_text())
         differing = [

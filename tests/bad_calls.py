@@ -148,7 +148,8 @@ IN_GENERATING = [
     *each(decodes, "streamer", [5]),
     *each(decodes, "logits_processor", [5, [5]]),
     *each(decodes, "stopping_criteria", [5, [5]]),
-    *each(decodes, "attention_mask", [5, [[1] * 6], torch.ones(2, 6), torch.ones(1, 3), torch.zeros(1, 6)]),
+    *each(decodes, "attention_mask", [5, [[1] * 6], torch.zeros(1, 6)]),
+    *each(decodes, "attention_mask", [torch.ones(2, 6), torch.ones(1, 3), torch.ones(0, 6)]),
     *each(decodes, "num_beams", [2]),
 ]
 IN_FORWARDS = [
@@ -156,8 +157,8 @@ IN_FORWARDS = [
     *each(forwards, "attention_mask", [[[1] * 6], torch.ones(1, 9), torch.ones(6), torch.zeros(1, 6), 5]),
     *each(forwards, "position_ids", [[[1]], IDS[:, :2], -IDS, IDS.float(), 500 + IDS]),
     *each(forwards, "inputs_embeds", [torch.zeros(1, 6, 32)]),
-    *each(forwards, "labels", [IDS[:, :3], IDS.float(), 5, 97 + IDS]),
-    *each(forwards, "logits_to_keep", [-1, 1.5, "x", torch.tensor([99]), torch.tensor([0.5])]),
+    *each(forwards, "labels", [IDS[:, :3], IDS.float(), IDS.int(), 5, 97 + IDS, -IDS]),
+    *each(forwards, "logits_to_keep", [-1, 1.5, "x", torch.tensor([99]), torch.tensor([-9]), torch.tensor([0.5]), ONE]),
     *each(forwards, "output_hidden_states", ["x", [1], 1]),
     *each(forwards, "past_key_values", [5, "x", [1]]),
     *each(forwards, "output_attentions", [True]),

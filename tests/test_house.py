@@ -127,7 +127,6 @@ WRITERS = {
     "anee_core/training/checkpoints.py": "a folder beside the last checkpoint, which is then renamed",
     "anee_core/conformance/scaffold.py": "a folder that is renamed",
     "benchmarks/train_mini.py": "a file that is renamed",
-    "benchmarks/same_figures.py": "weights in a folder that is thrown away",
 }
 """Files that write by other means than `write_whole`, and why they may."""
 

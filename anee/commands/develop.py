@@ -13,7 +13,7 @@ from rich.console import Console
 from anee.commands.flags import Flags, flat
 from anee_core.errors import InputError
 from anee_core.files import writable
-from anee_core.ranges import Within, check_numbers
+from anee_core.ranges import SomeShare, check_numbers
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Checking:
     """Family of an adapter that is not registered."""
     policy: tuple[str, ...] = ()
     """Check this policy string instead of an adapter; may be repeated."""
-    budget: Annotated[float, Within(0, 1, whole=False, without_least=True)] | None = None
+    budget: SomeShare | None = None
     """Budget of the policies."""
     check: tuple[str, ...] = ()
     """Run only this check; may be repeated."""

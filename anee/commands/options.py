@@ -10,7 +10,7 @@ import typer
 
 from anee.commands.flags import Flags
 from anee_core.errors import InputError
-from anee_core.ranges import Count, Within, check_numbers
+from anee_core.ranges import Count, TorchSeed, Within, check_numbers
 
 Model = Annotated[str, typer.Argument(help="A model source, hub id or local folder.")]
 Prompt = Annotated[str, typer.Argument(help="The text to continue.")]
@@ -54,7 +54,7 @@ class Continuation:
     """Sample instead of taking the likeliest token."""
     temperature: Annotated[float, Within(1e-20, 1e20, whole=False)] = 1.0
     """Temperature of sampling."""
-    seed: Annotated[int, Within(0, 2**64 - 1)] | None = None
+    seed: TorchSeed | None = None
     """Seed of sampling."""
 
     def __post_init__(self) -> None:

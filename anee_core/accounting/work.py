@@ -84,7 +84,7 @@ def layer_work(layer: nn.Module, experts: str | None, config: Any) -> Work:
         AdapterError: the layer holds stacked weights that no path names.
         ModelError: the layer holds packed weights of a kind that does not say how large its product is.
     """
-    work, whole = Work(), leaves(layer)
+    work, whole = Work(), set(leaves(layer))
     inside = {id(part) for leaf in whole for part in leaf.modules() if part is not leaf}
     for path, module in layer.named_modules():
         if id(module) in inside:

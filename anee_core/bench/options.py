@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from anee_core.errors import InputError
-from anee_core.ranges import Count, CountOrNone, Length, Size, Within, check_numbers
+from anee_core.ranges import Count, CountOrNone, Length, PartialShare, Size, SomeShare, Within, check_numbers
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BenchOptions:
     """New tokens whose times are taken."""
     repeats: Count = 5
     """How often each contender is run; they take turns."""
-    skipped: tuple[Annotated[float, Within(0, 1, False, True, True)], ...] = (0.25, 0.5, 0.58)
+    skipped: tuple[PartialShare, ...] = (0.25, 0.5, 0.58)
     """Shares of the layers to skip, at random for each token."""
     policies: tuple[str, ...] = ()
     """Further policy strings, each with a budget after an ``@`` if it takes one, as in ``rl@0.7``."""
@@ -50,15 +50,19 @@ class BenchOptions:
 
 
 def policy_and_budget(text: str) -> tuple[str, float | None]:
-    """Read POLICY or POLICY@BUDGET.
+    """Read POLICY or POLICY@BUDGET; a repository on the hub may have a revision of its own, OWNER/NAME@REVISION.
 
     Raises:
         InputError: what stands after the @ is no number.
     """
-    name, _, budget = text.partition("@")
+    from anee_core.policy.hub import is_address  # which takes torch: a command's help reads this file
+
+    name, at, budget = text.rpartition("@")
     try:
-        return name, float(budget) if budget else None
+        return (name, float(budget)) if at else (text, None)
     except ValueError as error:
+        if is_address(text):
+            return text, None
         raise InputError(f"'{text}' names no budget: write a number after the @, as in rl@0.7") from error
 
 
@@ -66,7 +70,7 @@ def policy_and_budget(text: str) -> tuple[str, float | None]:
 class SweepOptions:
     """How a sweep measures."""
 
-    budgets: tuple[Annotated[float, Within(0, 1, whole=False, without_least=True)], ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    budgets: tuple[SomeShare, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     """Budgets of every policy; in a policy string with ``{budget}`` each takes that place."""
     length: Length = 512
     """Tokens per block of text."""

@@ -117,7 +117,7 @@ class ScoreLog(TokenLog):
         return self._entries
 
 
-def compared(kept: Tensor, scores: Tensor, window: int, tie: float = 0.0) -> tuple[Tensor, Tensor]:
+def compared(kept: Tensor, scores: Tensor, window: int, tie: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
     """Return how many of the tokens that a token is compared with have a lower score, and how many those are.
 
     Both are [B, T], for the last T tokens. Each is compared with the ``window`` last tokens before it that count: those

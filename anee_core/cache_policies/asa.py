@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from anee_core.interfaces.cache_policy import CachePolicy, CacheView, Wants
 from anee_core.interfaces.configurable import Trained, TrainedWeights
 from anee_core.interfaces.formulas import LinearInteraction
 from anee_core.interfaces.setting import Setting
-from anee_core.ranges import COARSEST, Within
+from anee_core.ranges import Number
 
 _FORMAT = CheckpointFormat(
     name="asa",
@@ -73,7 +73,7 @@ class AsaCachePolicy(Trained[AsaWeights], CachePolicy):
     command: ClassVar[str] = "anee train asa"
 
     folder: str = ""
-    shift: Annotated[float, Within(-COARSEST, COARSEST, whole=False)] = 0.0
+    shift: Number = 0.0
     _weights: AsaWeights | None = field(default=None, compare=False, repr=False)
     _interaction: LinearInteraction | None = field(default=None, compare=False, repr=False)
 

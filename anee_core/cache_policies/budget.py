@@ -35,7 +35,7 @@ class BudgetedCachePolicy(CachePolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         given: Any = self.keep
-        values = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        values = given if isinstance(given, tuple) else (given,)
         if not values or any(v > 1 and v != int(v) for v in values):
             raise PolicyError(
                 f"{self.name}: keep is {_KEPT}, or one for each layer; "

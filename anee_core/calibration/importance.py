@@ -50,13 +50,12 @@ def calibrate(model: AdaptiveModel, options: CalibrationOptions | None = None) -
     """
     options = options or CalibrationOptions()
     check_kind("options", options, CalibrationOptions, "CalibrationOptions, or None")
-    options.check()
     limit = model.adapter.max_positions(model.config)
     length = options.length if options.length is not None else min(_LENGTH, limit or _LENGTH)
-    if options.sequences < 1 or length <= _WARM_UP or (limit is not None and length > limit):
+    if length <= _WARM_UP or (limit is not None and length > limit):
         raise InputError(
-            f"calibration needs at least 1 sequence of more than {_WARM_UP} tokens that fit the model's context "
-            f"({limit}); got {options.sequences} of {length}"
+            f"calibration needs sequences of more than {_WARM_UP} tokens that fit the model's context ({limit}); "
+            f"got a length of {length}"
         )
     model_print = fingerprint(model)
     store = _Store(options, length, model_print)

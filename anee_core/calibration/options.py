@@ -29,11 +29,7 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-
-    def check(self) -> None:
-        """Raise `InputError` if the text file is not there."""
-        if self.text is not None and not Path(self.text).is_file():
-            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
+        _check_text(self.text)
 
 
 @dataclass(frozen=True)
@@ -74,5 +70,10 @@ class GateCalibration:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.text is not None and not Path(self.text).is_file():
-            raise InputError(f"cannot read the calibration text {self.text}: there is no such file")
+        _check_text(self.text)
+
+
+def _check_text(text: str | Path | None) -> None:
+    """Raise `InputError` for a text file that is not there."""
+    if text is not None and not Path(text).is_file():
+        raise InputError(f"cannot read the calibration text {text}: there is no such file")

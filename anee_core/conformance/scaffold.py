@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from anee_core.adapter.guessed import guess_layout
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import AdapterError, InputError
-from anee_core.files import write_folder, writing
+from anee_core.files import write_folder
 
 _PYPROJECT = """[build-system]
 requires = ["setuptools>=77"]
@@ -101,8 +101,6 @@ def write_plugin(model_type: str, output: Path) -> Path:
         "Family": "".join(part.capitalize() for part in name.split("_")),
         "layout": "\n".join(f"        {key}={value!r}," for key, value in layout.items()).replace("'", '"'),
     }
-    with writing(folder):
-        output.mkdir(parents=True, exist_ok=True)
     write_folder(folder, lambda draft: _fill(draft, words))
     return folder
 

@@ -13,7 +13,7 @@ from anee_core.accounting.costs import CostModel
 from anee_core.controllers.ranking import rank_layers
 from anee_core.interfaces.controller import Action, Controller, DecisionContext, protect_ends
 from anee_core.interfaces.setting import Setting
-from anee_core.ranges import CountOrNone, Within
+from anee_core.ranges import CountOrNone, SomeShare, Within
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class HeuristicController(Controller):
     default_budget: ClassVar[float | None] = 0.75
 
     spread: Annotated[float, Within(0, 0.5, whole=False)] = 0.1
-    exit: Annotated[float, Within(0, 1, whole=False, without_least=True)] | None = None
+    exit: SomeShare | None = None
     protect: tuple[CountOrNone, ...] = (2, 2)
     _rank: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)
     _order: Tensor = field(default_factory=lambda: torch.empty(0), compare=False, repr=False)

@@ -36,7 +36,7 @@ class StaticController(Controller):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.skip is not None and not isinstance(self.skip, (tuple, list)):
+        if self.skip is not None and not isinstance(self.skip, tuple):
             raise PolicyError(f"static: skip takes a tuple of layers; got {self.skip!r}")
 
     @property

@@ -12,9 +12,9 @@ from torch import Tensor
 from anee_core.errors import InputError
 from anee_core.generation.decodable import Decodable
 from anee_core.generation.options import choose_options, decode_rules, settings_beyond
+from anee_core.generation.prompts import check_mask
 from anee_core.generation.result import Generation
 from anee_core.generation.rows import Rows
-from anee_core.ranges import check_kind
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def decode(model: Decodable, input_ids: Tensor, attention_mask: Tensor | None = 
         )
         raise InputError(f"input_ids is a tensor [batch, tokens]; got {got}")
     if attention_mask is not None:
-        check_kind("attention_mask", attention_mask, Tensor, "a tensor [batch, tokens]")
+        check_mask(attention_mask, input_ids)
     chosen = choose_options(model, options, input_ids.shape[1])
     if beyond := settings_beyond(model):
         logger.warning("the generation config's %s is not followed here; generate() does", ", ".join(sorted(beyond)))

@@ -23,7 +23,18 @@ from transformers import (
 from anee_core.errors import InputError
 from anee_core.generation.decodable import Decodable
 from anee_core.generation.rows import Rows
-from anee_core.ranges import COARSEST, MOST, Count, CountOrNone, Within, check_flags, check_kind, check_values
+from anee_core.ranges import (
+    COARSEST,
+    MOST,
+    Count,
+    CountOrNone,
+    SomeShare,
+    TorchSeed,
+    Within,
+    check_flags,
+    check_kind,
+    check_values,
+)
 
 _GREEDY = "a number, at least 1e-20 and at most 1e+20; for greedy decoding use do_sample=False"
 TokenId = Annotated[int, Within(-1, MOST)]
@@ -41,7 +52,7 @@ class DecodeOptions:
     """Temperature of the draw, above 0."""
     top_k: CountOrNone | None = None
     """How many of the likeliest tokens to draw from; 0 for all."""
-    top_p: Annotated[float, Within(0, 1, whole=False, without_least=True)] | None = None
+    top_p: SomeShare | None = None
     """Probability that the likeliest tokens to draw from have together, in (0, 1]."""
     repetition_penalty: Annotated[float, Within(1e-6, 1e6, whole=False)] | None = None
     """Factor by which tokens that a row holds already become less likely; 1 for none."""
@@ -59,7 +70,7 @@ class DecodeOptions:
     """Further processors of the logits, as in transformers."""
     stopping_criteria: Sequence[Any] | None = None
     """Further criteria that end rows, as in transformers."""
-    seed: Annotated[int, Within(0, 2**64 - 1)] | None = None
+    seed: TorchSeed | None = None
     """Seed of this call's sampling; None to go on with torch's own random state."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anee_core.errors import InputError
 from anee_core.generation.decodable import Decodable
+from anee_core.ranges import check_kind
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Prompts:
     """[B, T] token ids, padded on the left."""
     attention_mask: Tensor
     """[B, T], 0 for padding."""
+
+
+def check_mask(attention_mask: Any, input_ids: Tensor) -> None:
+    """Raise `InputError` unless a mask is one for token ids [B, T]."""
+    check_kind("attention_mask", attention_mask, Tensor, "a tensor [batch, tokens]")
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"attention_mask is {list(input_ids.shape)} like the token ids; got {list(attention_mask.shape)}"
+        )
 
 
 def read_prompts(model: Decodable, prompts: str | Sequence[Any]) -> Prompts:

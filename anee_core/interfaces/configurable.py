@@ -18,7 +18,7 @@ from anee_core.ranges import check_numbers
 class Configurable:
     """A dataclass whose fields are the options that a policy string can set, but for those with an underscore.
 
-    A number whose type says its range (`anee_core.ranges`) is checked when the part is made.
+    A number whose type says its range (`anee_core.ranges`) is checked when the part is made; lists become tuples.
     """
 
     name: ClassVar[str]
@@ -31,6 +31,9 @@ class Configurable:
     """
 
     def __post_init__(self) -> None:
+        for name, value in self.options().items():
+            if isinstance(value, list):  # a policy string gives tuples, and a saved policy is one
+                object.__setattr__(self, name, tuple(value))
         check_numbers(self, PolicyError, f"{self.name}: ")
 
     @property

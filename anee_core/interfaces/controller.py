@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anee_core.errors import PolicyError
 from anee_core.interfaces.configurable import Configurable
-from anee_core.interfaces.formulas import LinearGate
+from anee_core.interfaces.formulas import TIE, LinearGate
 from anee_core.interfaces.setting import Setting
 
 
@@ -95,7 +95,7 @@ class Controller(Configurable, ABC):
 
     def tie(self, layer_idx: int) -> float:
         """Return by how much two scores at a layer may differ and still count as equal: sums depend on their order."""
-        return 0.0
+        return 0.0 if self.linear is None else TIE * float(self.linear.spread[layer_idx])
 
     @property
     def linear(self) -> LinearGate | None:
@@ -120,7 +120,7 @@ class Controller(Configurable, ABC):
 
 def protect_ends(protect: tuple[int, ...], num_layers: int) -> frozenset[int]:
     """Return the first ``protect[0]`` and the last ``protect[1]`` of ``num_layers`` layers."""
-    if len(protect) != 2 or min(protect) < 0:
+    if not isinstance(protect, tuple) or len(protect) != 2 or min(protect) < 0:
         raise PolicyError(f"protect takes two counts, first and last layers, like 'protect=2 2'; got {protect}")
     first, last = protect
     return frozenset(i for i in range(num_layers) if i < first or i >= num_layers - last)

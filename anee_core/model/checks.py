@@ -14,6 +14,9 @@ from anee_core.ranges import MOST, Within, check_kind
 
 Prefill = Literal["auto", "adaptive", "dense"]
 
+_IGNORED = -100
+"""Label of a token that is not to be predicted, as in transformers."""
+
 
 def causal_lm(model: nn.Module) -> nn.Module:
     """Return the transformers model inside ``model``: itself, or what PEFT wraps."""
@@ -36,22 +39,27 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def check_labels(labels: Any, logits: Tensor) -> None:
-    """Raise `InputError` unless labels are ids [B, T] for logits [B, T, V]; values are looked at on the host only."""
+    """Raise `InputError` unless labels are ids [B, T], or -100, for logits [B, T, V]; values are read on a CPU only."""
     check_kind("labels", labels, Tensor, "a tensor [batch, tokens]")
-    if labels.shape != logits.shape[:2] or labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.shape != logits.shape[:2] or labels.dtype != torch.long:
         raise InputError(
-            f"labels are token ids [{logits.shape[0]}, {logits.shape[1]}]; got {labels.dtype} {tuple(labels.shape)}"
+            f"labels are torch.int64 token ids [{logits.shape[0]}, {logits.shape[1]}]; "
+            f"got {labels.dtype} {tuple(labels.shape)}"
         )
-    if labels.is_cpu and int(labels.max()) >= logits.shape[2]:
-        raise InputError(f"label {int(labels.max())} is not in the vocabulary of {logits.shape[2]}")
+    if labels.is_cpu:
+        wrong = labels[(labels >= logits.shape[2]) | ((labels < 0) & (labels != _IGNORED))]
+        if wrong.numel():
+            raise InputError(
+                f"label {int(wrong[0])} is not in the vocabulary of {logits.shape[2]}; {_IGNORED} stands for none"
+            )
 
 
 def check_kept(places: Any, tokens: int) -> None:
     """Raise `InputError` unless ``places`` are how many last positions to return logits of, or their indices [N]."""
-    if isinstance(places, Tensor) and not (places.is_floating_point() or places.dtype == torch.bool):
-        if places.dim() != 1 or not places.numel() or -tokens <= int(places.min()) <= int(places.max()) < tokens:
-            return
-        raise InputError(f"logits_to_keep has indices below {tokens}; got {int(places.max())}")
+    if isinstance(places, Tensor) and places.dim() == 1 and places.dtype in (torch.int32, torch.long):
+        if places.numel() and not -tokens <= int(places.min()) <= int(places.max()) < tokens:
+            raise InputError(f"logits_to_keep has indices of {tokens} tokens; got {places.tolist()!s:.60}")
+        return
     if isinstance(places, bool) or not isinstance(places, int) or places < 0:
         raise InputError("logits_to_keep takes a number of last positions, 0 for all, or their indices [N]")
 

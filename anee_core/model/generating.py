@@ -17,6 +17,7 @@ from anee_core.adapter.cache_names import CACHE, one_cache
 from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.errors import InputError
 from anee_core.generation.options import check_settings
+from anee_core.generation.prompts import check_mask
 from anee_core.generation.text import generate_text
 from anee_core.model.checks import Prefill
 from anee_core.model.recording import Recording
@@ -71,8 +72,8 @@ class Generating(GenerationMixin):  # type: ignore[misc]  # transformers ships w
         given = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
         cache = kwargs[CACHE] = self._own_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
-        if not given and ids is not None and mask is not None and mask.shape != ids.shape:
-            raise InputError(f"attention_mask is {list(ids.shape)} like the token ids; got {list(mask.shape)}")
+        if not given and ids is not None and mask is not None:
+            check_mask(mask, ids)
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
             # What it drafts now may be taken back before the next call; what came before was accepted.
             cache.accept()

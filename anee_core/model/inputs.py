@@ -12,6 +12,7 @@ from anee_core.cache.adaptive_cache import AdaptiveCache
 from anee_core.engine.block import Block
 from anee_core.errors import InputError
 from anee_core.model.context import Context
+from anee_core.ranges import check_kind
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Inputs:
 
     def __post_init__(self) -> None:
         for name, given in vars(self).items():
-            if given is not None and not isinstance(given, Tensor):
-                raise InputError(f"{name} is a tensor; got {type(given).__name__}")
+            if given is not None:
+                check_kind(name, given, Tensor, "a tensor")
 
 
 def read_block(

@@ -159,7 +159,7 @@ class GatedModel(Objective):
             spread = self.spread[layer_idx]
             kept = deviation.clone()
             kept[:, :first] = torch.nan
-            lower, among = compared(kept, deviation, self._controller.compares, TIE)
+            lower, among = compared(kept, deviation, self._controller.compares, TIE * spread)
             rank = ranks(deviation / spread, lower, among, prior)
         counted, window = deviation[:, first:].double(), self._controller.compares
         sums = [nn.functional.pad(_sum_before(part, window), (first, 0)) for part in (counted, counted.square())]

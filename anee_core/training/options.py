@@ -7,10 +7,11 @@ from typing import Annotated, Literal, get_args
 
 from anee_core.errors import InputError
 from anee_core.ranges import (
-    COARSEST,
     Count,
     CountOrNone,
     Length,
+    Number,
+    PartialShare,
     Positive,
     Share,
     Size,
@@ -36,14 +37,14 @@ class AsaOptions:
     """
     gamma: Weight = 0.3
     """Weight of the mean share of context that is kept."""
-    target: Annotated[float, Within(0, 1, False, True, True)] | None = None
+    target: PartialShare | None = None
     """Share of the context to drop; gamma then adapts until it is met."""
     rank: Size = 64
     """Width of the interaction projections."""
     alpha: str | None = None
     """Schedule of the sparse sigmoid's sharpness; see `parse_schedule`. None: from 2 to 8 over four fifths of the run.
     """
-    beta: Annotated[float, Within(-COARSEST, COARSEST, whole=False)] | None = None
+    beta: Number | None = None
     """Bias of the interactions at the start. None: where nothing is dropped at the first alpha."""
     start: str | None = None
     """Folder with weights to start from, trained before for the same model."""

@@ -9,7 +9,7 @@ from transformers import GPT2Config
 
 from anee_core.bench import random_models as shapes
 from anee_core.bench import speed as bench
-from anee_core.bench.options import BenchOptions
+from anee_core.bench.options import BenchOptions, policy_and_budget
 from anee_core.bench.timing import Stopwatch, TimedStep
 from anee_core.errors import InputError
 
@@ -102,6 +102,19 @@ def test_bandwidth_is_a_rate():
 def test_options_out_of_range(wrong):
     with pytest.raises(InputError):
         BenchOptions("gpt2-small", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy", "budget"),
+    [
+        ("rl", "rl", None),
+        ("rl@0.7", "rl", 0.7),
+        ("me/mine@v1", "me/mine@v1", None),
+        ("me/mine@v1@.5", "me/mine@v1", 0.5),
+    ],
+)
+def test_a_budget_stands_behind_the_last_at(text, policy, budget):
+    assert policy_and_budget(text) == (policy, budget)
 
 
 def test_wrong_names_are_errors(llama_folder, tmp_path, run_anee):

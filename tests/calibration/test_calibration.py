@@ -152,7 +152,7 @@ def test_missing_or_short_text_is_a_clear_error(tmp_path, word_tokenizer):
     short.write_text("short")
     with pytest.raises(InputError, match="too short"):
         calibrate(model, CalibrationOptions(text=short, progress=False))
-    with pytest.raises(InputError, match=r"fit the model.s context \(128\); got 4 of 1000"):
+    with pytest.raises(InputError, match=r"fit the model.s context \(128\); got a length of 1000"):
         calibrate(model, CalibrationOptions(length=1000, progress=False))
 
 

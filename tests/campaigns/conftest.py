@@ -13,7 +13,7 @@ FIGURES = Path(__file__).parents[2] / "build" / "campaigns"
 
 
 class Campaign:
-    """Counted trials of one kind: iterated over, it yields the seeds 0, 1, 2, ...; what `fails` is told is raised last.
+    """Counted trials of one kind: iterated over, it yields the seeds 0, 1, 2, ...; what `fault` is told is raised last.
 
     Args:
         request: of the test.

@@ -12,6 +12,14 @@ import pytest
 from anee_core import load as loading
 
 
+@pytest.fixture
+def interruptible():
+    """Let SIGINT interrupt, as it does not where a shell runs the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def one_line(outcome, code=2):
     """Return the one line that a failed command says."""
     assert outcome.code == code, outcome.err
@@ -96,6 +104,7 @@ def test_what_the_system_refuses_is_one_line_with_the_file(run_anee, llama_folde
     ],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("interruptible")
 def test_a_stopped_command_says_how_to_go_on(command, goes_on, number, run_anee, text, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loading, "load", lambda *arguments, **options: os.kill(os.getpid(), number))

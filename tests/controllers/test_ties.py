@@ -6,6 +6,8 @@ from tiny import adaptive
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from anee_core.controllers.gate import GateController, GateWeights
+from anee_core.controllers.static import StaticController
+from anee_core.interfaces.formulas import TIE, LinearGate
 from anee_core.policy import Policy
 
 LAYERS, WIDTH, LENGTH = 3, 256, 40
@@ -36,6 +38,15 @@ def ran_in_pieces(model, ids, piece):
         model(block, past_key_values=cache)
         parts.append(model.last_trace.ran)
     return torch.cat(parts, dim=2)
+
+
+def test_a_controller_with_the_formula_of_a_gate_has_its_ties():
+    weights = torch.ones(LAYERS, WIDTH), *(torch.ones(LAYERS) for _ in range(2))
+    formula = LinearGate(*weights, spread=torch.tensor([1.0, 2.0, 3.0]), prior=1.0, window=8)
+    controller = StaticController()
+    assert controller.tie(1) == 0
+    named = type("Formula", (StaticController,), {"linear": formula})
+    assert named().tie(1) == pytest.approx(2 * TIE)
 
 
 @torch.no_grad()

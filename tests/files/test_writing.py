@@ -53,14 +53,14 @@ def test_a_write_that_fails_half_way_leaves_the_earlier_file(tmp_path, content):
 
 
 def test_a_folder_is_written_whole_too(tmp_path):
-    place = tmp_path / "folder"
+    place = tmp_path / "new" / "folder"
     for text in ("first", "second"):
         write_folder(place, lambda draft, text=text: (draft / text).touch())
         assert os.listdir(place) == [text]
     with pytest.raises(OutputError, match=r"cannot write .*folder: No space left on device"):
         write_folder(place, lambda draft: half(draft / "third"))
     assert os.listdir(place) == ["second"]
-    assert os.listdir(tmp_path) == ["folder"]
+    assert os.listdir(tmp_path / "new") == ["folder"]
 
 
 def test_a_fault_of_the_program_stays_what_it_is(tmp_path):

@@ -7,9 +7,10 @@ from signed import sign
 from tiny import PLUGINS, QUICK
 
 import anee
-from anee_core.controllers.static import StaticController
+from anee_core.cache_policies import TovaCachePolicy
+from anee_core.controllers import RandomController, StaticController
 from anee_core.errors import CheckpointError, PolicyError
-from anee_core.policy import load_policy, parse_policy
+from anee_core.policy import Policy, load_policy, parse_policy
 
 
 def parse(text):
@@ -26,6 +27,19 @@ SAVED = {
     "window": ("window:sinks=1,recent=4", None),
     "both": ("heuristic:protect=1 1+window:sinks=1,recent=4", 0.7),
 }
+
+
+@pytest.mark.parametrize("controller", [StaticController(skip=[1, 2]), RandomController(p=0.4, protect=[1, 1])])
+def test_a_policy_that_was_given_lists_is_saved_and_read_again(controller, tmp_path):
+    policy = Policy(controller, TovaCachePolicy(keep=[0.5, 0.2]))
+    policy.save(tmp_path)
+    again = load_policy(tmp_path, PLUGINS)
+    assert (again.controller, again.cache_policy) == (policy.controller, policy.cache_policy)
+
+
+def test_protected_ends_are_two_counts(tiny_llama):
+    with pytest.raises(PolicyError, match="protect takes two counts, first and last layers, like 'protect=2 2'; got 1"):
+        anee.load(tiny_llama, RandomController(p=0.4, protect=1))
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2"])

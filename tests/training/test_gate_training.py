@@ -37,6 +37,18 @@ def test_what_is_trained_is_what_is_deployed(family, tmp_path):
     assert 0.1 < ran.float().mean() < 0.95
 
 
+@torch.no_grad()
+def test_ties_go_by_the_spread_as_they_do_when_deployed():
+    dense = adaptive(build("llama"), "dense")
+    parts, controller = (dense.adapter, dense.parts, dense.engine.costs), GateController(window=8, first=2)
+    trained = GatedModel(*parts, *gate_weights(), controller, GateOptions()).eval()
+    unit = torch.randn(2, 40, trained.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    wanted = trained.score(unit, 1)
+    for part in (trained.weight, trained.bias, trained.mean, trained.spread):
+        part.mul_(2**-20)
+    torch.testing.assert_close(trained.score(unit, 1), wanted)
+
+
 def test_tokens_are_compared_with_those_of_the_window_alone(tmp_path):
     gate, shortcuts = gate_weights()
     deployed = adaptive(build("llama"), "dense")

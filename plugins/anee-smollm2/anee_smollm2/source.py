@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from anee_core.errors import MissingPackageError, ModelError
-from anee_core.files import cache_folder, writing
+from anee_core.files import cache_folder, only_one, write_folder
 from anee_core.hookspecs import SourceRequest
 
 logger = logging.getLogger(__name__)
@@ -76,8 +74,18 @@ def unpacked(gguf: Path, folder: Path) -> Path:
 
     The packed weights have 4 bits and a scale per 32, so bf16 loses next to nothing and halves the file.
     """
-    if (folder / "config.json").is_file():
-        return folder
+    if not _is_there(folder):
+        with only_one(folder):
+            if not _is_there(folder):  # another process may have unpacked it meanwhile
+                _unpack(gguf, folder)
+    return folder
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
     logger.info("unpacking %s into %s", gguf.name, folder)
     try:
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -89,22 +97,10 @@ def unpacked(gguf: Path, folder: Path) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(packed.state_dict())
     model.generation_config = packed.generation_config
-    with writing(folder):
-        _save(model.to(torch.bfloat16), tokenizer, folder)
-    return folder
+    model.to(torch.bfloat16)
 
-
-def _save(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside and renamed, so that an interruption leaves no half model behind.
-    draft = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    def save(draft: Path) -> None:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        draft.replace(folder)
-    except OSError:
-        # Another process may have finished first.
-        if not (folder / "config.json").is_file():
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+    write_folder(folder, save)
