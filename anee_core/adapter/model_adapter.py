@@ -44,7 +44,22 @@ class ModelAdapter(ABC):
         for kind in getattr(config, "layer_types", None) or ():
             if kind not in known:
                 return f"layers of the kind '{kind}' keep no key/value cache that ANEE could share between tokens"
-        return None
+        return self._unseen_window(config)
+
+    def _unseen_window(self, config: Any) -> str | None:
+        """Return why a config has a window of which the adapter knows nothing, or None if it has none."""
+        width = getattr(config, "sliding_window", None)
+        # Any config may hold it; only of a family whose config declares it may layers have it.
+        declared = "sliding_window" in inspect.signature(type(config)).parameters
+        unused = getattr(config, "use_sliding_window", None) is False
+        if not width or not declared or unused or self.layout_for(config).windows is not None:
+            return None
+        if any(self.window(config, layer_idx) is not None for layer_idx in range(config.num_hidden_layers)):
+            return None
+        return (
+            f"sliding_window={width}, but {type(self).__name__} gives no layer a window: "
+            "name its layers in Layout.windows, or override window"
+        )
 
     def layout_for(self, config: Any) -> Layout:
         """Return the layout of a config; ``layout``, unless the family has several."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING
 
 from anee_core.errors import InputError, suggestion
+
+logger = logging.getLogger(__name__)
 
 # All different, so that one cannot be taken for another unnoticed.
 _SMALL = {
@@ -62,23 +66,36 @@ def small_config(model_type: str, **sizes: int) -> Any:
 def read_configs(path: Path) -> dict[str, Any]:
     """Return the config in a JSON file, or those in a folder's ``*.json``, by file name without its ending.
 
+    Of a folder, families that the installed transformers does not have are left out, and named in a warning: those
+    that came later than it.
+
     Raises:
         InputError: there is none, or a file is no config that transformers knows.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"the folder '{path}' has no .json config")
-    return {file.stem: _read(file) for file in files}
+    values = {file: _values(file) for file in files}
+    if path.is_dir():
+        absent = [file.stem for file, fields in values.items() if fields["model_type"] not in CONFIG_MAPPING]
+        if absent:
+            logger.warning("transformers %s has no such families: %s", transformers.__version__, ", ".join(absent))
+        values = {file: fields for file, fields in values.items() if file.stem not in absent}
+    if not values:
+        raise InputError(f"the folder '{path}' has no .json config of a family that transformers has")
+    return {file.stem: _config(file, dict(fields)) for file, fields in values.items()}
 
 
-def _read(file: Path) -> Any:
+def _values(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"cannot read the config '{file}': {error}") from error
-    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
-    if model_type is None:
+    if not isinstance(values, dict) or values.get("model_type") is None:
         raise InputError(f"the config '{file}' says no model_type")
+    return values
+
+
+def _config(file: Path, values: dict[str, Any]) -> Any:
+    model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"'{file}' is of the unknown family '{model_type}'; {suggestion(model_type, CONFIG_MAPPING)}")
     try:

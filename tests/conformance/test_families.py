@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import CONFIGS, PLUGINS, adaptive, tokens
+from tiny import CONFIGS, FAMILIES, PLUGINS, adaptive, tokens
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -18,6 +18,7 @@ from transformers import (
 
 import anee
 from anee_adapters import LlamaAdapter, anee_adapters
+from anee_core.conformance.check import named
 from anee_core.conformance.subject import Subject
 from anee_core.conformance.suite import ADAPTER_CHECKS, PolicyConformance
 from anee_core.conformance.tiny import small_config
@@ -58,10 +59,21 @@ def subjects():
 
 
 @pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=[check.name for check in ADAPTER_CHECKS])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, check, subjects):
     failure = check.failure(subjects(name))
     assert failure is None, failure
+
+
+SHORT = ("paths", "window", "dense sequence", "keys and values", "cost model")
+"""Checks that show most mistakes in a table, in little time; `make conformance` runs all on every config."""
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in FAMILIES])
+def test_short_checks_of_the_other_families(name, subjects):
+    for check in named(ADAPTER_CHECKS, SHORT):
+        failure = check.failure(subjects(name))
+        assert failure is None, failure
 
 
 class TestPolicies(PolicyConformance):
@@ -154,6 +166,17 @@ def test_window_is_what_the_family_makes_of_its_config(config):
     network, ids = AutoModelForCausalLM.from_config(config).eval(), tokens()
     with torch.no_grad():
         torch.testing.assert_close(adaptive(network)(ids).logits, network(ids).logits)
+
+
+def test_window_of_which_an_adapter_knows_nothing_is_refused():
+    """Such a model would agree with transformers up to the window, and go astray beyond it."""
+    network = AutoModelForCausalLM.from_config(CONFIGS["mistral"])
+    with pytest.raises(ModelError, match="sliding_window=5, but LlamaAdapter gives no layer a window: name its layers"):
+        AdaptiveModel(network, LlamaAdapter())
+    full = AutoModelForCausalLM.from_config(CONFIGS["mistral-full"])
+    assert AdaptiveModel(full, LlamaAdapter())(tokens()).logits.shape[1] == 11
+    unused = AutoModelForCausalLM.from_config(changed("qwen2", sliding_window=5, use_sliding_window=False))
+    assert AdaptiveModel(unused, LlamaAdapter())(tokens()).logits.shape[1] == 11
 
 
 def test_attention_to_the_future_is_refused():
