@@ -1,12 +1,14 @@
 """The built-in model families. Each adapter states what ANEE has to know about one."""
 
 from anee_adapters.dbrx import DbrxAdapter
+from anee_adapters.deepseek import DeepseekV3Adapter
 from anee_adapters.falcon import FalconAdapter
 from anee_adapters.gemma import Gemma2Adapter, Gemma3Adapter, GemmaAdapter
 from anee_adapters.gpt2 import GPT2Adapter
 from anee_adapters.gpt_bigcode import GPTBigCodeAdapter
 from anee_adapters.gpt_neox import GPTNeoXAdapter
 from anee_adapters.gptj import CodeGenAdapter, GPTJAdapter
+from anee_adapters.granite_hybrid import GraniteHybridAdapter
 from anee_adapters.layer_norms import PhiAdapter, StableLmAdapter, Starcoder2Adapter
 from anee_adapters.llama import LlamaAdapter
 from anee_adapters.llama_kin import llama_kin
@@ -25,6 +27,7 @@ __all__ = [
     "BioGptAdapter",
     "CodeGenAdapter",
     "DbrxAdapter",
+    "DeepseekV3Adapter",
     "FalconAdapter",
     "GPT2Adapter",
     "GPTBigCodeAdapter",
@@ -33,6 +36,7 @@ __all__ = [
     "Gemma2Adapter",
     "Gemma3Adapter",
     "GemmaAdapter",
+    "GraniteHybridAdapter",
     "LlamaAdapter",
     "MistralAdapter",
     "MixtralAdapter",
@@ -58,6 +62,7 @@ def anee_adapters() -> dict[str, ModelAdapter]:
         "biogpt": BioGptAdapter(),
         "codegen": CodeGenAdapter(),
         "dbrx": DbrxAdapter(),
+        "deepseek_v3": DeepseekV3Adapter(),
         "falcon": FalconAdapter(),
         "gemma": GemmaAdapter(),
         "gemma2": Gemma2Adapter(),
@@ -66,6 +71,7 @@ def anee_adapters() -> dict[str, ModelAdapter]:
         "gpt_bigcode": GPTBigCodeAdapter(),
         "gpt_neox": GPTNeoXAdapter(),
         "gptj": GPTJAdapter(),
+        "granitemoehybrid": GraniteHybridAdapter(),
         "llama": LlamaAdapter(),
         "mistral": MistralAdapter(),
         "mixtral": MixtralAdapter(),

@@ -32,8 +32,10 @@ class PhiAdapter(ModelAdapter):
         )
 
 
-class StableLmAdapter(LlamaAdapter):
+class StableLmAdapter(ModelAdapter):
     """StableLM. Where keys are normed, each head has a norm of its own, and the layer itself is asked."""
+
+    layout = LlamaAdapter.layout
 
     def layout_for(self, config: Any) -> Layout:
         """Leave out the projections if keys are normed."""
@@ -43,7 +45,7 @@ class StableLmAdapter(LlamaAdapter):
         """Return LLaMA's recipe, for StableLM's layers; None if keys are normed."""
         if config.qk_layernorm:
             return None
-        recipe = replace(super().recipe(config), layers=frozenset({"StableLmDecoderLayer"}))
+        recipe = replace(LlamaAdapter().recipe(config), layers=frozenset({"StableLmDecoderLayer"}))
         return replace(recipe, mlp_norm=None, parallel=True) if config.use_parallel_residual else recipe
 
 

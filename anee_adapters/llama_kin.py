@@ -23,7 +23,9 @@ def llama_kin() -> dict[str, ModelAdapter]:
     after = replace(CALLED, input_norm=None)  # norms behind attention and MLP only, and more than one kind over keys
     granite = replace(LLAMA, embedding_multiplier="embedding_multiplier", logits_divisor="logits_scaling")
     scaled = replace(CALLED, logits_multiplier="logit_scale")
-    glm4 = {"attended_norm": "post_self_attn_layernorm", "changed_norm": "post_mlp_layernorm"}
+    glm4 = replace(
+        _fused_recipe("Glm4DecoderLayer"), attended_norm="post_self_attn_layernorm", changed_norm="post_mlp_layernorm"
+    )
     return {
         "apertus": TableAdapter(replace(LLAMA, input_norm="attention_layernorm", key_norm="self_attn.k_norm")),
         "arcee": TableAdapter(LLAMA),
@@ -33,7 +35,7 @@ def llama_kin() -> dict[str, ModelAdapter]:
         "ernie4_5": NeighboursAdapter(LLAMA, _recipe("Ernie4_5DecoderLayer", rotary_pairs=True)),
         "exaone4": TableAdapter(replace(after, windows="by type")),  # layers without a window may turn no keys
         "glm": NeighboursAdapter(LLAMA, _fused_recipe("GlmDecoderLayer")),
-        "glm4": NeighboursAdapter(LLAMA, replace(_fused_recipe("Glm4DecoderLayer"), **glm4)),
+        "glm4": NeighboursAdapter(LLAMA, glm4),
         "granite": TableAdapter(granite),
         "helium": NeighboursAdapter(LLAMA, _recipe("HeliumDecoderLayer", rotary_pairs=True)),
         "hunyuan_v1_dense": TableAdapter(CALLED),  # keys are turned and then normed

@@ -16,7 +16,7 @@ def mixtures() -> dict[str, ModelAdapter]:
     granite = replace(
         LLAMA,
         mlp="block_sparse_moe",
-        experts="block_sparse_moe.experts",
+        experts="block_sparse_moe",
         embedding_multiplier="embedding_multiplier",
         logits_divisor="logits_scaling",
     )

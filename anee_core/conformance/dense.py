@@ -32,7 +32,7 @@ def paths(subject: Subject) -> None:
             find(layer, path)
     if layout.experts is not None:
         stacked = [n for n, p in parts.layers[-1].named_parameters() if p.dim() > 1]
-        inside = any(name.rpartition(".")[0] == layout.experts for name in stacked)
+        inside = any(name.startswith(f"{layout.experts}.") for name in stacked)
         expect(inside, f"stacked weights in '{layout.experts}'", stacked or "none", "Layout.experts")
     expect(
         parts.embedding is model.get_input_embeddings(), "the input embedding", parts.embedding, "ModelAdapter.parts"

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
+from anee_core.adapter.refusals import keeps_state
 from anee_core.conformance.tiny import small_config
 from anee_core.errors import InputError
 
@@ -75,6 +76,7 @@ _TEST = '''"""The adapter keeps ANEE's promises."""
 from anee_{name} import {Family}Adapter
 
 from anee_core.conformance import AdapterConformance
+from anee_core.adapter.refusals import keeps_state
 from anee_core.conformance.tiny import small_config
 
 
@@ -140,7 +142,7 @@ def guess_layout(model_type: str) -> dict[str, Any]:
         raise InputError(f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers")
     layer = layers[0]
     attention = next((n for n, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
-    if layer_argument(layer) is None or attention is None or model._is_stateful:
+    if layer_argument(layer) is None or attention is None or keeps_state(model, config):
         raise InputError(f"layers of '{model_type}' take no key/value cache: ANEE cannot run this family")
     required = [
         name
