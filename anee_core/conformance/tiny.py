@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -36,7 +37,11 @@ _SMALL = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
 }
+_STATES = frozenset({"linear_attention", "mamba"})
+"""Kinds of layers that keep a state."""
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 
@@ -53,6 +58,10 @@ def small_config(model_type: str, **sizes: int) -> Any:
     names = getattr(make, "attribute_map", {})
     wanted = _SMALL | sizes
     given = {k: v for k, v in wanted.items() if getattr(default, k, None) is not None}
+    kinds = getattr(default, "layer_types", None)
+    # Where a config chooses the kinds, layers that attend can be had.
+    if kinds and _STATES.issuperset(kinds) and "layer_types" in inspect.signature(make).parameters:
+        given["layer_types"] = ["full_attention"] * given["num_hidden_layers"]
     fields = {names.get(k, k): v for k, v in given.items() if not isinstance(getattr(make, k, None), property)}
     try:
         return make(**fields, **_SPECIAL)
