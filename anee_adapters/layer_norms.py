@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+from torch.nn import functional
+
 from anee_adapters.llama import LlamaAdapter
-from anee_core.interfaces import Layout, ModelAdapter, Recipe
+from anee_core.interfaces import Layout, ModelAdapter, Parts, Recipe
 
 
 class PhiAdapter(ModelAdapter):
@@ -53,6 +56,10 @@ class Starcoder2Adapter(LlamaAdapter):
     """StarCoder 2. Its MLP has no gate."""
 
     layout = replace(LlamaAdapter.layout, windows="all")
+
+    def embed(self, parts: Parts, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:
+        """Drop some of the embeddings in training, which no module of their own does."""
+        return functional.dropout(token_embeddings, parts.config.embedding_dropout, parts.model.training)
 
     def recipe(self, config: Any) -> Recipe:
         """Return LLaMA's recipe with another MLP."""

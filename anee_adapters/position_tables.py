@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from anee_adapters.opt import OPTAdapter
 from anee_core.interfaces import ModelAdapter, Parts, Recipe
@@ -28,7 +29,8 @@ class BioGptAdapter(ModelAdapter):
     def embed(self, parts: Parts, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:
         """Name the positions: their table wants a padding mask first."""
         positions: Tensor = parts.learned_positions(None, position_ids=position_ids)
-        return token_embeddings + positions.to(token_embeddings.device)
+        states = token_embeddings + positions.to(token_embeddings.device)
+        return functional.dropout(states, parts.config.hidden_dropout_prob, parts.model.training)
 
     def recipe(self, config: Any) -> Recipe:
         """Return OPT's recipe, for BioGPT's layers."""
@@ -44,7 +46,8 @@ class XGLMAdapter(ModelAdapter):
         """Say how far the positions reach, so that the table is long enough."""
         before = int(position_ids.max()) + 1 - position_ids.shape[1]
         positions: Tensor = parts.learned_positions(position_ids, before)
-        return token_embeddings + positions.to(token_embeddings.device)
+        states = token_embeddings + positions.to(token_embeddings.device)
+        return functional.dropout(states, parts.config.dropout, parts.model.training)
 
     def position_limit(self, parts: Parts) -> int | None:
         """Return None: sines have no end."""

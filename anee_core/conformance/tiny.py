@@ -37,9 +37,27 @@ _SMALL = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
+    "n_group": 3,
+    "topk_group": 2,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 12,
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
 }
+_OWN: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 6, "moe_top_k": 3},
+    },
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "helium": {"head_dim": 8},
+}
+"""Sizes of families that cannot have those above."""
+_NEEDED = frozenset({"head_dim", "num_key_value_heads"})
+"""Sizes of which some families have no default, though their models need one."""
 _STATES = frozenset({"linear_attention", "mamba"})
 """Kinds of layers that keep a state."""
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
@@ -56,8 +74,10 @@ def small_config(model_type: str, **sizes: int) -> Any:
     make = CONFIG_MAPPING[model_type]
     default = make()
     names = getattr(make, "attribute_map", {})
-    wanted = _SMALL | sizes
-    given = {k: v for k, v in wanted.items() if getattr(default, k, None) is not None}
+    wanted = _SMALL | _OWN.get(model_type, {}) | sizes
+    given = {
+        k: v for k, v in wanted.items() if getattr(default, k, None) is not None or (k in _NEEDED and hasattr(make, k))
+    }
     kinds = getattr(default, "layer_types", None)
     # Where a config chooses the kinds, layers that attend can be had.
     if kinds and _STATES.issuperset(kinds) and "layer_types" in inspect.signature(make).parameters:
