@@ -106,7 +106,8 @@ class ModelAdapter(ABC):
             return (LayerCall(position_ids),) * len(parts.layers)
         # Some families turn layers with a window by other angles than those without.
         by_type = "layer_type" in inspect.signature(parts.rotary.forward).parameters
-        kinds = parts.config.layer_types[: len(parts.layers)] if by_type else (None,) * len(parts.layers)
+        given = getattr(parts.config, "layer_types", None) if by_type else None
+        kinds = given[: len(parts.layers)] if given else (None,) * len(parts.layers)
         calls = {}
         for kind in dict.fromkeys(kinds):
             chosen = {} if kind is None else {"layer_type": kind}

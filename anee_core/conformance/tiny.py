@@ -52,7 +52,6 @@ _OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 6, "moe_top_k": 3},
     },
-    "deepseek_v3": {"num_key_value_heads": 4},
     "helium": {"head_dim": 8},
 }
 """Sizes of families that cannot have those above."""
@@ -78,6 +77,8 @@ def small_config(model_type: str, **sizes: int) -> Any:
     given = {
         k: v for k, v in wanted.items() if getattr(default, k, None) is not None or (k in _NEEDED and hasattr(make, k))
     }
+    if "kv_lora_rank" in given:  # each query has a key of its own
+        given["num_key_value_heads"] = given["num_attention_heads"]
     kinds = getattr(default, "layer_types", None)
     # Where a config chooses the kinds, layers that attend can be had.
     if kinds and _STATES.issuperset(kinds) and "layer_types" in inspect.signature(make).parameters:

@@ -135,7 +135,7 @@ def test_new_adapter_writes_a_plugin(run_anee, tmp_path):
         ("mamba", "take no key/value cache"),
         ("bloom", "must be given 'alibi'"),
         ("bert", "lets tokens see the future"),
-        ("nemotron", "cannot be run"),
+        ("reformer", "cannot be run"),
         ("qwen3_next", "take no key/value cache"),
     ],
 )
