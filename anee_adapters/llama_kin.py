@@ -20,7 +20,7 @@ CALLED = replace(LLAMA, key=None, value=None)
 
 def llama_kin() -> dict[str, ModelAdapter]:
     """Return the adapters by model type."""
-    after = replace(CALLED, input_norm=None)  # norms behind attention and MLP only, and more than one kind over keys
+    after = replace(CALLED, input_norm=None)  # norms behind attention and MLP only; keys are normed too
     granite = replace(LLAMA, embedding_multiplier="embedding_multiplier", logits_divisor="logits_scaling")
     scaled = replace(CALLED, logits_multiplier="logit_scale")
     glm4 = replace(
