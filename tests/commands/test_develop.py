@@ -80,7 +80,7 @@ def test_policies_are_checked(run_anee):
         (["no_such_module:Adapter"], "cannot import 'no_such_module' (ModuleNotFoundError"),
         (["wrong_adapter:Wrnog"], "'Wrnog' of wrong_adapter is no ModelAdapter; did you mean 'Wrong'?"),
         (["wrong_adapter:NOT_AN_ADAPTER"], "'NOT_AN_ADAPTER' of wrong_adapter is no ModelAdapter"),
-        (["anee_adapters:TableAdapter"], "'TableAdapter' of anee_adapters cannot be made (TableAdapter.__init__() missing"),
+        (["anee_adapters:TableAdapter"], "'TableAdapter' of anee_adapters cannot be made (TableAdapter.__init__()"),
         (["wrong_adapter:Wrong"], "is registered for no model family: pass --config with a small config"),
         (["llama", "--check", "path"], "there is no check 'path'; did you mean 'paths'?"),
         (["llama", "--config", "missing.json"], "there is no config 'missing.json'"),
