@@ -3,16 +3,21 @@
     python .ci/families.py            # prints --config FILE --config FILE ...
     python .ci/families.py --record   # notes what families are now: after all were checked (`make conformance`)
 
-A family has changed if its config or the file of its adapter is not what it was when all were last checked.
+A family has changed if its config, the file of its adapter's class, or its layout or recipe is not what it was when all
+were last checked.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
-import re
+from dataclasses import replace
 from pathlib import Path
+
+from anee_adapters import anee_adapters
+from anee_core.conformance.tiny import read_configs
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "tests" / "configs"
@@ -22,16 +27,16 @@ SAMPLE = ("gpt2", "llama", "qwen2-sliding", "falcon-multi-query", "gemma2", "qwe
 
 
 def sources() -> dict[str, str]:
-    """Return a digest of each config and of the adapter file that serves its family, by the config's name."""
-    table = (ROOT / "anee_adapters" / "__init__.py").read_text()
-    files = dict(re.findall(r"from anee_adapters\.(\w+) import ([\w, ]+)", table))
-    served = {name.strip(): module for module, names in files.items() for name in names.split(",")}
-    kinds = {kind: served[adapter] for kind, adapter in re.findall(r'"(\w+)": (\w+)\(\)', table) if adapter in served}
-    found = {}
-    for path in sorted(CONFIGS.glob("*.json")):
-        module = kinds[json.loads(path.read_text())["model_type"]]
-        content = path.read_bytes() + (ROOT / "anee_adapters" / f"{module}.py").read_bytes()
-        found[path.stem] = hashlib.sha256(content).hexdigest()[:16]
+    """Return a digest of each config and of what serves its family, by the config's name."""
+    adapters, found = anee_adapters(), {}
+    for name, config in read_configs(CONFIGS).items():
+        adapter = adapters[config.model_type]
+        recipe = adapter.recipe(config)
+        # The set of class names has no order of its own.
+        kinds = None if recipe is None else (sorted(recipe.layers), replace(recipe, layers=frozenset()))
+        table = repr((adapter.layout_for(config), kinds)).encode()
+        content = (CONFIGS / f"{name}.json").read_bytes() + Path(inspect.getfile(type(adapter))).read_bytes() + table
+        found[name] = hashlib.sha256(content).hexdigest()[:16]
     return found
 
 

@@ -1,4 +1,4 @@
-"""GPT-J: interleaved rotary positions inside attention, attention and MLP side by side."""
+"""GPT-J and CodeGen: interleaved rotary positions inside attention, attention and MLP side by side."""
 
 from __future__ import annotations
 
@@ -58,6 +58,19 @@ class GPTJAdapter(ModelAdapter):
         """Return the angles of the table, which is the same in every layer, one for each number of a pair."""
         sin, cos = _looked_up(parts, 0, call.position_ids, parts.model.dtype)
         return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
+
+
+class CodeGenAdapter(GPTJAdapter):
+    """CodeGen: GPT-J with queries, values and keys in four groups of one projection, so the layer itself is asked."""
+
+    layout = replace(GPTJAdapter.layout, key=None, value=None)
+
+    def project_kv(self, parts: Parts, layer_idx: int, hidden_states: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that the layer gives its cache."""
+        return self.capture_kv(parts, layer_idx, hidden_states, call)
+
+    def recipe(self, config: Any) -> None:
+        """Return None: no recipe knows such groups."""
 
 
 def _looks_up(parts: Parts) -> bool:

@@ -91,7 +91,7 @@ def conformance(
 
 
 def new_adapter(
-    name: Annotated[str, typer.Argument(help="The model family, as transformers calls it: 'stablelm'.")],
+    name: Annotated[str, typer.Argument(help="The model family, as transformers calls it: 'jais2'.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the plugin into.")] = Path(),
 ) -> None:
     """Write the start of a plugin with an adapter: package, entry point, conformance test."""

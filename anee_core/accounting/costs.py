@@ -26,6 +26,9 @@ class CostModel:
     """Work of the language-model head."""
     embedding: Work
     """Work of what leads from a token to the first layer, and from the last layer to the head."""
+    slot_flops: int = 0
+    """FLOPs that a call of a layer adds for each slot of a row, however many tokens it has: of families whose cache
+    holds less than keys and values."""
     shortcut: tuple[Work, ...] = ()
     """Work of the shortcut that a token gets in the place of a skipped layer, for each layer; empty for none."""
 
@@ -44,9 +47,10 @@ class CostModel:
     def token_shares(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return the shares of a dense token's layer FLOPs that running and that skipping each layer take.
 
-        Both are [L, ...] in fp32 for ``position_ids`` [...]: attention grows with the number of tokens before.
+        Both are [L, ...] in fp32 for ``position_ids`` [...]: attention grows with the number of tokens before. A token
+        is taken to come alone, as in decoding.
         """
-        attention = self.pair_flops * (position_ids + 1).float()
+        attention = (self.pair_flops + self.slot_flops) * (position_ids + 1).float()
         run, skip = self._flops.to(position_ids.device).view(2, self.num_layers, *[1] * position_ids.dim())
         run = run + attention
         dense = run.sum(0)

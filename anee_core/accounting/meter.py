@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,21 +17,22 @@ class Meter:
     Args:
         costs: what the model's parts cost.
         policy_work: returns the FLOPs of a layer's token policy, per new token and per pair of new token and slot.
-        tokens: B x T.
+        shape: B and T.
         context: tokens of a row that were seen before or are new.
     """
 
     def __init__(
-        self, costs: CostModel, policy_work: Callable[[int], tuple[int, int]], tokens: int, context: int
+        self, costs: CostModel, policy_work: Callable[[int], tuple[int, int]], shape: Sequence[int], context: int
     ) -> None:
-        self._costs, self._policy_work, self._tokens, self._context = costs, policy_work, tokens, context
-        self._layers: list[tuple[int, int, int]] = []
+        self._costs, self._policy_work = costs, policy_work
+        self._rows, self._tokens, self._context = shape[0], shape[0] * shape[1], context
+        self._layers: list[tuple[int, int, int, int]] = []
         self._states: tuple[Tensor, list[int]] | None = None
         self._inside = self._head_calls = self._head_tokens = 0
 
-    def layer(self, running: int, skipping: int, slots: int) -> None:
-        """Count the next layer: how many tokens run and skip it, and the slots of a row that a running one looks at."""
-        self._layers.append((running, skipping, slots))
+    def layer(self, rows: int, running: int, skipping: int, slots: int) -> None:
+        """Count the next layer: how many rows and tokens run it, how many skip it, and the slots of a row."""
+        self._layers.append((rows, running, skipping, slots))
 
     def layers(self, states: Tensor, slots: list[int]) -> None:
         """Count all layers: the `TokenState` of each token at each, [L, B, T], and the slots of a row in each."""
@@ -51,7 +52,7 @@ class Meter:
         if self._states is not None:
             states, held = self._states
             runs, skips = ((states == kind).sum((1, 2)).tolist() for kind in (TokenState.RUNS, TokenState.SKIPPED))
-            self._layers = list(zip(runs, skips, held, strict=True))
+            self._layers = list(zip([self._rows] * len(held), runs, skips, held, strict=True))
         spent = Spent(
             policy_flops=self._inside,
             head_flops=self._head_tokens * costs.head.flops,
@@ -60,9 +61,9 @@ class Meter:
         if self._layers:
             spent.embedding_flops = tokens * costs.embedding.flops
             spent.embedding_bytes = costs.embedding.read(tokens)
-        for layer_idx, (running, skipping, slots) in enumerate(self._layers):
+        for layer_idx, (rows, running, skipping, slots) in enumerate(self._layers):
             run, propagate = costs.run[layer_idx], costs.propagate[layer_idx]
-            spent.layer_flops += running * (run.flops + slots * costs.pair_flops)
+            spent.layer_flops += running * (run.flops + slots * costs.pair_flops) + rows * slots * costs.slot_flops
             per_token, per_pair = self._policy_work(layer_idx)
             spent.policy_flops += tokens * (per_token + slots * per_pair)
             spent.propagation_flops += skipping * propagate.flops
@@ -70,6 +71,7 @@ class Meter:
                 spent.shortcut_flops += skipping * costs.shortcut[layer_idx].flops
                 spent.shortcut_bytes += costs.shortcut[layer_idx].read(skipping)
             spent.dense_layer_flops += tokens * (run.flops + self._context * costs.pair_flops)
+            spent.dense_layer_flops += self._rows * self._context * costs.slot_flops
             spent.layer_bytes += run.read(running)
             spent.propagation_bytes += propagate.read(skipping)
             spent.dense_layer_bytes += run.read(tokens)

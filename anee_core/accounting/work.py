@@ -78,7 +78,7 @@ def experts_work(module: nn.Module, config: Any) -> Work:
 
 
 def layer_work(layer: nn.Module, experts: str | None, config: Any) -> Work:
-    """Return the work of everything inside a layer, each module run once; ``experts`` is the path of its experts.
+    """Return the work of everything inside a layer, each module run once; its experts lie at the path ``experts``.
 
     Raises:
         AdapterError: the layer holds stacked weights that no path names.
@@ -90,9 +90,10 @@ def layer_work(layer: nn.Module, experts: str | None, config: Any) -> Work:
         if id(module) in inside:
             continue
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
-        if path == experts:
+        stacked = any(parameter.dim() > 2 for parameter in own)
+        if stacked and experts is not None and f"{path}.".startswith(f"{experts}."):
             work = work + experts_work(module, config)
-        elif any(parameter.dim() > 2 for parameter in own):
+        elif stacked:
             raise AdapterError(
                 f"'{path}' of {type(layer).__name__} holds stacked weights, as a mixture of experts does; "
                 f"name it in Layout.experts (now {experts!r})"

@@ -12,6 +12,7 @@ from torch import nn
 from anee_core.adapter.cache_names import LAYER_ARGUMENTS, layer_argument
 from anee_core.adapter.layout import Layout
 from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.adapter.refusals import keeps_state
 from anee_core.errors import AdapterError
 
 _PASSED = (*LAYER_ARGUMENTS, "attention_mask", "position_ids", "position_embeddings", "use_cache", "hidden_states")
@@ -78,7 +79,7 @@ def _attention(model: Any, layer: nn.Module) -> str:
     """Return the name of a layer's attention, if the layer can be called as ANEE calls layers."""
     kind = type(layer).__name__
     attention = next((n for n, child in layer.named_children() if "attention" in type(child).__name__.lower()), None)
-    if layer_argument(layer) is None or attention is None or model._is_stateful:
+    if layer_argument(layer) is None or attention is None or keeps_state(model, model.config):
         raise AdapterError(f"layers of the kind {kind} take no key/value cache: ANEE cannot run this family")
     parameters = inspect.signature(type(layer).forward).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]

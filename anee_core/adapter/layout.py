@@ -35,7 +35,7 @@ class Layout:
     mlp: str | None = None
     """MLP of a layer."""
     experts: str | None = None
-    """Module that holds the stacked weights of a mixture of experts; layers without one are dense."""
+    """Module in which the stacked weights of a mixture of experts lie; layers without one are dense."""
     input_norm: str | None = None
     """Norm in front of the key and value projections."""
     key: str | None = None

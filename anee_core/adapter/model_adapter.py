@@ -19,6 +19,7 @@ from anee_core.adapter.fused_projection import sliceable, tail, tail_work
 from anee_core.adapter.layer_call import LayerCall
 from anee_core.adapter.layout import Layout, Parts, find, layers_of
 from anee_core.adapter.recipe import Recipe
+from anee_core.adapter.refusals import unservable
 from anee_core.adapter.rotary import length_limit, rotate
 from anee_core.errors import AdapterError, ModelError
 
@@ -34,17 +35,22 @@ class ModelAdapter(ABC):
 
     def refuse(self, config: Any) -> str | None:
         """Return why a config of this family cannot be run exactly, or None if it can."""
-        if not getattr(config, "is_causal", True):
-            return (
-                "is_causal=False lets tokens see the future: what a layer computed for one would change with the next"
-            )
-        if getattr(config, "add_cross_attention", False):
-            return "add_cross_attention=True needs an encoder's states; ANEE runs decoder-only models"
-        known = {"full_attention", "sliding_attention"}
-        for kind in getattr(config, "layer_types", None) or ():
-            if kind not in known:
-                return f"layers of the kind '{kind}' keep no key/value cache that ANEE could share between tokens"
-        return None
+        return unservable(config) or self._unseen_window(config)
+
+    def _unseen_window(self, config: Any) -> str | None:
+        """Return why a config has a window of which the adapter knows nothing, or None if it has none."""
+        width = getattr(config, "sliding_window", None)
+        # Any config may hold it; only of a family whose config declares it may layers have it.
+        declared = "sliding_window" in inspect.signature(type(config)).parameters
+        unused = getattr(config, "use_sliding_window", None) is False
+        if not width or not declared or unused or self.layout_for(config).windows is not None:
+            return None
+        if any(self.window(config, layer_idx) is not None for layer_idx in range(config.num_hidden_layers)):
+            return None
+        return (
+            f"sliding_window={width}, but {type(self).__name__} gives no layer a window: "
+            "name its layers in Layout.windows, or override window"
+        )
 
     def layout_for(self, config: Any) -> Layout:
         """Return the layout of a config; ``layout``, unless the family has several."""
@@ -100,7 +106,8 @@ class ModelAdapter(ABC):
             return (LayerCall(position_ids),) * len(parts.layers)
         # Some families turn layers with a window by other angles than those without.
         by_type = "layer_type" in inspect.signature(parts.rotary.forward).parameters
-        kinds = parts.config.layer_types[: len(parts.layers)] if by_type else (None,) * len(parts.layers)
+        given = getattr(parts.config, "layer_types", None) if by_type else None
+        kinds = given[: len(parts.layers)] if given else (None,) * len(parts.layers)
         calls = {}
         for kind in dict.fromkeys(kinds):
             chosen = {} if kind is None else {"layer_type": kind}
@@ -220,6 +227,10 @@ class ModelAdapter(ABC):
         heads: int = config.num_attention_heads
         return heads * self.head_dim(config)
 
+    def slot_flops(self, parts: Parts) -> int:
+        """Return the FLOPs that a call of a layer adds for each slot of a row, to make keys and values of it."""
+        return 0
+
     def window(self, config: Any, layer_idx: int) -> int | None:
         """Return how many positions back layer ``layer_idx`` sees, itself included, or None for all."""
         windows = self.layout_for(config).windows
@@ -295,6 +306,7 @@ def cost_model(adapter: ModelAdapter, parts: Parts) -> CostModel:
         run=run,
         propagate=propagate,
         pair_flops=4 * adapter.attention_width(parts.config),
+        slot_flops=adapter.slot_flops(parts),
         head=module_work(parts.head),
         embedding=module_work(parts.embedding) + entry + leaving,
     )

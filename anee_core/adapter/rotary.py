@@ -14,7 +14,8 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated, rest = states[..., :width], states[..., width:]
     first, second = rotated.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    rotated = rotated * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+    # Some families turn in fp32.
+    rotated = (rotated * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(states.dtype)
     return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
 
 
@@ -24,7 +25,8 @@ def rotate_interleaved(states: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     cos, sin = (angle.unsqueeze(1).repeat_interleave(2, dim=-1) for angle in (cos, sin))
     rotated = states[..., :width]
     turned = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
-    return torch.cat((rotated * cos + turned * sin, states[..., width:]), dim=-1)
+    rotated = (rotated * cos + turned * sin).to(states.dtype)
+    return torch.cat((rotated, states[..., width:]), dim=-1)
 
 
 def length_limit(config: Any) -> int | None:

@@ -31,7 +31,7 @@ def paths(subject: Subject) -> None:
         for path in layout.in_layer.values():
             find(layer, path)
     if layout.experts is not None:
-        stacked = [n for n, p in parts.layers[-1].named_parameters() if p.dim() > 2]
+        stacked = [n for n, p in parts.layers[-1].named_parameters() if p.dim() > 1]
         inside = any(name.startswith(f"{layout.experts}.") for name in stacked)
         expect(inside, f"stacked weights in '{layout.experts}'", stacked or "none", "Layout.experts")
     expect(

@@ -73,6 +73,7 @@ _TEST = '''"""The adapter keeps ANEE's promises."""
 from anee_{name} import {Family}Adapter
 
 from anee_core.conformance import AdapterConformance
+from anee_core.adapter.refusals import keeps_state
 from anee_core.conformance.tiny import small_config
 
 

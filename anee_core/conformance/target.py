@@ -63,7 +63,10 @@ def find_adapter(target: str, plugins: Plugins) -> ModelAdapter:
         raise AdapterError(f"cannot import '{module_name}' ({type(error).__name__}: {error})") from error
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, ModelAdapter):
-        found = found()
+        try:
+            found = found()
+        except TypeError as error:
+            raise AdapterError(f"'{name}' of {module_name} cannot be made ({error}): name an instance of it") from error
     if not isinstance(found, ModelAdapter):
         adapters = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, ModelAdapter)]
         raise AdapterError(f"'{name}' of {module_name} is no ModelAdapter; {suggestion(name, adapters)}")

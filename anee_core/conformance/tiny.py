@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from anee_core.errors import InputError, suggestion
+
+logger = logging.getLogger(__name__)
 
 _LAYERS = 6
 # All different, so that one cannot be taken for another unnoticed.
@@ -35,12 +40,28 @@ _SMALL = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
-    "kv_lora_rank": 14,
-    "q_lora_rank": 18,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 12,
-    "v_head_dim": 10,
+    "n_group": 3,
+    "topk_group": 2,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 12,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
 }
+_OWN: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 6, "moe_top_k": 3},
+    },
+    "helium": {"head_dim": 8},
+}
+"""Sizes of families that cannot have those above."""
+_NEEDED = frozenset({"head_dim", "num_key_value_heads"})
+"""Sizes of which some families have no default, though their models need one."""
+_STATES = frozenset({"linear_attention", "mamba"})
+"""Kinds of layers that keep a state."""
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 
@@ -76,10 +97,16 @@ def small_like(config: Any, **changes: Any) -> Any:
     known = {key: value for key, value in known.items() if not isinstance(getattr(type(config), key, None), property)}
     said = config.to_dict()
     small = {key: size for key, size in known.items() if said.get(key) is not None}
-    small |= {
-        key: _small_option(key, value, config.num_hidden_layers) for key, value in said.items() if key not in known
-    }
-    unnamed = {key: known[key] for key in ("head_dim", "num_key_value_heads") if key in said and key not in small}
+    others = {key: value for key, value in said.items() if key not in known}
+    small |= {key: _small_option(key, value, config.num_hidden_layers) for key, value in others.items()}
+    small |= _OWN.get(config.model_type, {})
+    if "kv_lora_rank" in small:  # each query has a key of its own
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    kinds = said.get("layer_types")
+    # Where a config chooses the kinds, layers that attend can be had.
+    if kinds and _STATES.issuperset(kinds) and "layer_types" in inspect.signature(type(config)).parameters:
+        small["layer_types"] = ["full_attention"] * _LAYERS
+    unnamed = {key: known[key] for key in _NEEDED if key in said and key not in small}
     errors = []
     # Some families need a head's width to be what is left of the model's, others need it to be said.
     for variant in ({}, {"head_dim": _SMALL["hidden_size"] // _SMALL["num_attention_heads"]}, unnamed):
@@ -126,23 +153,36 @@ def _some_of_each(kinds: list[Any]) -> list[Any]:
 def read_configs(path: Path) -> dict[str, Any]:
     """Return the config in a JSON file, or those in a folder's ``*.json``, by file name without its ending.
 
+    Of a folder, families that the installed transformers does not have are left out, and named in a warning: those
+    that came later than it.
+
     Raises:
         InputError: there is none, or a file is no config that transformers knows.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"the folder '{path}' has no .json config")
-    return {file.stem: _read(file) for file in files}
+    values = {file: _values(file) for file in files}
+    if path.is_dir():
+        absent = [file.stem for file, fields in values.items() if fields["model_type"] not in CONFIG_MAPPING]
+        if absent:
+            logger.warning("transformers %s has no such families: %s", transformers.__version__, ", ".join(absent))
+        values = {file: fields for file, fields in values.items() if file.stem not in absent}
+    if not values:
+        raise InputError(f"the folder '{path}' has no .json config of a family that transformers has")
+    return {file.stem: _config(file, dict(fields)) for file, fields in values.items()}
 
 
-def _read(file: Path) -> Any:
+def _values(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"cannot read the config '{file}': {error}") from error
-    model_type = values.pop("model_type", None) if isinstance(values, dict) else None
-    if model_type is None:
+    if not isinstance(values, dict) or values.get("model_type") is None:
         raise InputError(f"the config '{file}' says no model_type")
+    return values
+
+
+def _config(file: Path, values: dict[str, Any]) -> Any:
+    model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"'{file}' is of the unknown family '{model_type}'; {suggestion(model_type, CONFIG_MAPPING)}")
     try:

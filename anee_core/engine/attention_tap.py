@@ -26,10 +26,10 @@ class AttentionTap(TorchFunctionMode):
     softmax, the layer's own mask added.
     """
 
-    def __init__(self, tokens: int, slots: int, answer: Answer) -> None:
+    def __init__(self, rows: int, tokens: int, slots: int, answer: Answer) -> None:
         super().__init__()
         self.flops = 0
-        self._tokens, self._slots, self._answer = tokens, slots, answer
+        self._rows, self._tokens, self._slots, self._answer = rows, tokens, slots, answer
         self._answered = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,10 +41,14 @@ class AttentionTap(TorchFunctionMode):
                 return self._fused(*args, **kwargs)
             if func is functional.softmax or func is Tensor.softmax or func is torch.softmax:
                 scores = args[0]
-                if scores.dim() == 4 and scores.shape[-1] == self._slots:
+                if scores.dim() > 2 and scores.shape[-2:] == (self._tokens, self._slots):
                     self._answered = True
-                    mask = self._answer(scores.float)
-                    return func(scores if mask is None else scores + mask.to(scores.dtype), *args[1:], **kwargs)
+                    # Some families fold heads into rows.
+                    by_head = scores.reshape(self._rows, -1, *scores.shape[-2:])
+                    mask = self._answer(by_head.float)
+                    if mask is not None:
+                        scores = (by_head + mask.to(scores.dtype)).reshape(scores.shape)
+                    return func(scores, *args[1:], **kwargs)
         return func(*args, **kwargs)
 
     def _fused(

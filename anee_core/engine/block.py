@@ -66,11 +66,14 @@ class Selection:
     skip: tuple[Tensor, Tensor] | None = None
     """Rows [1, N] and columns [1, N] of those that skip the layer, if they are some."""
 
-    def counts(self, tokens: int) -> tuple[int, int]:
-        """Return how many of a block's ``tokens`` run the layer, counting what is computed twice, and how many skip."""
+    def counts(self, rows: int, columns: int) -> tuple[int, int, int]:
+        """Return how many of a block's rows run the layer, how many of its tokens do, and how many tokens skip it.
+
+        What is computed twice counts twice.
+        """
         if self.run is not None and self.skip is not None:
-            return self.run[1].numel(), self.skip[1].numel()
-        return (tokens, 0) if self.kind == "all" else (0, tokens)
+            return self.run[1].shape[0], self.run[1].numel(), self.skip[1].numel()
+        return (rows, rows * columns, 0) if self.kind == "all" else (0, 0, rows * columns)
 
 
 ALL, NONE = Selection("all"), Selection("none")

@@ -98,8 +98,8 @@ class Drop:
         if not self._inside:
             return nullcontext()
         run = self._selection.run
-        tokens = self._positions.shape[1] if run is None else run[1].shape[1]
-        self._tap = AttentionTap(tokens, self._slots.used, lambda logits: self._answer(logits, dtype))
+        rows, tokens = self._positions.shape if run is None else (run[0].shape[0], run[1].shape[1])
+        self._tap = AttentionTap(rows, tokens, self._slots.used, lambda logits: self._answer(logits, dtype))
         return self._tap
 
     @property

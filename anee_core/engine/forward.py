@@ -49,7 +49,7 @@ class Forward:
         all_run = dense or bound.policy.controller.runs_all
         self._plan = Plan(bound.policy, bound.budget, block, past_of(bound, block, cache, dense), all_run)
         context = cache.seen + block.position_ids.shape[1]
-        self._meter = Meter(bound.costs, bound.policy.cache_policy.work, block.position_ids.numel(), context)
+        self._meter = Meter(bound.costs, bound.policy.cache_policy.work, block.position_ids.shape, context)
         self._shared: Drop | None = None
         """What all layers drop, if they drop the same."""
         self._held: list[Tensor] = []
@@ -94,7 +94,7 @@ class Forward:
 
     def layer_by_layer(self, keep_inputs: bool) -> Tensor:
         """Take the block through the layers one after another, and return what comes out, [B, T, D]."""
-        bound, tokens = self._bound, self._block.position_ids.numel()
+        bound, shape = self._bound, self._block.position_ids.shape
         hidden_states = previous = self._embedded
         for layer_idx in range(bound.num_layers):
             if keep_inputs:
@@ -104,7 +104,7 @@ class Forward:
             previous = hidden_states
             drop = self._shared or self._own_drop(layer_idx, hidden_states, selection)
             hidden_states = self._layer(layer_idx, hidden_states, selection, drop)
-            self._meter.layer(*selection.counts(tokens), self._cache.layers[layer_idx].slots.used)
+            self._meter.layer(*selection.counts(*shape), self._cache.layers[layer_idx].slots.used)
             if drop is not None and drop is not self._shared:
                 self._held.append(drop.finish())
                 self._meter.policy(drop.flops)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from anee_core.adapter.layout import Parts, attention_backend
 from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.adapter.refusals import keeps_state
 from anee_core.errors import InputError, ModelError
 from anee_core.ranges import MOST, Within, check_kind
 
@@ -66,14 +67,14 @@ def check_kept(places: Any, tokens: int) -> None:
 
 def check_family(model: Any, adapter: ModelAdapter) -> None:
     """Raise `ModelError` for a model that cannot be run whatever its parts are called."""
-    if model._is_stateful:
+    reason = adapter.refuse(model.config)
+    if reason is not None:
+        raise ModelError(f"{type(model).__name__} with this config is not supported: {reason}")
+    if keeps_state(model, model.config):
         raise ModelError(
             f"layers of {type(model).__name__} keep no key/value cache but a state of their own, which a skipped token "
             "would not enter: ANEE cannot run this family"
         )
-    reason = adapter.refuse(model.config)
-    if reason is not None:
-        raise ModelError(f"{type(model).__name__} with this config is not supported: {reason}")
 
 
 def check_runnable(parts: Parts) -> None:

@@ -14,16 +14,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from anee_core.adapter.model_adapter import ModelAdapter
+from anee_core.adapter.refusals import keeps_state, unservable
 from anee_core.errors import AneeError, InputError, ModelError, suggestion
 from anee_core.hookspecs import SourceRequest
 from anee_core.plugins import Plugins
 from anee_core.ranges import check_kind
 
 logger = logging.getLogger(__name__)
-
-_BIASED = frozenset({"bloom", "mpt"})
-"""Families that tell tokens' places by ALiBi alone."""
-
 
 _WHERE = {
     "gguf_file",
@@ -157,13 +154,11 @@ def adapter_of(config: Any, plugins: Plugins, required: bool = True) -> ModelAda
         return plugins.adapters[kind]
     if config.is_encoder_decoder:
         raise ModelError(f"'{kind}' has an encoder: ANEE runs decoder-only models")
-    if kind in _BIASED:
-        raise ModelError(
-            f"'{kind}' places tokens by ALiBi, a bias that transformers makes as if every layer held every token, so "
-            "it cannot follow a cache whose layers hold different tokens: ANEE cannot run this family"
-        )
+    reason = unservable(config)
+    if reason is not None:
+        raise ModelError(f"ANEE cannot run the family '{kind}' with this config: {reason}")
     network = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if network is not None and network._is_stateful:
+    if network is not None and keeps_state(network, config):
         raise ModelError(
             f"layers of '{kind}' keep no key/value cache but a state of their own, which a skipped token would not "
             "enter: ANEE cannot run this family"

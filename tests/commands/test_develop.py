@@ -80,6 +80,7 @@ def test_policies_are_checked(run_anee):
         (["no_such_module:Adapter"], "cannot import 'no_such_module' (ModuleNotFoundError"),
         (["wrong_adapter:Wrnog"], "'Wrnog' of wrong_adapter is no ModelAdapter; did you mean 'Wrong'?"),
         (["wrong_adapter:NOT_AN_ADAPTER"], "'NOT_AN_ADAPTER' of wrong_adapter is no ModelAdapter"),
+        (["anee_adapters:TableAdapter"], "'TableAdapter' of anee_adapters cannot be made (TableAdapter.__init__()"),
         (["wrong_adapter:Wrong"], "is registered for no model family: pass --config with a small config"),
         (["llama", "--check", "path"], "there is no check 'path'; did you mean 'paths'?"),
         (["llama", "--config", "missing.json"], "there is no config 'missing.json'"),
@@ -115,14 +116,14 @@ def test_wrong_input_is_one_line_that_says_what_to_do(run_anee, wrong, arguments
 
 
 def test_new_adapter_writes_a_plugin(run_anee, tmp_path):
-    done = run_anee("new-adapter", "stablelm", "--output", tmp_path)
+    done = run_anee("new-adapter", "jais2", "--output", tmp_path)
     assert done.code == 0
-    folder = tmp_path / "anee-stablelm"
+    folder = tmp_path / "anee-jais2"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files == {"pyproject.toml", "README.md", "anee_stablelm/__init__.py", "tests/test_conformance.py"}
-    assert 'stablelm = "anee_stablelm"' in (folder / "pyproject.toml").read_text()
-    assert "StablelmAdapter" in (folder / "tests" / "test_conformance.py").read_text()
-    again = run_anee("new-adapter", "stablelm", "--output", tmp_path)
+    assert files == {"pyproject.toml", "README.md", "anee_jais2/__init__.py", "tests/test_conformance.py"}
+    assert 'jais2 = "anee_jais2"' in (folder / "pyproject.toml").read_text()
+    assert "Jais2Adapter" in (folder / "tests" / "test_conformance.py").read_text()
+    again = run_anee("new-adapter", "jais2", "--output", tmp_path)
     assert again.code == 2
     assert "exists already" in again.errors[-1]
 
@@ -135,6 +136,7 @@ def test_new_adapter_writes_a_plugin(run_anee, tmp_path):
         ("mamba", "take no key/value cache"),
         ("bloom", "must be given 'alibi'"),
         ("bert", "lets tokens see the future"),
+        ("reformer", "cannot be run"),
         ("qwen3_next", "take no key/value cache"),
     ],
 )

@@ -4,23 +4,28 @@ import copy
 
 import pytest
 import torch
-from tiny import CONFIGS, PLUGINS, adaptive, tokens
+from tiny import CONFIGS, FAMILIES, PLUGINS, adaptive, build, stepwise, tokens
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GraniteMoeHybridConfig,
+    Llama4TextConfig,
     MambaConfig,
+    MiniMaxConfig,
     MptConfig,
     T5Config,
 )
 
 import anee
 from anee_adapters import LlamaAdapter, anee_adapters
+from anee_core.conformance.check import named
 from anee_core.conformance.subject import Subject
 from anee_core.conformance.suite import ADAPTER_CHECKS, PolicyConformance
-from anee_core.conformance.tiny import small_config
+from anee_core.conformance.tiny import read_configs, small_config
 from anee_core.errors import AdapterError, InputError, ModelError
 from anee_core.model import AdaptiveModel
 
@@ -58,10 +63,21 @@ def subjects():
 
 
 @pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=[check.name for check in ADAPTER_CHECKS])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, check, subjects):
     failure = check.failure(subjects(name))
     assert failure is None, failure
+
+
+SHORT = ("paths", "window", "dense sequence", "keys and values", "cost model")
+"""Checks that show most mistakes in a table, in little time; `make conformance` runs all on every config."""
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in FAMILIES])
+def test_short_checks_of_the_other_families(name, subjects):
+    for check in named(ADAPTER_CHECKS, SHORT):
+        failure = check.failure(subjects(name))
+        assert failure is None, failure
 
 
 class TestPolicies(PolicyConformance):
@@ -124,13 +140,45 @@ def test_table_of_positions_inside_attention_ends_too():
         (T5Config(vocab_size=97, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16), "encoder"),
         (BloomConfig(vocab_size=97, hidden_size=16, n_layer=2, n_head=2), "ALiBi"),
         (MptConfig(vocab_size=97, d_model=16, n_layers=2, n_heads=2), "ALiBi"),
+        (Llama4TextConfig(), "its own chunk only"),
+        (Gemma3nTextConfig(), "num_kv_shared_layers=15: layers attend to what others stored"),
+        (Gemma3nTextConfig(num_kv_shared_layers=0), "=256: each layer is given an embedding of its own"),
+        (MiniMaxConfig(), "'linear_attention' keep no key/value cache"),
     ],
-    ids=["mamba", "t5", "bloom", "mpt"],
+    ids=["mamba", "t5", "bloom", "mpt", "chunks", "shared", "embeddings", "linear"],
 )
 def test_families_that_no_adapter_could_serve_are_refused_with_the_reason(config, reason, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=reason):
         anee.load(str(tmp_path))
+
+
+def test_family_with_state_space_layers_is_refused_unless_its_config_has_none():
+    refused = anee_adapters()["granitemoehybrid"].refuse
+    assert "keep no key/value cache" in refused(GraniteMoeHybridConfig())
+    assert refused(CONFIGS["granitemoehybrid"]) is None
+
+
+def test_attention_that_folds_heads_into_rows_is_seen_by_token_policies():
+    model = adaptive(build("xglm"), "tova:keep=4")
+    ids = tokens(3)
+    with torch.no_grad():
+        whole, steps = model(ids).logits, stepwise(model, ids)
+        alone = torch.cat([model(row[None]).logits for row in ids])
+    torch.testing.assert_close(whole, steps, atol=5e-5, rtol=1e-3)
+    torch.testing.assert_close(whole, alone, atol=5e-5, rtol=1e-3)
+
+
+def test_configs_of_families_that_transformers_does_not_have_yet_are_left_out_of_a_folder(tmp_path, caplog):
+    (tmp_path / "known.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "later.json").write_text('{"model_type": "llama99"}')
+    assert list(read_configs(tmp_path)) == ["known"]
+    assert caplog.messages[-1].endswith("has no such families: later")
+    with pytest.raises(InputError, match="unknown family 'llama99'"):
+        read_configs(tmp_path / "later.json")
+    (tmp_path / "known.json").unlink()
+    with pytest.raises(InputError, match=r"has no \.json config of a family that transformers has"):
+        read_configs(tmp_path)
 
 
 def changed(name, **options):
@@ -154,6 +202,17 @@ def test_window_is_what_the_family_makes_of_its_config(config):
     network, ids = AutoModelForCausalLM.from_config(config).eval(), tokens()
     with torch.no_grad():
         torch.testing.assert_close(adaptive(network)(ids).logits, network(ids).logits)
+
+
+def test_window_of_which_an_adapter_knows_nothing_is_refused():
+    """Such a model would agree with transformers up to the window, and go astray beyond it."""
+    network = AutoModelForCausalLM.from_config(CONFIGS["mistral"])
+    with pytest.raises(ModelError, match="sliding_window=5, but LlamaAdapter gives no layer a window: name its layers"):
+        AdaptiveModel(network, LlamaAdapter())
+    full = AutoModelForCausalLM.from_config(CONFIGS["mistral-full"])
+    assert AdaptiveModel(full, LlamaAdapter())(tokens()).logits.shape[1] == 11
+    unused = AutoModelForCausalLM.from_config(changed("qwen2", sliding_window=5, use_sliding_window=False))
+    assert AdaptiveModel(unused, LlamaAdapter())(tokens()).logits.shape[1] == 11
 
 
 def test_attention_to_the_future_is_refused():

@@ -27,6 +27,19 @@ def test_embeddings_are_dropped_in_training_and_only_then(family):
     assert not torch.allclose(expected, still, atol=1e-2)
 
 
+@pytest.mark.parametrize("family", ["biogpt", "starcoder2", "xglm"])
+def test_embeddings_that_no_module_drops_are_dropped_in_training_too(family):
+    network, ids = build(family), tokens()
+    model = adaptive(network, fast=False)
+    still = model(ids).logits
+    model.train()
+    torch.manual_seed(0)
+    expected = network(ids, use_cache=False).logits
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert not torch.allclose(expected, still, atol=1e-2)
+
+
 def test_layers_left_out_at_random_are_refused():
     model, ids = adaptive(build("opt")), tokens()
     model.config.layerdrop = 0.1

@@ -13,7 +13,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, GraniteConfig
+from transformers import AutoModelForCausalLM, NanoChatConfig
 
 from anee_core.conformance.suite import ADAPTER_CHECKS
 
@@ -93,10 +93,10 @@ def environment(wheels, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def granite(tmp_path_factory):
-    """A tiny Granite on disk: a family that ANEE itself has no adapter for."""
-    folder = tmp_path_factory.mktemp("granite")
-    config = GraniteConfig(**TINY, embedding_multiplier=3.0, logits_scaling=2.0, eos_token_id=None)
+def nanochat(tmp_path_factory):
+    """A tiny nanochat on disk: a family that ANEE itself has no adapter for."""
+    folder = tmp_path_factory.mktemp("nanochat")
+    config = NanoChatConfig(**TINY, final_logit_softcapping=2.0, eos_token_id=None)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -105,7 +105,7 @@ def test_plugins_are_listed_with_what_they_provide(environment):
     done = environment.run("anee", "plugins", "--json")
     found = {plugin["distribution"]: plugin for plugin in json.loads(done.stdout)}
     assert set(found) == {"anee", *(source.name for source in PLUGINS)}
-    assert found["anee-granite"]["provides"] == {"adapters": ["granite"]}
+    assert found["anee-nanochat"]["provides"] == {"adapters": ["nanochat"]}
     assert found["anee-staggered"]["provides"] == {"controllers": ["staggered"]}
     assert found["anee-strided"]["provides"] == {"cache_policies": ["strided"]}
     assert found["anee-smollm2"]["provides"] == {
@@ -127,14 +127,14 @@ def test_the_mini_model_is_whole_in_its_wheel(environment):
     assert json.loads(done.stdout)["text"].startswith("The old man")
 
 
-def test_policies_and_adapter_of_plugins_work_together_and_the_fast_step_is_compiled(environment, granite):
+def test_policies_and_adapter_of_plugins_work_together_and_the_fast_step_is_compiled(environment, nanochat):
     """In one process, for importing torch takes seconds."""
     script = f"""
         import torch, anee, anee_core
         from transformers import AutoModelForCausalLM, LlamaConfig
         assert {str(environment.folder)!r} in anee.__file__ and {str(environment.folder)!r} in anee_core.__file__
         ids = torch.arange(3, 40)[None]
-        model = anee.load({str(granite)!r}, policy="staggered:share=0.5,protect=1 1+strided:every=4,recent=8")
+        model = anee.load({str(nanochat)!r}, policy="staggered:share=0.5,protect=1 1+strided:every=4,recent=8")
         whole = model(ids)
         cache, steps = model.new_cache(), []
         for t in range(ids.shape[1]):
@@ -156,17 +156,17 @@ def test_policies_and_adapter_of_plugins_work_together_and_the_fast_step_is_comp
 def test_conformance_suite_is_in_the_wheel(environment):
     report = environment.folder / "report.json"
     done = environment.run(
-        "anee", "conformance", "anee_granite:GraniteAdapter", "-k", "paths", "-k", "skip", "--json", report
+        "anee", "conformance", "anee_nanochat:NanoChatAdapter", "-k", "paths", "-k", "skip", "--json", report
     )
     assert "2 of 2 checks passed" in done.stdout
     assert json.loads(report.read_text())["passed"]
-    done = environment.run("python", "-m", "pytest", "-q", "--anee-adapter", "granite", "-k", "paths or refusal")
+    done = environment.run("python", "-m", "pytest", "-q", "--anee-adapter", "nanochat", "-k", "paths or refusal")
     assert "2 passed" in done.stdout
 
 
 def test_a_new_adapter_passes_as_written(environment):
-    environment.run("anee", "new-adapter", "stablelm", "--output", "new")
-    folder = environment.folder / "new" / "anee-stablelm"
+    environment.run("anee", "new-adapter", "jais2", "--output", "new")
+    folder = environment.folder / "new" / "anee-jais2"
     done = environment.run("python", "-m", "pytest", "-q", "-c", folder / "pyproject.toml", "--rootdir", folder, folder,
                            "-o", f"pythonpath={folder}")  # fmt: skip
     assert f"{len(ADAPTER_CHECKS)} passed" in done.stdout

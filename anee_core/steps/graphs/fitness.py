@@ -25,7 +25,7 @@ class CapturedModel:
         layers, recipe = parts.layers, adapter.recipe(parts.config)
         unfit = None
         if recipe is None or type(layers[0]).__name__ not in recipe.layers:
-            unfit = f"{type(adapter).__name__} has no recipe for it"
+            unfit = f"there is no recipe for a {type(layers[0]).__name__}"
         elif len(set(devices_of(parts))) > 1:
             unfit = "its layers lie on several devices"
         elif any(hooked(module) for layer in layers for module in layer.modules()):

@@ -15,7 +15,8 @@ from anee_core.steps.quantised import Int4Linear, Int8Linear
 KINDS = {torch.float32: Kind.FLOAT32, torch.bfloat16: Kind.BFLOAT16}
 _STORED = {Int8Linear: (Kind.INT8, torch.int8), Int4Linear: (Kind.INT4, torch.uint8)}
 """Kind of each quantised map, and the type of its weights."""
-_RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"})
+_RMS_FAMILIES = "Ernie4_5 Glm Glm4 Helium Llama Ministral Mistral Phi3 Qwen2 Qwen3 SeedOss"
+_RMS_NORMS = frozenset(f"{family}RMSNorm" for family in _RMS_FAMILIES.split())
 _FROM_ONE = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
 
 

@@ -189,7 +189,7 @@ class NativeStep:
         self._recipe = recipe = self._adapter.recipe(parts.config)
         try:
             if recipe is None:
-                raise UnfitError(f"{type(self._adapter).__name__} has no recipe for it")
+                raise UnfitError(f"there is no recipe for a {type(parts.layers[0]).__name__}")
             if any(layer.training for layer in parts.layers):
                 raise UnfitError("it is in training mode")
             layers = [NativeLayer(self._adapter, parts, i, recipe) for i in range(len(parts.layers))]

@@ -197,7 +197,7 @@ def test_threads_share_a_model(network):
 def test_families_without_a_recipe_say_so():
     model = adaptive(build("falcon-grouped"))
     logits_of(model, tokens())
-    assert model.slow_because == "FalconAdapter has no recipe for it"
+    assert model.slow_because == "there is no recipe for a FalconDecoderLayer"
 
 
 def deferred(network, policy):
