@@ -96,7 +96,7 @@ def small_like(config: Any, **changes: Any) -> Any:
     known = {names.get(key, key): value for key, value in _SMALL.items()}
     known = {key: value for key, value in known.items() if not isinstance(getattr(type(config), key, None), property)}
     said = config.to_dict()
-    small = {key: size for key, size in known.items() if said.get(key) is not None}
+    small: dict[str, Any] = {key: size for key, size in known.items() if said.get(key) is not None}
     others = {key: value for key, value in said.items() if key not in known}
     small |= {key: _small_option(key, value, config.num_hidden_layers) for key, value in others.items()}
     small |= _OWN.get(config.model_type, {})
