@@ -60,7 +60,7 @@ def test_what_was_found_is_kept(bare, monkeypatch, anee_cache):
         ("llama4_text", r"layers of the kind 'chunked_attention' let a token see its own chunk only"),
         ("bloom", r"places tokens by ALiBi"),
         ("t5", r"has an encoder"),
-        ("mamba", r"keep no key/value cache but a state of their own"),
+        ("mamba", r"keep no key/value cache that ANEE could share between tokens"),
     ],
 )
 def test_what_does_not_pass_is_refused_with_the_reason(family, message, bare):
