@@ -183,6 +183,14 @@ class CacheMachine(RuleBasedStateMachine):
     def rollback(self, data):
         count = data.draw(st.one_of(st.integers(0, 4), st.sampled_from([-1, self.twin.seen, self.twin.seen + 1])))
         self.unwritten = False
+        self.twin.abort()
+        if self.twin.may_refuse(count):
+            try:
+                self.cache.rollback(count)
+            except CacheError:
+                return
+            self.twin.rollback(count)
+            return
         try:
             self.twin.rollback(count)
         except CacheError:

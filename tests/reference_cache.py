@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,12 +25,14 @@ class ReferenceCache:
     """One list of tokens per layer and row. Padding gets no token; a dropped one stays until it is freed.
 
     A token dropped when n tokens had been seen comes back when the cache is rolled back to fewer than n, unless it was
-    freed in between. ``horizon`` is the largest n of a freed token: no rollback can go below it.
+    freed in between. ``horizons`` are the largest n of a freed token in each row: no rollback can go below them.
+    ``horizon`` is the largest in all rows that there ever were; whether a rollback goes below that is up to the cache.
     """
 
     def __init__(self, num_layers):
         self.layers = [[] for _ in range(num_layers)]
         self.batch = self.seen = self.pending = self.horizon = 0
+        self.horizons = []
         self.keeps_dropped = False
 
     def begin(self, position_ids, real):
@@ -39,6 +42,7 @@ class ReferenceCache:
         self.abort()
         self.batch = len(position_ids)
         self.pending = len(position_ids[0])
+        self.horizons.extend([0] * (self.batch - len(self.horizons)))
         for layer in self.layers:
             layer.extend([] for _ in range(self.batch - len(layer)))
             for row, positions in enumerate(position_ids):
@@ -63,9 +67,10 @@ class ReferenceCache:
         self.seen, self.pending = self.seen + self.pending, 0
         if self.keeps_dropped:
             return
-        for row in self._rows():
-            self.horizon = max([self.horizon, *(t.dropped_at for t in row if t.dropped_at is not None)])
-            row[:] = [token for token in row if token.dropped_at is None]
+        for layer, i in itertools.product(self.layers, range(self.batch)):
+            self.horizons[i] = max([self.horizons[i], *(t.dropped_at for t in layer[i] if t.dropped_at is not None)])
+            layer[i] = [token for token in layer[i] if token.dropped_at is None]
+        self.horizon = max([self.horizon, *self.horizons])
 
     def abort(self):
         """Take back the open forward, if there is one."""
@@ -73,11 +78,15 @@ class ReferenceCache:
             self._back_to(self.seen)
         self.pending = 0
 
+    def may_refuse(self, count):
+        """Return whether a rollback goes below the horizon of rows that are no longer there, and of none that are."""
+        return 0 < count <= self.seen and max(self.horizons, default=0) <= self.seen - count < self.horizon
+
     def rollback(self, count):
         """Forget the last ``count`` tokens."""
         self.abort()
         to = self.seen - count
-        if count < 0 or to < 0 or (count and to < self.horizon):
+        if count < 0 or to < 0 or (count and to < max(self.horizons, default=0)):
             raise CacheError("cannot roll back")
         self._back_to(to)
         self.seen = to
@@ -85,6 +94,7 @@ class ReferenceCache:
     def reorder(self, rows):
         """Make row i a copy of row ``rows[i]``."""
         self.layers = [[[replace(token) for token in layer[r]] for r in rows] for layer in self.layers]
+        self.horizons = [self.horizons[r] for r in rows]
         self.batch = len(rows)
 
     def held(self, layer, row):

@@ -1,5 +1,6 @@
 """Ten thousand histories of a cache against its reference twin; the default tests try sixty others."""
 
+import pytest
 from cache_machine import CacheMachine
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -18,5 +19,5 @@ def test_no_history_tells_the_cache_from_its_twin(campaign):
         machine = seed(number)(type("SeededMachine", (CacheMachine,), {}))
         try:
             run_state_machine_as_test(machine, settings=HISTORIES)
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             campaign.fault(f"seed {number}: {error!r}")
