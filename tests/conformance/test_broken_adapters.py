@@ -346,7 +346,8 @@ BROKEN = [
 
 
 def test_something_broken_is_tried_with_every_check():
-    assert {name for name, _, _ in BROKEN} == set(CHECKS)
+    elsewhere = {"attention input", "inputs", "gradients"}  # test_impure_adapters.py
+    assert {name for name, _, _ in BROKEN} | elsewhere == set(CHECKS)
 
 
 @pytest.mark.parametrize(

@@ -287,11 +287,8 @@ class KeepsByAgeOnItself(CachePolicy):
         return (view.position_ids > self.seen[0] - 6)[:, None]
 
 
-def of_the_block(layers, context):
-    """Skip by what all of a long block are."""
-    ids = context.input_ids
-    odd = ids.float().mean(1, keepdim=True) % 2 > 1
-    return (layers == 2) & odd & (context.position_ids >= 0) if ids.shape[1] > 64 else (layers == 2) & (ids > 200)
+def of_long_blocks(layers, context):
+    return (layers == 2) & torch.tensor(context.position_ids.shape[1] > 64)
 
 
 BROKEN_POLICIES = [
@@ -305,7 +302,7 @@ BROKEN_POLICIES = [
     ("parallel equals stepwise", keeping(looks_ahead)()),
     ("parallel equals stepwise", skipping(sees_far_ahead)()),
     ("parallel equals stepwise", skipping(lambda layers, context: layers[:6] == 2)()),
-    ("parallel equals stepwise", skipping(of_the_block)()),
+    ("parallel equals stepwise", skipping(of_long_blocks)()),
     ("conversations", RemembersOnItself()),
     ("conversations", KeepsByAgeOnItself()),
     ("repeatable", BindsItself()),
