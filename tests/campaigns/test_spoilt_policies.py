@@ -214,7 +214,7 @@ def test_a_spoilt_policy_is_refused_or_the_same(saved, campaign, tmp_path):
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, ring)
-    for seed in campaign.trials("saved policies, spoilt", short=300, long=5_000):
+    for seed in campaign.trials("saved policies, spoilt", short=200, long=5_000):
         chance = random.Random(seed)
         kind = chance.choice(sorted(saved))
         source, wanted = saved[kind]
