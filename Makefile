@@ -14,7 +14,7 @@ test: .venv/dev.done  ## the default tests
 test-real: .venv/dev.done  ## slower checks: real weights, whole installations, a browser
 	$(BIN)/python -m pytest -m real
 
-campaign: .venv/dev.done  ## the campaigns in full: half an hour; rewrites docs/results/reliability.md
+campaign: .venv/dev.done  ## the campaigns in full: an hour; rewrites docs/results/reliability.md
 	rm -rf build/campaigns
 	$(BIN)/python -m pytest tests/campaigns --long -n 2
 	$(BIN)/python docs/reliability_table.py

@@ -24,7 +24,7 @@ SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 def pytest_addoption(parser):
     """Let the campaigns be run in full."""
-    parser.addoption("--long", action="store_true", help="run the campaigns in full: half an hour")
+    parser.addoption("--long", action="store_true", help="run the campaigns in full: an hour")
 
 
 def pytest_collection_finish():
