@@ -17,8 +17,13 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON l
     """List what is installed: name, distribution, version and what each plugin provides."""
     from anee_core.plugins import Plugins
 
-    logging.getLogger("anee_core.plugins").setLevel(logging.ERROR)  # the problems are listed below
-    found = Plugins.discover()
+    logger = logging.getLogger("anee_core.plugins")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # the problems are listed below
+    try:
+        found = Plugins.discover()
+    finally:
+        logger.setLevel(before)
     if as_json:
         print(json.dumps([{**vars(info), "provides": dict(info.provides)} for info in found.infos]))
         return
