@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -112,6 +114,11 @@ class Parts:
     def config(self) -> Any:
         """The model's transformers config."""
         return self.model.config
+
+    @cached_property
+    def turned_by_type(self) -> bool:
+        """Whether the rotary module wants to know the kind of a layer: it turns those with a window by other angles."""
+        return self.rotary is not None and "layer_type" in inspect.signature(self.rotary.forward).parameters
 
     @property
     def checkpoints_gradients(self) -> bool:

@@ -104,9 +104,7 @@ class ModelAdapter(ABC):
         """Build what each layer receives for these tokens ([B, T, D] and [B, T]); layers alike share one call."""
         if parts.rotary is None:
             return (LayerCall(position_ids),) * len(parts.layers)
-        # Some families turn layers with a window by other angles than those without.
-        by_type = "layer_type" in inspect.signature(parts.rotary.forward).parameters
-        given = getattr(parts.config, "layer_types", None) if by_type else None
+        given = getattr(parts.config, "layer_types", None) if parts.turned_by_type else None
         kinds = given[: len(parts.layers)] if given else (None,) * len(parts.layers)
         calls = {}
         for kind in dict.fromkeys(kinds):
